@@ -1,0 +1,129 @@
+import errno
+import fractions
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from utils.runtime.errors import CheckpointError
+from utils.runtime.files import sha256_file
+from utils.training import checkpoint_manager
+from utils.training.checkpoint_manager import MANIFEST, STATE, WEIGHTS, CheckpointManager
+from utils.training.weights import weights_sha256
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Linear(4, 4)
+
+
+@pytest.fixture
+def manager(tmp_path):
+    return CheckpointManager(tmp_path / "checkpoints", keep=2)
+
+
+def names(manager: CheckpointManager) -> list[str]:
+    return sorted(path.name for path in manager.directory.iterdir())
+
+
+def test_what_is_saved_comes_back(manager, model):
+    state = {"progress": {"step": 3, "pending": torch.arange(2.0)}, "optimizer": {"param_groups": [{"lr": 1e-3}]}}
+    manager.save(3, model, state)
+    other = nn.Linear(4, 4)
+    checkpoint = manager.latest()
+    loaded = checkpoint.load_into(other)
+    assert checkpoint.step == 3
+    assert weights_sha256(other) == weights_sha256(model)
+    assert loaded["optimizer"] == state["optimizer"]
+    assert torch.equal(loaded["progress"]["pending"], state["progress"]["pending"])
+
+
+def test_the_newest_are_kept(manager, model):
+    for step in (1, 2, 3):
+        manager.save(step, model, {})
+    assert names(manager) == ["step-00000002", "step-00000003"]
+
+
+def test_saving_a_step_again_keeps_the_good_one_and_replaces_a_damaged_one(manager, model):
+    target = manager.save(1, model, {"a": 1})
+    manager.save(1, model, {"a": 2})
+    assert manager.latest().load_into(model) == {"a": 1}
+    (target / STATE).write_bytes(b"torn")
+    manager.save(1, model, {"a": 3})
+    assert manager.latest().load_into(model) == {"a": 3}
+    assert names(manager) == ["step-00000001"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-1]), "bytes, the manifest says"),
+        (lambda d: (d / WEIGHTS).write_bytes(bytes(len((d / WEIGHTS).read_bytes()))), "does not match its SHA-256"),
+        (lambda d: (d / STATE).unlink(), "state.pt is missing"),
+        (lambda d: (d / MANIFEST).unlink(), "manifest.json is missing"),
+        (lambda d: (d / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+        (lambda d: (d / MANIFEST).write_text("[1]"), "manifest.json cannot be read"),
+        (lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text().replace(": 1,", ": 9,", 1)), "format version 9"),
+        (lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text().replace('"step": 2', '"step": 5')), "of step 5"),
+        (lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text().replace(STATE, "other")), "not in the manifest"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(manager, model, damage, words):
+    manager.save(1, model, {"a": 1})
+    damage(manager.save(2, model, {"a": 2}))
+    with pytest.warns(UserWarning, match=f"step-00000002 does not verify .*{words}.*next older one is used"):
+        checkpoint = manager.latest()
+    assert checkpoint.step == 1
+    assert "step-00000002" in names(manager), "what cannot be read is never deleted"
+
+
+def test_no_usable_checkpoint_is_an_error_that_lists_what_is_there(manager, model):
+    with pytest.raises(CheckpointError, match="No usable checkpoint in .*there is none"):
+        manager.latest()
+    (manager.save(1, model, {}) / STATE).unlink()
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="step-00000001: state.pt is missing"):
+        manager.latest()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_alone(manager, model, monkeypatch):
+    manager.save(1, model, {"a": 1})
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_manager, "save_weights", full)
+    with pytest.raises(CheckpointError, match=r"disk is full: the checkpoint of step 2 .*step-00000001 is untouched.*Free"):
+        manager.save(2, model, {"a": 2})
+    assert names(manager) == ["step-00000001"]
+    assert manager.latest().load_into(model) == {"a": 1}
+
+
+def test_another_write_error_is_passed_on_in_words(manager, model, monkeypatch):
+    def broken(*args):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(checkpoint_manager, "save_weights", broken)
+    with pytest.raises(CheckpointError, match="step 1 could not be written: .*Transport endpoint.*no earlier checkpoint"):
+        manager.save(1, model, {})
+
+
+def test_what_a_killed_writer_left_is_ignored_and_removed(manager, model):
+    manager.save(1, model, {})
+    torn = manager.directory / ".step-00000002.tmp-12345"
+    torn.mkdir()
+    (torn / WEIGHTS).write_bytes(b"half")
+    assert manager.latest().step == 1
+    manager.save(3, model, {})
+    assert not torn.exists()
+
+
+def test_a_state_that_needs_pickle_is_refused(manager, model):
+    target = manager.save(1, model, {})
+    torch.save({"x": fractions.Fraction(1, 3)}, target / STATE)
+    manifest = json.loads((target / MANIFEST).read_text())
+    manifest["files"][STATE] = {"bytes": (target / STATE).stat().st_size, "sha256": sha256_file(target / STATE)}
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="state.pt cannot be read"):
+        manager.latest().load_into(model)

@@ -1,0 +1,243 @@
+"""Exact resume, with real processes that are really killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import utils
+from utils.runtime.errors import CheckpointError, ConfigError, RunError
+from utils.training import TrainingConfig
+from utils.training.checkpoint_manager import STATE
+from utils.training.metrics import read_metrics
+from utils.training.resume import open_run, resume, train
+from utils.training.run import RECORD, UNFINISHED
+from utils.training.weights import weights_sha256
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMINGS = ("seconds", "samples_per_second")
+TINY_GPT = {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "num_layers": 2, "dropout": 0.1}
+
+
+def measured(directory: Path) -> list[dict]:
+    """Everything in metrics.csv that must not depend on the clock."""
+    return [
+        {name: value for name, value in row.items() if name not in TIMINGS}
+        for row in read_metrics(directory / "metrics.csv")
+    ]
+
+
+class CommandLine:
+    """Runs ``python -m utils`` on a tiny model with dropout, shuffled data and a cosine schedule."""
+
+    def __init__(self, folder: Path, data: str, example: str, config: dict, steps: int, accumulate: int = 1) -> None:
+        self.folder = folder
+        (folder / "model.json").write_text(json.dumps(config))
+        self.train = [
+            "train", f"example:{example}", "--model-config", str(folder / "model.json"), "--data", data,
+            "--max-steps", str(steps), "--batch-size", "4", "--log-every-steps", "5", "--val-every-steps", "6",
+            "--checkpoint-every-steps", "4", "--accumulate", str(accumulate), "--learning-rate", "0.003",
+        ]  # fmt: skip
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "utils", *arguments, "--json", "--quiet"]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self, *arguments: str, status: int = 0) -> dict:
+        process = self.start(*arguments)
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == status, errors[-3000:]
+        return json.loads(output)
+
+    def kill_after_step(self, directory: Path, step: int, with_signal: int, *arguments: str) -> subprocess.Popen:
+        """Start a process and send it a signal once its checkpoint of a step has appeared."""
+        process = self.start(*arguments)
+        deadline = time.monotonic() + 120
+        while not (directory / "checkpoints" / f"step-{step:08d}").exists():
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            assert time.monotonic() < deadline, "the checkpoint never appeared"
+            time.sleep(0.005)
+        process.send_signal(with_signal)
+        self.output = process.communicate(timeout=60)[0]
+        return process
+
+
+@pytest.mark.parametrize(
+    ("example", "data", "config", "accumulate"),
+    [
+        pytest.param("gpt", None, TINY_GPT, 1, id="gpt"),
+        pytest.param("gpt", None, TINY_GPT, 2, id="gpt-accumulate", marks=pytest.mark.slow),
+        pytest.param(
+            "bert", None, {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "num_layers": 1}, 1,
+            id="bert-masking", marks=pytest.mark.slow,
+        ),  # fmt: skip
+        pytest.param("vit", "builtin:digits", {"d_model": 32, "nhead": 2, "num_layers": 1}, 1, id="vit-digits",
+                     marks=pytest.mark.slow),  # fmt: skip
+    ],
+)
+def test_killed_twice_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, text_file, example, data, config, accumulate):
+    line = CommandLine(tmp_path, data or f"file:{text_file}", example, config, 40, accumulate)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted = line.finish(*line.train, "--run-dir", str(whole))
+    process = line.kill_after_step(killed, 12, signal.SIGKILL, *line.train, "--run-dir", str(killed))
+    assert process.returncode == -signal.SIGKILL
+    process = line.kill_after_step(killed, 24, signal.SIGKILL, "resume", str(killed))
+    assert process.returncode == -signal.SIGKILL
+    resumed = line.finish("resume", str(killed))
+    assert uninterrupted["status"] == resumed["status"] == "finished"
+    assert resumed["weights_sha256"] == uninterrupted["weights_sha256"]
+    assert measured(killed) == measured(whole)
+    ends = [torch.load(d / "checkpoints/step-00000040" / STATE, weights_only=True) for d in (whole, killed)]
+    moments = [end["optimizer"]["state"] for end in ends]
+    assert moments[0].keys() == moments[1].keys()
+    for index in moments[0]:
+        assert all(torch.equal(moments[0][index][name], moments[1][index][name]) for name in moments[0][index])
+    assert ends[0]["schedule"] == ends[1]["schedule"]
+
+
+def test_sigterm_saves_and_stops_and_nothing_is_lost(tmp_path, text_file):
+    line = CommandLine(tmp_path, f"file:{text_file}", "gpt", TINY_GPT, 400)
+    directory = tmp_path / "run"
+    process = line.kill_after_step(directory, 4, signal.SIGTERM, *line.train, "--run-dir", str(directory))
+    assert process.returncode == 1
+    summary = json.loads(line.output)
+    assert summary["status"] == "terminated"
+    assert (directory / "checkpoints" / f"step-{summary['step']:08d}").is_dir()
+
+
+def test_a_time_budget_stops_cleanly_and_the_rest_is_exact(tmp_path, text_file, tiny_gpt, quick):
+    whole = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "whole", progress=False)
+    short = quick.with_changes(time_budget_minutes=1e-9)
+    parts = train(utils.load_model("example:gpt", config=TINY_GPT), f"file:{text_file}", short, tmp_path / "parts", progress=False)
+    assert (parts.status, parts.step) == ("stopped by its time budget", 1)
+    second = resume(tmp_path / "parts", progress=False)
+    assert second.step == 2
+    rest = resume(tmp_path / "parts", time_budget_minutes=60, progress=False)
+    assert rest.finished
+    assert weights_sha256(rest.model) == weights_sha256(whole.model)
+    assert measured(tmp_path / "parts") == measured(tmp_path / "whole")
+
+
+def test_a_finished_run_is_returned_as_it_is(tmp_path, text_file, tiny_gpt, quick):
+    run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False)
+    again = resume(tmp_path / "run", progress=False)
+    assert again.finished
+    assert weights_sha256(again.model) == weights_sha256(run.model)
+    assert again.summary() == run.summary()
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, text_file, tiny_gpt, quick):
+    whole = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False)
+    newest = tmp_path / "run/checkpoints/step-00000024"
+    (newest / STATE).write_bytes((newest / STATE).read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="step-00000024 does not verify"):
+        again = resume(tmp_path / "run", progress=False)
+    assert again.finished
+    assert weights_sha256(again.model) == weights_sha256(whole.model)
+
+
+def test_a_run_killed_before_its_first_step_starts_from_the_same_weights(tmp_path, text_file, quick):
+    torch.manual_seed(5)
+    model = utils.load_model("example:gpt", config=TINY_GPT).module
+    nn.init.normal_(model.norm.weight)
+    started = weights_sha256(model)
+    long = quick.with_changes(time_budget_minutes=1e-9)
+    train(model, f"file:{text_file}", long, tmp_path / "run", progress=False)
+    import shutil
+
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000001")
+    other = utils.load_model("example:gpt", config=TINY_GPT).module
+    run, state = open_run(tmp_path / "run", model=other)
+    assert (run.step, state) == (0, {})
+    assert weights_sha256(other) == started
+
+
+def test_a_bare_module_needs_to_be_passed_again_and_must_fit(tmp_path, text_file, tiny_gpt, quick):
+    short = quick.with_changes(time_budget_minutes=1e-9)
+    train(tiny_gpt.module, f"file:{text_file}", short, tmp_path / "run", progress=False)
+    with pytest.raises(RunError, match="bare GPT module and has no source.*resume.run_dir, model="):
+        resume(tmp_path / "run", progress=False)
+    with pytest.raises(RunError, match="trains a GPT, and the model given is a Linear"):
+        resume(tmp_path / "run", model=nn.Linear(3, 3), progress=False)
+    wider = utils.load_model("example:gpt", config={**TINY_GPT, "d_model": 64}).module
+    with pytest.raises(CheckpointError, match="belong to another model .*on disk"):
+        resume(tmp_path / "run", model=wider, progress=False)
+
+
+def test_directories_that_hold_no_run(tmp_path):
+    with pytest.raises(RunError, match="There is no directory"):
+        resume(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="is empty.*start the run again"):
+        resume(tmp_path / "empty")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "model").mkdir()
+    with pytest.raises(RunError, match="without run.json"):
+        resume(tmp_path / "half")
+    (tmp_path / "half" / RECORD).write_text('{"format_version": 1')
+    with pytest.raises(RunError, match="cannot be read .*Restore"):
+        resume(tmp_path / "half")
+    (tmp_path / "half" / RECORD).write_text('{"format_version": 99}')
+    with pytest.raises(RunError, match="format version 99.*reads 1"):
+        resume(tmp_path / "half")
+
+
+def test_a_changed_source_is_noticed(tmp_path, text_file, tiny_gpt, quick):
+    short = quick.with_changes(time_budget_minutes=1e-9)
+    train(tiny_gpt, f"file:{text_file}", short, tmp_path / "run", progress=False)
+    source = tmp_path / "run/model/model.py"
+    source.write_text(source.read_text() + "\n# changed\n")
+    with pytest.raises(RunError, match="model.py in .* is not what the run was started with .SHA-256 differs"):
+        resume(tmp_path / "run", progress=False)
+
+
+def test_nothing_of_the_users_is_overwritten(tmp_path, text_file, tiny_gpt, quick):
+    short = quick.with_changes(time_budget_minutes=1e-9)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "data").mkdir()
+    with pytest.raises(RunError, match="not empty and holds no run.*ever overwritten"):
+        train(tiny_gpt, f"file:{text_file}", short, tmp_path / "thesis", progress=False)
+    train(tiny_gpt, f"file:{text_file}", short, tmp_path / "run", progress=False)
+    with pytest.raises(RunError, match="holds a run already.*resume"):
+        train(tiny_gpt, f"file:{text_file}", short, tmp_path / "run", progress=False)
+
+
+def test_a_start_that_was_killed_half_way_is_cleared_away(tmp_path, text_file, tiny_gpt, quick):
+    remnant = tmp_path / "run"
+    (remnant / "checkpoints" / "step-00000000").mkdir(parents=True)
+    (remnant / UNFINISHED).touch()
+    run = train(tiny_gpt, f"file:{text_file}", quick.with_changes(max_steps=2), remnant, progress=False)
+    assert run.finished
+    assert not (remnant / UNFINISHED).exists()
+
+
+def test_a_context_longer_than_the_model_is_refused(tmp_path, text_file, tiny_gpt):
+    with pytest.raises(ConfigError, match="context_length is 64, and the model takes at most 32 tokens"):
+        train(tiny_gpt, f"file:{text_file}", TrainingConfig(context_length=64), tmp_path / "run")
+
+
+def test_models_that_cannot_learn_are_refused(tmp_path, text_file, tiny_gpt):
+    tiny_gpt.module.requires_grad_(False)
+    with pytest.raises(RunError, match="no parameter that can be trained"):
+        train(tiny_gpt, f"file:{text_file}", TrainingConfig(), tmp_path / "run")
+
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+
+        def forward(self, x):
+            raise ValueError("not today")
+
+    with pytest.raises(RunError, match="No forward pass of Broken succeeded.*not today"):
+        train(Broken(), f"file:{text_file}", TrainingConfig(), tmp_path / "run")

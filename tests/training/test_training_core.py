@@ -1,0 +1,149 @@
+import errno
+import math
+import warnings
+
+import pytest
+import torch
+
+import utils
+from utils.adapters import ModelAdapter
+from utils.runtime.errors import RunError
+from utils.training import TrainingConfig, checkpoint_manager
+from utils.training.dataset_utilities import load_data
+from utils.training.evaluation import evaluate
+from utils.training.metrics import read_metrics
+from utils.training.resume import train
+from utils.training.training_core import choose_precision, learning_rate_share
+from utils.training.weights import weights_sha256
+
+
+def test_a_language_model_learns_and_everything_is_kept(tmp_path, text_file, tiny_gpt, quick):
+    run = train(tiny_gpt, f"file:{text_file}", quick.with_changes(max_steps=60), tmp_path / "run", progress=False)
+    assert run.finished
+    assert run.model is tiny_gpt.module
+    assert not run.model.training
+    losses = [row["loss"] for row in run.metrics if row["split"] == "train"]
+    assert losses[0] == pytest.approx(math.log(300), abs=0.4), "the first losses are those of chance"
+    assert losses[-1] < losses[0] - 0.5
+    last = run.last("validation")
+    facts = run.data.facts
+    expected = last["loss"] * facts["validation_tokens"] / math.log(2) / facts["validation_bytes"]
+    assert last["bits_per_byte"] == pytest.approx(expected)
+    assert read_metrics(run.directory / "metrics.csv") == run.metrics
+    for name in ("run.json", "summary.json", "figures/training.png", "model/model.py", "data/tokenizer.json"):
+        assert (run.directory / name).stat().st_size > 100, name
+    assert "finished at step 60 of 60" in str(run)
+    assert "<table>" in run._repr_html_()
+
+
+def test_images_are_classified_better_than_chance(tmp_path):
+    loaded = utils.load_model("example:vit")
+    config = TrainingConfig(max_steps=80, batch_size=32, learning_rate=3e-3, val_every_steps=80)
+    run = train(loaded, "builtin:digits", config, tmp_path / "run", progress=False)
+    assert run.last("validation")["accuracy"] > 0.6
+
+
+def test_the_seed_decides_everything(tmp_path, text_file, quick):
+    def sha(name: str, seed: int) -> str:
+        loaded = utils.load_model("example:bert", config={"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 1})
+        config = quick.with_changes(max_steps=3, seed=seed)
+        return weights_sha256(train(loaded, f"file:{text_file}", config, tmp_path / name, progress=False).model)
+
+    torch.manual_seed(1)
+    first = sha("a", 0)
+    torch.manual_seed(2)
+    assert sha("b", 0) == first
+    assert sha("c", 1) != first
+
+
+def test_the_callers_random_streams_are_untouched(tmp_path, text_file, tiny_gpt, quick):
+    torch.manual_seed(9)
+    expected = torch.rand(3)
+    torch.manual_seed(9)
+    train(tiny_gpt, f"file:{text_file}", quick.with_changes(max_steps=2), tmp_path / "run", progress=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_measuring_leaves_the_model_alone_and_repeats(text_file, tiny_gpt):
+    adapter = ModelAdapter(tiny_gpt)
+    data = load_data(f"file:{text_file}", task="causal_lm", vocab_size=300, max_length=32)
+    tiny_gpt.module.train()
+    first, second = (evaluate(adapter, data, batch_size=size) for size in (3, 3))
+    assert first == second
+    assert tiny_gpt.module.training
+    whole = evaluate(adapter, data, batch_size=64)
+    assert whole["loss"] == pytest.approx(first["loss"], rel=1e-5), "the mean is over tokens, not over batches"
+
+
+def test_a_full_disk_warns_and_training_goes_on(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
+    original, calls = checkpoint_manager.save_weights, []
+
+    def sometimes_full(module, path):
+        calls.append(path)
+        if len(calls) in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(module, path)
+
+    monkeypatch.setattr(checkpoint_manager, "save_weights", sometimes_full)
+    with pytest.warns(UserWarning, match="disk is full: the checkpoint of step 4 .*step-00000000 is untouched.*Training goes on"):
+        run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False)
+    assert run.finished
+    assert run.lost_checkpoints == 2
+    assert run.checkpoints.latest().step == 24
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, text_file, quick):
+    loaded = utils.load_model("example:gpt", config={"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 1})
+    original = loaded.module.forward
+
+    def breaks(input_ids):
+        logits = original(input_ids)
+        return logits * float("nan") if loaded.module.training and breaks.armed else logits
+
+    breaks.armed = False
+    loaded.module.forward = breaks
+    original_train = loaded.module.train
+
+    def arm(mode: bool = True):
+        breaks.armed = mode
+        return original_train(mode)
+
+    loaded.module.train = arm
+    with pytest.raises(RunError, match="training loss is nan in the steps up to 4.*last good state is kept"):
+        train(loaded, f"file:{text_file}", quick, tmp_path / "run", progress=False)
+    assert (tmp_path / "run/checkpoints/step-00000000").is_dir()
+
+
+def test_lightning_says_nothing(tmp_path, text_file, tiny_gpt, quick, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(tiny_gpt, f"file:{text_file}", quick.with_changes(max_steps=2), tmp_path / "run", progress=False)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = TrainingConfig(warmup_share=0.1, final_learning_rate_share=0.2)
+    shares = [learning_rate_share(step, 100, config) for step in range(101)]
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[9] == shares[10] == 1.0
+    assert shares[55] == pytest.approx(0.6)
+    assert shares[100] == pytest.approx(0.2)
+    assert learning_rate_share(0, 5, TrainingConfig(warmup_share=0.0)) == 1.0
+
+
+def test_precision_on_this_machine():
+    assert choose_precision("16-mixed") == "16-mixed"
+    expected = {"32-true"} if not torch.cuda.is_available() else {"bf16-mixed", "16-mixed"}
+    assert choose_precision("auto") in expected
+
+
+@pytest.mark.gpu
+def test_mixed_precision_trains_and_resumes_on_a_gpu(tmp_path, text_file, tiny_gpt, quick):
+    tiny_gpt.module.cuda()
+    config = quick.with_changes(precision="16-mixed", time_budget_minutes=1e-9)
+    train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False)
+    run = utils.resume(tmp_path / "run", time_budget_minutes=60, progress=False)
+    assert run.finished
+    assert math.isfinite(run.last("validation")["loss"])

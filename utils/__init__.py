@@ -1,0 +1,59 @@
+"""Seedbed: know whether a PyTorch model is sound, train it where machines vanish, ship it.
+
+The public surface, loaded on first use: `load_model`, `validate`, `show`, `train`, `resume`, `export`, `ModelSpec`,
+`ModelAdapter`, `LoadedModel`, `TrainingConfig`. Importing this package imports nothing but the standard library.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from utils.runtime.project import VERSION as __version__
+
+if TYPE_CHECKING:
+    from utils.adapters import ModelAdapter, ModelSpec
+    from utils.loading import LoadedModel, load_model
+    from utils.tier1_critical_validation import validate
+    from utils.tier3_training_utilities import export, resume, train
+    from utils.training import TrainingConfig
+    from utils.validation import show
+
+_HOMES = {
+    "load_model": "utils.loading",
+    "LoadedModel": "utils.loading",
+    "ModelAdapter": "utils.adapters",
+    "ModelSpec": "utils.adapters",
+    "validate": "utils.tier1_critical_validation",
+    "show": "utils.validation",
+    "train": "utils.tier3_training_utilities",
+    "resume": "utils.tier3_training_utilities",
+    "export": "utils.tier3_training_utilities",
+    "TrainingConfig": "utils.training",
+}
+
+__all__ = [
+    "LoadedModel",
+    "ModelAdapter",
+    "ModelSpec",
+    "TrainingConfig",
+    "__version__",
+    "export",
+    "load_model",
+    "resume",
+    "show",
+    "train",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'utils' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

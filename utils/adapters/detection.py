@@ -1,0 +1,266 @@
+"""Facts read off a module, its config and its forward signature, each with the reason.
+
+Names are only ever hints here: they order what is tried, and a forward pass confirms it.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from utils.adapters.capture import observe
+
+T = TypeVar("T")
+
+CONFIG_KEYS = {
+    "vocab_size": ("vocab_size", "n_vocab", "num_tokens", "vocabulary_size", "ntoken"),
+    "max_length": (
+        "max_seq_len",
+        "max_position_embeddings",
+        "n_positions",
+        "block_size",
+        "max_seq_length",
+        "max_sequence_length",
+        "context_length",
+        "max_len",
+        "seq_length",
+        "seq_len",
+        "n_ctx",
+        "ctx_len",
+    ),
+    "num_labels": ("num_labels", "num_classes", "n_classes"),
+    "pad_token_id": ("pad_token_id", "pad_id"),
+    "image_size": ("image_size", "img_size", "input_size", "resolution"),
+    "channels": ("num_channels", "in_channels", "in_chans", "channels"),
+    "features": ("input_dim", "in_features", "n_features", "num_features", "input_size", "in_dim"),
+}
+
+INPUT_KINDS = {
+    "tokens": re.compile(r"^(input_ids|input_0_tokens|idx|ids|tokens?|token_ids|src|src_tokens|source|indices)$"),
+    "image": re.compile(r"^(pixel_values|images?|imgs?|pixels)$"),
+    "wave": re.compile(r"^(input_values|waveforms?|wave|audio)$"),
+    "frames": re.compile(r"^(input_features|features|mel|spectrogram)$"),
+}
+
+TASK_SUFFIXES = {
+    "causal_lm": re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$"),
+    "masked_lm": re.compile(r"(ForMaskedLM|ForPreTraining)$"),
+    "seq2seq": re.compile(r"(ForConditionalGeneration|ForSeq2SeqLM)$"),
+    "text_classification": re.compile(r"(ForSequenceClassification|ForTokenClassification)$"),
+    "image_classification": re.compile(r"ForImageClassification$"),
+    "audio_classification": re.compile(r"ForAudioClassification$"),
+}
+
+CAUSAL_HINT = re.compile(r"gpt|causal|decoder|llama|autoregress|lm_?head|language_?model", re.IGNORECASE)
+MASKED_HINT = re.compile(r"bert|mlm|masked|encoder|bidirectional|electra", re.IGNORECASE)
+
+DECODER_INPUTS = ("decoder_input_ids", "tgt", "trg", "target_ids", "decoder_inputs", "dec_ids")
+LABEL_INPUTS = ("targets", "labels", "target", "y")
+
+
+@dataclass(frozen=True)
+class Detection(Generic[T]):
+    """A fact about a model and how it is known."""
+
+    value: T
+    """The fact; None when it is not known or there is none."""
+    reason: str
+    """Where it comes from, as a phrase for people."""
+
+
+def config_dict(source: Any) -> dict[str, Any]:
+    """Return a config of any usual form (mapping, dataclass, transformers config, plain object) as a dict."""
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        return dict(source)
+    if is_dataclass(source) and not isinstance(source, type):
+        return asdict(source)
+    if callable(getattr(source, "to_dict", None)):
+        return dict(source.to_dict())
+    try:
+        return {key: value for key, value in vars(source).items() if not key.startswith("_")}
+    except TypeError:
+        return {}
+
+
+def config_number(config: Mapping[str, Any], fact: str) -> Detection[int] | None:
+    """Look a positive whole number up in a config under the names in use for `fact`, nested text and vision parts too."""
+    places: list[tuple[str, Mapping[str, Any]]] = [("", config)]
+    places += [(f"{key}.", value) for key, value in config.items() if isinstance(value, Mapping)]
+    for prefix, place in places:
+        for key in CONFIG_KEYS[fact]:
+            value = place.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and (value > 0 or fact == "pad_token_id"):
+                return Detection(value, f"`{prefix}{key}` in the config")
+    return None
+
+
+@dataclass(frozen=True)
+class ForwardSignature:
+    """What a forward accepts."""
+
+    required: tuple[str, ...]
+    """Parameters without a default."""
+    optional: tuple[str, ...]
+    """Parameters with a default."""
+    positional: bool
+    """It takes ``*args`` and names no parameter."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All named parameters in order."""
+        return self.required + self.optional
+
+
+def forward_signature(module: nn.Module) -> ForwardSignature:
+    """Read the signature of a module's forward; a scripted module's schema is read the same way."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return ForwardSignature((), (), True)
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return ForwardSignature(
+        tuple(p.name for p in named if p.default is p.empty),
+        tuple(p.name for p in named if p.default is not p.empty),
+        not named,
+    )
+
+
+def kind_by_name(name: str) -> str | None:
+    """Return the kind of input that a parameter's name stands for, if it is a usual one."""
+    return next((kind for kind, pattern in INPUT_KINDS.items() if pattern.match(name)), None)
+
+
+def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int, int], str]]:
+    """Yield plausible image shapes ``(channels, height, width)``, the likeliest first, each with its reason."""
+    convolution = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = config_number(config, "channels")
+    if channels is None and convolution is not None:
+        channels = Detection(convolution.in_channels, "inputs of the first Conv2d")
+    counts = [channels] if channels else [Detection(3, "colour is usual"), Detection(1, "grey is usual")]
+    size = config_number(config, "image_size")
+    pair = next((config[key] for key in CONFIG_KEYS["image_size"] if isinstance(config.get(key), (list, tuple))), None)
+    for channel in counts:
+        if pair is not None and len(pair) >= 2:
+            yield (channel.value, int(pair[-2]), int(pair[-1])), "the image size in the config"
+        elif size is not None:
+            yield (channel.value, size.value, size.value), f"{size.reason}; channels: {channel.reason}"
+        else:
+            for side in (224, 32, 28, 64, 16, 8, 96, 128, 256, 299):
+                yield (channel.value, side, side), f"the first usual size that runs; channels: {channel.reason}"
+
+
+def feature_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield plausible shapes of real-valued input without the batch, each with its reason."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            yield (child.in_features,), "inputs of the first Linear"
+            yield (12, child.in_features), "inputs of the first Linear, as a sequence"
+            break
+        if isinstance(child, (nn.LSTM, nn.GRU, nn.RNN)):
+            yield (12, child.input_size), f"input size of the first {type(child).__name__}"
+            break
+        if isinstance(child, nn.Conv1d):
+            yield (child.in_channels, 64), "channels of the first Conv1d"
+            yield (64, child.in_channels), "channels of the first Conv1d, time first"
+            break
+        if isinstance(child, nn.MultiheadAttention):
+            yield (12, child.embed_dim), "width of the first attention"
+            break
+        if isinstance(child, (nn.BatchNorm1d, nn.LayerNorm)):
+            width = child.num_features if isinstance(child, nn.BatchNorm1d) else child.normalized_shape[-1]
+            yield (width,), f"width of the first {type(child).__name__}"
+            yield (12, width), f"width of the first {type(child).__name__}, as a sequence"
+            break
+    if (width_in_config := config_number(config, "features")) is not None:
+        yield (width_in_config.value,), width_in_config.reason
+        yield (12, width_in_config.value), f"{width_in_config.reason}, as a sequence"
+
+
+def candidate_kinds(module: nn.Module, config: Mapping[str, Any], main: str) -> list[str]:
+    """Return the kinds of main input to try, the likeliest first."""
+    named = kind_by_name(main)
+    has_embedding = any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in module.modules())
+    has_convolution = any(isinstance(m, nn.Conv2d) for m in module.modules())
+    kinds = [named] if named else []
+    if config_number(config, "vocab_size") is not None or (has_embedding and not has_convolution):
+        kinds.append("tokens")
+    if has_convolution or config_number(config, "image_size") is not None:
+        kinds.append("image")
+    kinds += ["features", "tokens" if has_embedding else "image", "image", "tokens"]
+    return list(dict.fromkeys(kinds))
+
+
+@dataclass(frozen=True)
+class EmbeddingUse:
+    """What one embedding table was asked for during a forward pass."""
+
+    name: str
+    rows: int
+    padding_idx: int | None
+    reads_tokens: bool
+    """It was given the token ids themselves."""
+    offset: int | None
+    """It was given consecutive positions that start here."""
+
+
+def embedding_uses(module: nn.Module, call: Any, ids: Tensor) -> list[EmbeddingUse]:
+    """Run `call` and tell token tables from position tables by what they are asked for.
+
+    Args:
+        module: The model.
+        call: Runs one forward pass with `ids` as token ids.
+        ids: Token ids ``(batch, seq)`` that are not consecutive numbers.
+    """
+    uses: dict[str, EmbeddingUse] = {}
+    length = ids.shape[1]
+
+    def watch(name: str, child: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(child, nn.Embedding) or not inputs or not isinstance(inputs[0], Tensor):
+            return
+        asked = inputs[0]
+        row = asked.reshape(-1, asked.shape[-1])[0] if asked.dim() else asked
+        consecutive = row.dim() == 1 and len(row) == length and bool((row.diff() == 1).all())
+        uses[name] = EmbeddingUse(
+            name,
+            child.num_embeddings,
+            child.padding_idx,
+            asked.shape == ids.shape and torch.equal(asked, ids),
+            int(row[0]) if consecutive else None,
+        )
+
+    with observe(module, watch):
+        call()
+    return list(uses.values())
+
+
+def task_by_name(module: nn.Module, config: Mapping[str, Any]) -> Detection[str] | None:
+    """Read the task off the names that transformers gives its classes."""
+    names = [type(module).__name__, *(config.get("architectures") or [])]
+    for name in names:
+        for task, pattern in TASK_SUFFIXES.items():
+            if pattern.search(str(name)):
+                return Detection(task, f"the class name {name}")
+    return None
+
+
+def language_task_hint(module: nn.Module, config: Mapping[str, Any], names: tuple[str, ...]) -> Detection[str] | None:
+    """Tell a causal from a masked language model by settings and names; None when nothing speaks for either."""
+    for key, task in (("is_decoder", "causal_lm"), ("causal", "causal_lm"), ("is_causal", "causal_lm")):
+        if config.get(key) is True:
+            return Detection(task, f"`{key}` is true in the config")
+    if config.get("causal") is False or config.get("is_causal") is False:
+        return Detection("masked_lm", "the config says that it is not causal")
+    label = f"{type(module).__name__} {config.get('model_name', '')} {config.get('model_type', '')}"
+    if CAUSAL_HINT.search(label):
+        return Detection("causal_lm", f"the model's name ({label.split()[0]})")
+    if MASKED_HINT.search(label):
+        return Detection("masked_lm", f"the model's name ({label.split()[0]})")
+    if "token_type_ids" in names:
+        return Detection("masked_lm", "forward takes `token_type_ids`, as BERT-style encoders do")
+    return None

@@ -1,0 +1,584 @@
+"""One interface to any module: how to call it, where its logits are, what it is for.
+
+The constructor runs the model a few times on tiny inputs and leaves it exactly as it was. Nothing here judges: a model
+that no call could run still gets an adapter, and `ModelAdapter.failure` says what was tried.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from utils.adapters.capture import named_tensors, tensor_at
+from utils.adapters.detection import (
+    DECODER_INPUTS,
+    LABEL_INPUTS,
+    Detection,
+    candidate_kinds,
+    config_dict,
+    config_number,
+    embedding_uses,
+    feature_shapes,
+    forward_signature,
+    image_shapes,
+    kind_by_name,
+    language_task_hint,
+    task_by_name,
+)
+from utils.adapters.objectives import random_labels, task_loss
+from utils.adapters.spec import ModelSpec
+from utils.runtime.errors import AdapterError, SeedbedError
+from utils.runtime.isolation import preserved
+
+PROBE_BATCH = 2
+PROBE_LENGTHS = (12, 16, 32, 64, 128)
+LONGEST_PROBE = 2048
+SLOW_PROBE_SECONDS = 0.25
+LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq")
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+    """Anything that carries a module with its config, as a loaded model does."""
+
+    module: nn.Module
+    config: dict[str, Any]
+
+    def factory(self) -> nn.Module:
+        """Build another instance with the same settings."""
+
+
+class ModelAdapter:
+    """What a module is and how to call it; every fact comes with its reason.
+
+    Attributes:
+        module: The model itself, never a copy.
+        config: Its settings as a dict, possibly empty.
+        spec: What the user stated.
+        modality: ``"tokens"``, ``"image"`` or ``"features"``.
+        input_names: Names of the inputs that `example_inputs` makes, the main one first.
+        failure: Why no forward pass succeeded, or None.
+    """
+
+    def __init__(self, model: Any, config: Any = None, spec: ModelSpec | None = None) -> None:
+        """Find out how to call a model.
+
+        Args:
+            model: A module, a loaded model, or another adapter.
+            config: Settings of the model in any usual form; adds to what the model carries.
+            spec: Facts that override detection.
+
+        Raises:
+            AdapterError: `model` is no module, has uninitialised parameters, or needs arguments that cannot be guessed.
+        """
+        factory: Callable[[], nn.Module] | None = None
+        if isinstance(model, ModelAdapter):
+            config = {**model.config, **config_dict(config)}
+            factory, spec, model = model.factory, spec or model.spec, model.module
+        elif isinstance(model, ModelSource) and not isinstance(model, nn.Module):
+            config = {**model.config, **config_dict(config)}
+            factory, model = model.factory, model.module
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        if not isinstance(model, nn.Module):
+            raise AdapterError(
+                f"A {type(model).__name__} was given where a model was expected.",
+                "Expected a torch.nn.Module or what utils.load_model returns.",
+                "For a class, create an instance first; for a link or a path, call utils.load_model.",
+            )
+        lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+        if lazy:
+            raise AdapterError(
+                f"The parameter {lazy[0]} has no shape yet (a lazy module).",
+                "Expected a model whose parameters all exist.",
+                "Run one forward pass on real input before you validate or train it.",
+            )
+        self.module: nn.Module = model
+        self.spec = spec or ModelSpec()
+        self.config = {**config_dict(getattr(model, "config", None)), **config_dict(config)}
+        self.factory = self.spec.factory or factory
+        self.failure: str | None = None
+        self.modality = "features"
+        self._signature = forward_signature(model)
+        self._labels_input: str | None = None
+        self._shape: Detection[tuple[int, ...]] = Detection((), "unknown")
+        self._probe_length = PROBE_LENGTHS[0]
+        self._embedding_uses: list[Any] = []
+        self.input_names: tuple[str, ...] = ()
+        self._output: Detection[str | None] = Detection(None, "no forward pass succeeded")
+        self._probe_shape: tuple[int, ...] = ()
+        with preserved(model, "adapter"), torch.no_grad():
+            model.eval()
+            self._find_inputs()
+            if self.failure is None:
+                self._find_output()
+
+    @property
+    def name(self) -> str:
+        """The model's class name."""
+        return type(self.module).__name__
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of parameters; a tensor used in several places counts once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter or buffer is; the CPU when it has none."""
+        tensor = next(self.module.parameters(), None)
+        if tensor is None:
+            tensor = next(self.module.buffers(), None)
+        return tensor.device if tensor is not None else torch.device("cpu")
+
+    @property
+    def main_input(self) -> str:
+        """Name of the input that carries the content."""
+        return self.input_names[0]
+
+    def example_inputs(self, batch_size: int = PROBE_BATCH, length: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Make valid inputs, the same for the same seed.
+
+        Args:
+            batch_size: Number of samples.
+            length: Tokens per sample for token models (default: a short length that is known to run); ignored by others.
+            seed: Seed of the random content.
+
+        Returns:
+            Keyword arguments of forward, batch first, on the model's device: token ids ``(batch, seq)`` that avoid the
+            padding id, images ``(batch, channels, height, width)``, or features.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        if self.spec.example_inputs is not None:
+            return self._resized_examples(self.spec.example_inputs, batch_size, length, generator)
+        inputs: dict[str, Tensor] = {}
+        tokens_shape = (batch_size, length or self._probe_length)
+        for name in self.input_names:
+            if name == "attention_mask" or name.endswith("_mask"):
+                value = torch.ones(tokens_shape, dtype=torch.long)
+            elif name == "token_type_ids":
+                value = torch.zeros(tokens_shape, dtype=torch.long)
+            elif name == "position_ids":
+                value = torch.arange(tokens_shape[1]).expand(tokens_shape)
+            elif self.modality == "tokens":
+                value = self._random_ids(tokens_shape, generator)
+            else:
+                value = torch.randn((batch_size, *self._shape.value), generator=generator, dtype=self._real_dtype)
+            inputs[name] = value.to(self.device)
+        return inputs
+
+    def forward(self, inputs: Mapping[str, Any]) -> Any:
+        """Call the model on inputs by name and return its raw output."""
+        if self._signature.positional:
+            return self.module(*inputs.values())
+        arguments = dict(inputs)
+        if self._labels_input and self._labels_input not in arguments:
+            arguments[self._labels_input] = inputs[self.main_input]
+        return self.module(**arguments)
+
+    def logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Call the model and return its main output.
+
+        Returns:
+            ``(batch, seq, vocab)`` for language models, ``(batch, num_labels)`` for classifiers, else what there is.
+
+        Raises:
+            AdapterError: No forward pass succeeded when the adapter was made, or the output has another structure now.
+        """
+        if self.failure is not None:
+            raise AdapterError(self.failure)
+        output = self.forward(inputs)
+        try:
+            return tensor_at(output, self._output.value or "")
+        except KeyError:
+            found = [path or "a tensor" for path, _ in named_tensors(output)]
+            raise AdapterError(
+                f"The model returned {', '.join(found) or type(output).__name__}.",
+                f"Expected its logits at `{self._output.value}` as before.",
+                "Return the same structure for every input.",
+            ) from None
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the task's mean loss in nats; see `utils.adapters.objectives.task_loss`."""
+        return task_loss(self.task.value, logits, labels)
+
+    def random_labels(self, logits: Tensor, seed: int = 0) -> Tensor:
+        """Draw labels that fit these logits; see `utils.adapters.objectives.random_labels`."""
+        return random_labels(self.task.value, logits, seed)
+
+    @property
+    def output(self) -> Detection[str | None]:
+        """Path of the logits in the model's output; empty when the output is the logits."""
+        return self._output
+
+    @cached_property
+    def vocab_size(self) -> Detection[int | None]:
+        """Number of legal token ids."""
+        if self.spec.vocab_size is not None:
+            return Detection(self.spec.vocab_size, "stated in ModelSpec")
+        if self.modality != "tokens":
+            return Detection(None, f"the input is not token ids but {self.modality}")
+        if (found := config_number(self.config, "vocab_size")) is not None:
+            return Detection(found.value, found.reason)
+        for use in self._embedding_uses:
+            if use.reads_tokens:
+                tie = " and the output is as wide" if self._probe_shape[-1:] == (use.rows,) else ""
+                return Detection(use.rows, f"rows of the embedding `{use.name}` that reads the token ids{tie}")
+        if len(self._probe_shape) == 3 and self._probe_shape[-1] > 2:
+            return Detection(self._probe_shape[-1], "width of the output; no embedding was seen reading the token ids")
+        return Detection(None, "no config entry, and no embedding was seen reading the token ids")
+
+    @cached_property
+    def pad_token_id(self) -> Detection[int | None]:
+        """The token id that fills up short sequences."""
+        if self.spec.pad_token_id is not None:
+            return Detection(self.spec.pad_token_id, "stated in ModelSpec")
+        if (found := config_number(self.config, "pad_token_id")) is not None and found.value >= 0:
+            return Detection(found.value, found.reason)
+        for use in self._embedding_uses:
+            if use.reads_tokens and use.padding_idx is not None:
+                return Detection(use.padding_idx, f"padding_idx of the embedding `{use.name}`")
+        return Detection(None, "no config entry and no padding_idx")
+
+    @cached_property
+    def max_length(self) -> Detection[int | None]:
+        """Longest legal sequence in tokens; None when there is no known limit."""
+        if self.spec.max_length is not None:
+            return Detection(self.spec.max_length, "stated in ModelSpec")
+        if self.modality != "tokens":
+            return Detection(None, f"the input is not a sequence of tokens but {self.modality}")
+        tables = [use for use in self._embedding_uses if use.offset is not None and not use.reads_tokens]
+        configured = config_number(self.config, "max_length")
+        if configured is not None:
+            for use in tables:
+                # Tables like RoBERTa's reserve their first rows, and the config counts these too.
+                if use.offset and use.rows == configured.value:
+                    return Detection(
+                        use.rows - use.offset, f"{configured.reason}, less the {use.offset} first rows of `{use.name}`"
+                    )
+            return Detection(configured.value, configured.reason)
+        if tables:
+            table = min(tables, key=lambda use: use.rows - (use.offset or 0))
+            return Detection(table.rows - (table.offset or 0), f"rows of the position embedding `{table.name}`")
+        return self._longest_that_runs()
+
+    @cached_property
+    def num_labels(self) -> Detection[int | None]:
+        """Number of classes or targets; None for language models."""
+        if self.spec.num_labels is not None:
+            return Detection(self.spec.num_labels, "stated in ModelSpec")
+        if self.task.value in LANGUAGE_MODELS:
+            return Detection(None, "a language model predicts tokens")
+        if (found := config_number(self.config, "num_labels")) is not None:
+            return Detection(found.value, found.reason)
+        if self._probe_shape:
+            width = self._probe_shape[-1] if len(self._probe_shape) > 1 else 1
+            return Detection(width, "width of the output")
+        return Detection(None, "no config entry, and no forward pass succeeded")
+
+    @cached_property
+    def image_shape(self) -> Detection[tuple[int, int, int] | None]:
+        """Shape of one image ``(channels, height, width)``."""
+        if self.modality != "image":
+            return Detection(None, f"the input is not an image but {self.modality}")
+        channels, height, width = self._shape.value
+        return Detection((channels, height, width), self._shape.reason)
+
+    @cached_property
+    def task(self) -> Detection[str]:
+        """What the model is for, one of `utils.adapters.TASKS`."""
+        if self.spec.task is not None:
+            return Detection(self.spec.task, "stated in ModelSpec")
+        if self.modality == "tokens" and self.input_names[1:] and self.input_names[1] in DECODER_INPUTS:
+            return Detection("seq2seq", f"forward takes `{self.input_names[1]}` beside the source")
+        if self.modality == "features" and kind_by_name(self.main_input) in ("wave", "frames"):
+            return Detection("audio_classification", f"forward takes sound as `{self.main_input}`")
+        if (named := task_by_name(self.module, self.config)) is not None:
+            return named
+        shape = self._probe_shape
+        if self.modality == "image":
+            return Detection("image_classification", "images in, one row of scores per image out")
+        if self.modality == "features":
+            if len(shape) < 2 or shape[-1] == 1:
+                return Detection("regression", "features in, one number per sample out")
+            return Detection("tabular_classification", f"features in, {shape[-1]} scores per sample out")
+        if len(shape) == 2:
+            return Detection("text_classification", f"token ids in, one row of {shape[-1]} scores per text out")
+        if len(shape) < 2:
+            if shape:
+                return Detection("regression", "token ids in, one number per text out")
+            return Detection("causal_lm", "assumed for token ids, because no forward pass succeeded")
+        return self._language_task(shape[-1])
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return every detected fact as a row ``{"name", "value", "reason"}``."""
+        rows = [
+            {"name": "inputs", "value": ", ".join(self.input_names), "reason": self._shape.reason},
+            {"name": "parameters", "value": self.num_parameters, "reason": "tensors used twice count once"},
+        ]
+        for name in ("task", "output", "vocab_size", "max_length", "num_labels", "pad_token_id", "image_shape"):
+            detection: Detection[Any] = getattr(self, name)
+            value = "the output itself" if name == "output" and detection.value == "" else detection.value
+            if value is not None:
+                rows.append({"name": name, "value": value, "reason": detection.reason})
+        return rows
+
+    def _find_inputs(self) -> None:
+        """Try the likeliest inputs until a forward pass succeeds."""
+        attempts: list[str] = []
+        for plan in self._input_plans():
+            try:
+                output = self.forward(self.example_inputs())
+            except (SeedbedError, MemoryError):
+                raise
+            except Exception as error:
+                first_line = (str(error).strip() or "no message").splitlines()[0]
+                attempts.append(f"{plan}: {type(error).__name__}: {first_line[:160]}")
+                continue
+            if next(named_tensors(output), None) is None:
+                attempts.append(f"{plan}: forward returned {type(output).__name__} and no tensor")
+                continue
+            return
+        if self.spec.example_inputs is not None:
+            advice = "Correct ModelSpec.example_inputs so that model(**example_inputs) is a valid call."
+        else:
+            advice = "If the model is sound, pass ModelSpec(example_inputs={...}) with arguments that it accepts."
+        shown = "; ".join(dict.fromkeys(attempts[:1] + attempts[-3:])) if len(attempts) > 4 else "; ".join(attempts)
+        self.failure = f"No forward pass of {self.name} succeeded ({len(attempts)} tried). {shown}. {advice}"
+
+    def _input_plans(self) -> Iterator[str]:
+        """Set up one way of calling the model after another and yield its description."""
+        if self.spec.example_inputs is not None:
+            examples = {key: value for key, value in self.spec.example_inputs.items() if isinstance(value, Tensor)}
+            if not examples:
+                raise AdapterError(
+                    "ModelSpec.example_inputs holds no tensor.", "Expected a dict of keyword arguments, batch first."
+                )
+            self.input_names = tuple(examples)
+            main = examples[self.main_input]
+            self.modality = "features" if main.is_floating_point() else "tokens"
+            if main.is_floating_point() and main.dim() == 4:
+                self.modality = "image"
+            self._shape = Detection(tuple(main.shape[1:]), "ModelSpec.example_inputs")
+            if self.modality == "tokens" and main.dim() > 1:
+                self._probe_length = main.shape[1]
+            yield "ModelSpec.example_inputs"
+            return
+        if not self._signature.positional and not self._signature.names:
+            raise AdapterError(
+                f"forward() of {self.name} takes no arguments.", "Expected at least one tensor, batch first."
+            )
+        main_name = (*self._signature.names, "input")[0]
+        extra = tuple(name for name in self._signature.required[1:])
+        decoder = next((name for name in DECODER_INPUTS if name in self._signature.names and name != main_name), None)
+        if decoder and decoder not in extra:
+            extra = (decoder, *extra)
+        fillable = (*DECODER_INPUTS, "attention_mask", "token_type_ids", "position_ids")
+        unknown = [name for name in extra if name not in fillable and name not in LABEL_INPUTS]
+        if unknown:
+            raise AdapterError(
+                f"forward() of {self.name} requires {', '.join(unknown)} beside {main_name}.",
+                "Expected one main input, and of others only attention_mask, token_type_ids, position_ids or decoder ids.",
+                f"Pass ModelSpec(example_inputs={{{main_name!r}: ..., {unknown[0]!r}: ...}}) with tensors it accepts.",
+            )
+        self.input_names = (main_name, *(name for name in extra if name not in LABEL_INPUTS))
+        self._labels_input = next((name for name in extra if name in LABEL_INPUTS), None)
+        for kind in candidate_kinds(self.module, self.config, main_name):
+            if kind == "tokens":
+                self.modality = "tokens"
+                self._shape = Detection((), f"`{main_name}` takes token ids (batch, seq): a forward pass succeeded")
+                for length in PROBE_LENGTHS:
+                    self._probe_length = length
+                    yield f"token ids ({PROBE_BATCH}, {length})"
+            elif kind == "image":
+                self.modality = "image"
+                for image_shape, reason in image_shapes(self.module, self.config):
+                    self._shape = Detection(image_shape, reason)
+                    yield f"images {(PROBE_BATCH, *image_shape)}"
+            else:
+                self.modality = "features"
+                for shape, reason in self._feature_plans(kind):
+                    self._shape = Detection(shape, reason)
+                    yield f"features {(PROBE_BATCH, *shape)}"
+
+    def _feature_plans(self, kind: str) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Yield shapes of real-valued input for a kind."""
+        if kind == "wave":
+            yield (16000,), "one second of sound at 16 kHz"
+        elif kind == "frames":
+            bins = self.config.get("num_mel_bins", 80)
+            positions = self.config.get("max_source_positions")
+            if isinstance(positions, int):
+                yield (bins, 2 * positions), "mel bins and twice `max_source_positions` in the config"
+            yield (128, bins), "time and mel bins"
+            yield (bins, 128), "mel bins and time"
+        else:
+            yield from feature_shapes(self.module, self.config)
+
+    def _find_output(self) -> None:
+        """Find the logits by their shape, and the embeddings that read tokens and positions."""
+        inputs = self.example_inputs()
+        outputs: list[Any] = []
+        if self.modality == "tokens":
+            self._embedding_uses = embedding_uses(
+                self.module, lambda: outputs.append(self.forward(inputs)), inputs[self.main_input]
+            )
+            self.__dict__.pop("vocab_size", None)
+            self.__dict__.pop("pad_token_id", None)
+            # The ids so far were drawn without knowing the vocabulary; with it the padding id can be avoided.
+            inputs = self.example_inputs()
+        output = self.forward(inputs)
+        self._output = self._choose_output(output, inputs)
+        if self.modality == "tokens" and self._shortened(output, inputs):
+            optional = next((name for name in LABEL_INPUTS if name in self._signature.optional), None)
+            if optional is not None:
+                self._labels_input = optional
+                try:
+                    output = self.forward(inputs)
+                    self._output = self._choose_output(output, inputs)
+                except Exception:
+                    self._labels_input = None
+                    output = self.forward(inputs)
+        self._probe_shape = tuple(tensor_at(output, self._output.value or "").shape)
+        self.__dict__.pop("vocab_size", None)
+
+    def _shortened(self, output: Any, inputs: Mapping[str, Tensor]) -> bool:
+        """Tell whether the output covers the last position only, as nanoGPT's does without targets."""
+        shape = tensor_at(output, self._output.value or "").shape
+        length = inputs[self.main_input].shape[1]
+        return len(shape) == 3 and shape[1] == 1 and length > 1
+
+    def _choose_output(self, output: Any, inputs: Mapping[str, Tensor]) -> Detection[str | None]:
+        """Choose the tensor that is the logits: by width and shape first, by name second."""
+        found = [(path, tensor) for path, tensor in named_tensors(output) if tensor.is_floating_point()]
+        if not found:
+            raise AdapterError(
+                f"{self.name} returned no real-valued tensor ({type(output).__name__}).",
+                "Expected logits, scores or features.",
+                "Return them from forward().",
+            )
+        if len(found) == 1:
+            path = found[0][0]
+            return Detection(path, "the only real-valued tensor in the output" if path else "the output is one tensor")
+        batch = next(iter(inputs.values())).shape[0]
+        content = inputs.get("decoder_input_ids", inputs[self.main_input])
+        positions = content.shape[1] if self.modality == "tokens" and content.dim() > 1 else None
+        vocabulary = self.vocab_size.value
+        labels = self.spec.num_labels or (d.value if (d := config_number(self.config, "num_labels")) else None)
+
+        def rank(entry: tuple[int, tuple[str, Tensor]]) -> tuple[int, ...]:
+            order, (path, tensor) = entry
+            shape = tuple(tensor.shape)
+            last = path.rsplit(".", 1)[-1].lower()
+            return (
+                -(len(shape) == 3 and shape[:2] == (batch, positions) and shape[-1] == vocabulary),
+                -(len(shape) == 2 and shape[0] == batch and shape[-1] == labels),
+                -("logits" in last),
+                -(len(shape) == 3 and shape[:2] == (batch, positions)),
+                -(len(shape) >= 1 and shape[0] == batch),
+                -(len(shape) > 0),
+                order,
+            )
+
+        path, tensor = min(enumerate(found), key=rank)[1]
+        return Detection(path, f"of {len(found)} tensors the one with shape {tuple(tensor.shape)} fits best")
+
+    def _language_task(self, width: int) -> Detection[str]:
+        """Decide what a model is for that turns token ids into one vector per position."""
+        table = next((use for use in self._embedding_uses if use.reads_tokens), None)
+        vocabulary = self.vocab_size.value or width
+        hint = language_task_hint(self.module, self.config, self._signature.names)
+        if width != vocabulary and table is not None:
+            embedding_width = self.module.get_submodule(table.name).embedding_dim
+            if width == embedding_width and not 0.5 <= width / vocabulary <= 2:
+                return Detection("embedding", f"one vector per token, as wide as the token embedding ({width})")
+        if not 0.5 <= width / vocabulary <= 2 and hint is None:
+            return Detection("text_classification", f"token ids in, {width} scores per token out")
+        if hint is not None:
+            return hint
+        with preserved(self.module, "adapter"), torch.no_grad():
+            self.module.eval()
+            inputs = self.example_inputs()
+            before = self.logits(inputs)
+            ids = inputs[self.main_input].clone()
+            ids[:, -1] = (ids[:, -1] + 1) % vocabulary
+            after = self.logits({**inputs, self.main_input: ids})
+        if torch.equal(before[:, :-1], after[:, :-1]):
+            return Detection("causal_lm", "scores over the vocabulary, and earlier positions do not see the last token")
+        return Detection(
+            "causal_lm",
+            "assumed for scores over the vocabulary; if it may see later tokens, say ModelSpec(task='masked_lm')",
+        )
+
+    def _longest_that_runs(self) -> Detection[int | None]:
+        """Find the longest legal sequence by trying, for models that state no limit."""
+        if self.failure is not None:
+            return Detection(None, "no forward pass succeeded")
+
+        slowest = 0.0
+
+        def runs(length: int) -> bool:
+            nonlocal slowest
+            started = time.perf_counter()
+            try:
+                with preserved(self.module, "adapter"), torch.no_grad():
+                    self.module.eval()
+                    self.logits(self.example_inputs(1, length))
+            except Exception:
+                return False
+            slowest = max(slowest, time.perf_counter() - started)
+            return True
+
+        good, bad = self._probe_length, None
+        while bad is None and good < LONGEST_PROBE and slowest < SLOW_PROBE_SECONDS:
+            if runs(2 * good):
+                good *= 2
+            else:
+                bad = 2 * good
+        if bad is None:
+            return Detection(None, f"no limit found up to {good} tokens")
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if runs(middle) else (good, middle)
+        return Detection(good, f"found by trying: {good} tokens run, {bad} do not")
+
+    @property
+    def _real_dtype(self) -> torch.dtype:
+        """The dtype of real-valued inputs: that of the model's own parameters."""
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+    def _random_ids(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Draw token ids that are legal as far as is known and avoid the padding id."""
+        padding = self.pad_token_id.value
+        # Ids 0 and 1 exist in every vocabulary; they serve until it is known.
+        ids = torch.randint(self.vocab_size.value or 2, shape, generator=generator)
+        if padding is not None and (self.vocab_size.value or 2) > 1:
+            ids = torch.where(ids == padding, (ids + 1) % (self.vocab_size.value or 2), ids)
+        return ids
+
+    def _resized_examples(
+        self, examples: Mapping[str, Any], batch_size: int, length: int | None, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Stretch the user's example to a batch size and, for token ids, to a length, by repeating it.
+
+        The main input's content is drawn anew where its range is known: token ids inside the vocabulary.
+        """
+        result: dict[str, Any] = {}
+        main = next(value for value in examples.values() if isinstance(value, Tensor))
+        for name, value in examples.items():
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != main.shape[0]:
+                result[name] = value
+                continue
+            rows = value.repeat(-(-batch_size // value.shape[0]), *[1] * (value.dim() - 1))[:batch_size]
+            stretch = length is not None and self.modality == "tokens" and value.shape[1:2] == main.shape[1:2]
+            if stretch and length is not None and rows.dim() > 1:
+                rows = rows.repeat(1, -(-length // rows.shape[1]), *[1] * (rows.dim() - 2))[:, :length]
+            if name == self.main_input and self.modality == "tokens" and rows.dim() == 2:
+                top = self.vocab_size.value or int(value.max()) + 1
+                rows = torch.randint(top, rows.shape, generator=generator).to(value.dtype)
+            result[name] = rows.to(self.device)
+        return result

@@ -1,0 +1,83 @@
+"""Tier 3: train, continue and ship, with the curves shown when this runs in a notebook.
+
+The verbs of `utils.training` with a live view; `fine_tune` is the historical name of `train`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from utils.adapters import ModelAdapter, ModelSpec
+from utils.loading import LoadedModel
+from utils.training.config import TrainingConfig
+from utils.training.export_utilities import export
+from utils.ui.views import LiveCurve, in_notebook
+
+if TYPE_CHECKING:
+    from utils.training.run import Run
+
+__all__ = ["export", "fine_tune", "resume", "train"]
+
+
+def train(
+    model: LoadedModel | ModelAdapter | nn.Module | str,
+    data: Any = "builtin:python-docs",
+    config: TrainingConfig | None = None,
+    run_dir: str | Path = "runs/latest",
+    *,
+    spec: ModelSpec | None = None,
+    progress: bool = True,
+) -> "Run":
+    """Train a model; everything needed to continue is kept in the run directory.
+
+    Example:
+        >>> run = train("example:gpt", config=TrainingConfig(max_steps=100), run_dir="runs/first")  # doctest: +SKIP
+
+    Args:
+        model: What `utils.load_model` returns or a reference for it (such a run can be continued from its directory
+            alone), an adapter or a module.
+        data: ``builtin:python-docs``, ``builtin:python-code``, ``builtin:digits``, ``file:PATH``, or prepared data.
+        config: How to train.
+        run_dir: A new or empty directory.
+        spec: Facts about the model that override detection.
+        progress: Show a progress bar, and curves in a notebook.
+
+    Returns:
+        The run. Its model is `model`, trained in place.
+
+    Raises:
+        SeedbedError: The model, the data, the settings or the directory cannot be used; the message says why.
+    """
+    from utils.training import resume as verbs
+
+    return verbs.train(model, data, config, run_dir, spec=spec, progress=progress, view=_view(progress))
+
+
+def resume(
+    run_dir: str | Path,
+    *,
+    model: nn.Module | None = None,
+    trust: bool = False,
+    time_budget_minutes: float | None = None,
+    progress: bool = True,
+) -> "Run":
+    """Continue a run exactly where it stopped; see `utils.training.resume.resume`."""
+    from utils.training import resume as verbs
+
+    return verbs.resume(
+        run_dir,
+        model=model,
+        trust=trust,
+        time_budget_minutes=time_budget_minutes,
+        progress=progress,
+        view=_view(progress),
+    )
+
+
+fine_tune = train
+
+
+def _view(progress: bool) -> LiveCurve | None:
+    """Show curves where they can be seen."""
+    return LiveCurve() if progress and in_notebook() else None

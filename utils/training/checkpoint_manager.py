@@ -1,0 +1,212 @@
+"""Checkpoints that cannot be torn: a directory appears under its final name only when every byte is on disk.
+
+Layout of one checkpoint, ``step-00000300/``::
+
+    model.safetensors   weights and buffers, shared tensors once
+    state.pt            the states of all other parts, loadable with weights_only=True
+    manifest.json       format version, step, size and SHA-256 of each file; written last
+
+A checkpoint is trusted only after its hashes were compared. One that does not verify is left where it is, named in a
+warning, and the next older one is used.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.runtime.errors import CheckpointError
+from utils.runtime.files import sha256_file, sync_file
+from utils.runtime.resources import format_bytes
+from utils.training.weights import load_weights, save_weights
+
+FORMAT_VERSION = 1
+WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+STEP_NAME = re.compile(r"^step-(\d{8,})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files match its manifest."""
+
+    directory: Path
+    step: int
+
+    def load_into(self, module: nn.Module) -> dict[str, Any]:
+        """Load the weights into a module and return the states of the other parts.
+
+        Raises:
+            CheckpointError: It belongs to another model, or its state cannot be read.
+        """
+        load_weights(module, self.directory / WEIGHTS)
+        try:
+            state = torch.load(self.directory / STATE, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.directory.name}/{STATE} cannot be read ({type(error).__name__}).",
+                "Expected a file that this version of Seedbed wrote.",
+                "Delete this checkpoint to resume from the one before it.",
+            ) from error
+        return dict(state)
+
+
+class CheckpointManager:
+    """Writes, verifies, finds and removes the checkpoints of one run."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        """Manage a directory.
+
+        Args:
+            directory: Where the checkpoints are; created when the first is written.
+            keep: How many of the newest stay.
+        """
+        self.directory, self.keep = Path(directory), keep
+
+    def save(self, step: int, module: nn.Module, state: dict[str, Any]) -> Path:
+        """Write a checkpoint and then remove those that are too old.
+
+        Args:
+            step: Optimizer steps done.
+            module: The model.
+            state: The states of all other parts.
+
+        Returns:
+            The new checkpoint's directory.
+
+        Raises:
+            CheckpointError: It could not be written; earlier checkpoints are untouched.
+        """
+        target = self.directory / f"step-{step:08d}"
+        temporary = self.directory / f".{target.name}.tmp-{os.getpid()}"
+        try:
+            self._remove_leftovers()
+            temporary.mkdir(parents=True)
+            save_weights(module, temporary / WEIGHTS)
+            with open(temporary / STATE, "wb") as stream:
+                torch.save(state, stream)
+            for name in (WEIGHTS, STATE):
+                sync_file(temporary / name)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "files": {
+                    name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)}
+                    for name in (WEIGHTS, STATE)
+                },
+            }
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            sync_file(temporary / MANIFEST)
+            sync_file(temporary)
+            self._replace(temporary, target)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise self._write_error(step, error) from error
+        for old in self._directories()[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def latest(self) -> Checkpoint:
+        """Return the newest checkpoint that verifies; warn about each newer one that does not.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        failures = []
+        for directory in self._directories():
+            problem = self.problem(directory)
+            if problem is None:
+                return Checkpoint(directory, int(directory.name.split("-")[1]))
+            failures.append(f"{directory.name}: {problem}")
+            warnings.warn(
+                f"The checkpoint {directory.name} does not verify ({problem}); the next older one is used. "
+                "It is left on disk; delete it when you do not need it.",
+                stacklevel=2,
+            )
+        raise CheckpointError(
+            f"No usable checkpoint in {self.directory} ({'; '.join(failures) or 'there is none'}).",
+            "Expected at least one whose files match its manifest.",
+            "Copy the checkpoints again from where the run was saved, or start a new run.",
+        )
+
+    def problem(self, directory: Path) -> str | None:
+        """Say what is wrong with a checkpoint's files, or None when all match the manifest."""
+        try:
+            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["format_version"] != FORMAT_VERSION:
+                return f"format version {manifest['format_version']}, this version reads {FORMAT_VERSION}"
+            if f"step-{manifest['step']:08d}" != directory.name:
+                return f"its manifest is of step {manifest['step']}"
+            expected_files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"{MANIFEST} cannot be read"
+        for name in (WEIGHTS, STATE):
+            if name not in expected_files:
+                return f"{name} is not in the manifest"
+            expected, digest = expected_files[name]
+            try:
+                found = (directory / name).stat().st_size
+                if found != expected:
+                    return f"{name} has {found} bytes, the manifest says {expected}"
+                if sha256_file(directory / name) != digest:
+                    return f"{name} does not match its SHA-256"
+            except FileNotFoundError:
+                return f"{name} is missing"
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror})"
+        return None
+
+    def _directories(self) -> list[Path]:
+        """Return the directories of finished checkpoints, the newest first."""
+        if not self.directory.is_dir():
+            return []
+        found = [path for path in self.directory.iterdir() if STEP_NAME.match(path.name)]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what earlier, killed writers left under temporary names."""
+        if self.directory.is_dir():
+            for path in self.directory.glob(".step-*.tmp-*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _replace(self, temporary: Path, target: Path) -> None:
+        """Give a finished directory its final name; one of the same step that does not verify makes way."""
+        if target.exists():
+            if self.problem(target) is None:
+                shutil.rmtree(temporary)
+                return
+            damaged = target.with_name(f".{target.name}.tmp-damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+            os.rename(target, damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+        os.rename(temporary, target)
+        sync_file(self.directory)
+
+    def _write_error(self, step: int, error: BaseException) -> CheckpointError:
+        """Turn a failed write into words."""
+        older = self._directories()
+        kept = f"The checkpoint {older[0].name} is untouched." if older else "There is no earlier checkpoint."
+        number = getattr(error, "errno", None)
+        # torch.save reports a full disk as a RuntimeError without a number.
+        full = number == errno.ENOSPC or (number is None and shutil.disk_usage(self.directory.parent).free < 1 << 20)
+        if full:
+            free = format_bytes(shutil.disk_usage(self.directory.parent).free)
+            return CheckpointError(
+                f"The disk is full: the checkpoint of step {step} could not be written ({free} free).",
+                kept,
+                "Free some space; the next checkpoint is tried as planned.",
+            )
+        return CheckpointError(
+            f"The checkpoint of step {step} could not be written: {error}.",
+            kept,
+            "Check the directory and its disk; the next checkpoint is tried as planned.",
+        )

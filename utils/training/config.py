@@ -1,0 +1,160 @@
+"""The settings of a training run: one frozen object for notebook, command line and checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from utils.runtime.errors import ConfigError
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+OPTIONAL = ("max_steps", "max_epochs", "context_length", "time_budget_minutes", "validation_share")
+NOT_YET = {
+    "growth": "Growing a model while it trains",
+    "continual": "Continual learning",
+    "tracking": "Tracking with an outside service",
+}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train; checked when it is made."""
+
+    max_steps: int | None = 300
+    """Optimizer steps in all; None when max_epochs says it."""
+    max_epochs: float | None = None
+    """Passes over the training data; None when max_steps says it."""
+    batch_size: int = 16
+    """Samples per forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.1
+    """Decay of weight matrices; norms, biases and other vectors are never decayed."""
+    warmup_share: float = 0.1
+    """Share of the steps over which the learning rate rises from zero."""
+    final_learning_rate_share: float = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down."""
+    seed: int = 0
+    """Seed of data order, dropout and masking."""
+    precision: str = "auto"
+    """Number format: auto (mixed on a GPU, float32 on a CPU), 32-true, bf16-mixed or 16-mixed."""
+    context_length: int | None = None
+    """Tokens per training sample; None takes the model's own length, at most 256."""
+    validation_share: float | None = None
+    """Share of the data held out to measure; None takes 0.05 of a text and 0.2 of images."""
+    checkpoint_every_steps: int = 100
+    """Steps between checkpoints."""
+    checkpoint_every_minutes: float = 5.0
+    """Minutes after which a checkpoint is written even if fewer steps were done."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    val_every_steps: int = 50
+    """Steps between measurements on the held-out data; the last step is always measured."""
+    log_every_steps: int = 10
+    """Steps per row of the training metrics."""
+    time_budget_minutes: float | None = None
+    """Stop cleanly, with a checkpoint, after so many minutes in this session."""
+    strategy: str = "auto"
+    """Lightning strategy; only auto (one device) in this version."""
+    devices: int = 1
+    """Number of devices; only 1 in this version."""
+    growth: Mapping[str, Any] | None = None
+    """Settings of growth; not available in this version."""
+    continual: Mapping[str, Any] | None = None
+    """Settings of continual learning; not available in this version."""
+    tracking: Mapping[str, Any] | None = None
+    """Settings of outside tracking; not available in this version (metrics always go to a CSV file)."""
+
+    def __post_init__(self) -> None:
+        """Check every field and every pair that can contradict.
+
+        Raises:
+            ConfigError: A value is out of range, two values contradict, or a feature is not available yet.
+        """
+        if (self.max_steps is None) == (self.max_epochs is None):
+            raise ConfigError(
+                f"max_steps is {self.max_steps} and max_epochs is {self.max_epochs}.",
+                "Expected exactly one of them.",
+                "Set the other to None.",
+            )
+        positive = ("max_steps", "max_epochs", "batch_size", "accumulate", "learning_rate", "clip_norm",
+                    "context_length", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints",
+                    "val_every_steps", "log_every_steps", "time_budget_minutes")  # fmt: skip
+        whole = ("max_steps", "batch_size", "accumulate", "context_length", "checkpoint_every_steps",
+                 "keep_checkpoints", "val_every_steps", "log_every_steps", "seed", "devices")  # fmt: skip
+        shares = ("warmup_share", "final_learning_rate_share", "validation_share", "weight_decay")
+        for name in (*positive, *shares, "seed", "devices"):
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int,) if name in whole else (int, float)):
+                kind = "a whole number" if name in whole else "a number"
+                raise ConfigError(f"TrainingConfig.{name} is {value!r}.", f"Expected {kind}.")
+            if name in positive and not value > 0:
+                raise ConfigError(f"TrainingConfig.{name} is {value!r}.", "Expected a number above 0.")
+            if name in shares and not 0 <= value <= 1:
+                raise ConfigError(f"TrainingConfig.{name} is {value!r}.", "Expected a number from 0 to 1.")
+        if self.validation_share is not None and not 0 < self.validation_share < 1:
+            raise ConfigError(
+                f"TrainingConfig.validation_share is {self.validation_share!r}.",
+                "Expected a number between 0 and 1: without held-out data nothing could be measured.",
+            )
+        if self.learning_rate > 1:
+            raise ConfigError(
+                f"TrainingConfig.learning_rate is {self.learning_rate!r}.",
+                "Expected at most 1: AdamW moves every weight by about the learning rate in each step.",
+                "Usual values are 1e-4 to 3e-3.",
+            )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"TrainingConfig.precision is {self.precision!r}.", f"Expected one of {', '.join(PRECISIONS)}."
+            )
+        if self.devices != 1 or self.strategy != "auto":
+            raise ConfigError(
+                f"TrainingConfig has devices={self.devices!r} and strategy={self.strategy!r}.",
+                "This version trains on one device: devices=1, strategy='auto'.",
+            )
+        for name, feature in NOT_YET.items():
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"TrainingConfig.{name} is set.",
+                    f"{feature} is not available in this version.",
+                    "Leave it at None.",
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as a dict that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "TrainingConfig":
+        """Make a config from a dict.
+
+        Raises:
+            ConfigError: A name is unknown (the nearest known one is suggested) or a value is invalid.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                raise ConfigError(
+                    f"TrainingConfig has no setting {name!r}.",
+                    f"Expected one of {', '.join(known)}.",
+                    f"Did you mean {near[0]!r}?" if near else "",
+                )
+        return cls(**settings)
+
+    def with_changes(self, **changes: Any) -> "TrainingConfig":
+        """Return a copy with some settings changed, checked again."""
+        return replace(self, **changes)
+
+    def total_steps(self, samples: int) -> int:
+        """Return the number of optimizer steps over a training set of `samples` samples."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.max_epochs is not None
+        return max(1, round(self.max_epochs * samples / (self.batch_size * self.accumulate)))

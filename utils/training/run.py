@@ -1,0 +1,261 @@
+"""A run directory: complete in itself, so that the run can be continued anywhere from it alone.
+
+Layout::
+
+    run.json       what was started: model, data, settings, versions; written last, so without it nothing was started
+    model/         the model's source files and config, exactly as loaded
+    data/          the prepared samples and the tokenizer
+    checkpoints/   see `utils.training.checkpoint_manager`
+    metrics.csv    every number that was measured
+    figures/       training.png
+    summary.json   how it stands: status, step, last measurements, SHA-256 of the weights
+"""
+
+import html
+import json
+import platform
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.adapters import ModelAdapter, ModelSpec
+from utils.loading import LoadedModel
+from utils.runtime.errors import CheckpointError, RunError
+from utils.runtime.files import sha256_file, write_json
+from utils.runtime.project import VERSION
+from utils.training.checkpoint_manager import CheckpointManager
+from utils.training.config import TrainingConfig
+from utils.training.prepared_data import PreparedData
+from utils.training.weights import weights_sha256
+
+FORMAT_VERSION = 1
+RECORD, SUMMARY, METRICS, FIGURE = "run.json", "summary.json", "metrics.csv", "figures/training.png"
+PARTS, UNFINISHED = ("model", "data", "checkpoints"), ".unfinished-run"
+SPEC_FIELDS = ("task", "vocab_size", "max_length", "num_labels", "pad_token_id", "frozen")
+
+
+@dataclass
+class Run:
+    """A training run and its directory."""
+
+    directory: Path
+    adapter: ModelAdapter
+    data: PreparedData
+    config: TrainingConfig
+    loaded: LoadedModel | None = None
+    status: str = "started"
+    """``started``, ``finished``, or how it stopped: ``interrupted``, ``terminated``, ``stopped by its time budget``."""
+    step: int = 0
+    """Optimizer steps done."""
+    total_steps: int = 0
+    """Optimizer steps planned."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """All rows of metrics.csv."""
+    lost_checkpoints: int = 0
+    """Checkpoints of this session that could not be written."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with its present weights."""
+        return self.adapter.module
+
+    @property
+    def checkpoints(self) -> CheckpointManager:
+        """The checkpoints of this run."""
+        return CheckpointManager(self.directory / "checkpoints", self.config.keep_checkpoints)
+
+    @property
+    def finished(self) -> bool:
+        """All planned steps were done."""
+        return self.status == "finished"
+
+    def last(self, split: str) -> dict[str, Any]:
+        """Return the last row measured on ``train`` or ``validation``; empty when there is none."""
+        return next((row for row in reversed(self.metrics) if row["split"] == split), {})
+
+    def summary(self) -> dict[str, Any]:
+        """Return how the run stands, as plain values."""
+        validation = self.last("validation")
+        baseline = self.data.facts.get("zlib_bits_per_byte")
+        return {
+            "status": self.status,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "model": self.adapter.name,
+            "parameters": self.adapter.num_parameters,
+            "task": self.adapter.task.value,
+            "data": self.data.reference,
+            "train_loss": self.last("train").get("loss"),
+            "validation_loss": validation.get("loss"),
+            "validation_accuracy": validation.get("accuracy"),
+            "bits_per_byte": validation.get("bits_per_byte"),
+            "zlib_bits_per_byte": baseline,
+            "lost_checkpoints": self.lost_checkpoints,
+            "weights_sha256": weights_sha256(self.model),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary with the settings and the place."""
+        return {**self.summary(), "directory": str(self.directory), "config": self.config.to_dict()}
+
+    def save_summary(self) -> None:
+        """Write summary.json."""
+        write_json(self.directory / SUMMARY, self.summary())
+
+    def __str__(self) -> str:
+        """Say in one line how the run stands."""
+        numbers = []
+        validation = self.last("validation")
+        if "loss" in validation:
+            numbers.append(f"validation loss {validation['loss']:.3f} nats")
+        if "bits_per_byte" in validation:
+            zlib = self.data.facts["zlib_bits_per_byte"]
+            numbers.append(f"{validation['bits_per_byte']:.3f} bits per byte (zlib -9: {zlib:.3f})")
+        if "accuracy" in validation:
+            numbers.append(f"accuracy {validation['accuracy']:.1%}")
+        return f"{self.adapter.name} on {self.data.reference}: {self.status} at step {self.step} of {self.total_steps}" + (
+            ", " + ", ".join(numbers) if numbers else ""
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the summary in a notebook."""
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(f'{value:.4f}' if isinstance(value, float) else str(value))}</td></tr>"
+            for name, value in self.summary().items()
+            if value is not None
+        )
+        return f"<p><b>{html.escape(str(self))}</b></p><table>{rows}</table>"
+
+
+def create_run(
+    directory: Path,
+    adapter: ModelAdapter,
+    loaded: LoadedModel | None,
+    data: PreparedData,
+    config: TrainingConfig,
+) -> Run:
+    """Write everything that a run needs to be continued; ``run.json`` comes last.
+
+    Raises:
+        RunError: The directory holds something already, or cannot be written.
+    """
+    directory = Path(directory)
+    if (directory / RECORD).exists():
+        raise RunError(
+            f"{directory} holds a run already.",
+            "Expected a new or empty directory.",
+            f"Continue it with utils.resume({str(directory)!r}), or choose another run_dir.",
+        )
+    _make_empty(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / UNFINISHED).touch()
+        if loaded is not None and loaded.kind != "module":
+            loaded.save_source(directory / "model")
+        data.save(directory / "data")
+        run = Run(directory, adapter, data, config, loaded)
+        # The weights to start from: without them a run that is killed before its first checkpoint could not go on.
+        run.checkpoints.save(0, adapter.module, {})
+        spec = {name: getattr(adapter.spec, name) for name in SPEC_FIELDS}
+        record = {
+            "format_version": FORMAT_VERSION,
+            "seedbed": VERSION,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": adapter.device.type,
+            "threads": torch.get_num_threads(),
+            "model": {
+                "class": adapter.name,
+                "kind": loaded.kind if loaded else "module",
+                "reference": loaded.reference if loaded else None,
+                "revision": loaded.revision if loaded else None,
+                "sha256": loaded.sha256 if loaded else None,
+                "parameters": adapter.num_parameters,
+                "files": source_hashes(directory),
+            },
+            "spec": spec,
+            "data": data.to_dict(),
+            "config": config.to_dict(),
+        }
+        write_json(directory / RECORD, record)
+        (directory / UNFINISHED).unlink()
+    except (OSError, CheckpointError) as error:
+        raise RunError(
+            f"The run directory {directory} cannot be written: {getattr(error, 'strerror', None) or error}",
+            "Expected a writable directory with some space.",
+            "Choose another run_dir or free some space.",
+        ) from error
+    return run
+
+
+def _make_empty(directory: Path) -> None:
+    """Remove what a killed `create_run` left; anything else in the way is the user's and stays.
+
+    Raises:
+        RunError: There is something else.
+    """
+    if (directory / UNFINISHED).exists():
+        for name in PARTS:
+            shutil.rmtree(directory / name, ignore_errors=True)
+    if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - {UNFINISHED}):
+        raise RunError(
+            f"{directory} is not empty and holds no run.",
+            "Expected a new or empty directory: nothing of yours is ever overwritten.",
+            "Choose another run_dir.",
+        )
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Read ``run.json``.
+
+    Raises:
+        RunError: The directory is missing, empty, half-written or of another version.
+    """
+    path = Path(directory) / RECORD
+    if not path.parent.is_dir():
+        raise RunError(
+            f"There is no directory {directory}.", "Expected the directory of a run.", "Check the path, or mount Drive."
+        )
+    if not path.exists():
+        empty = not any(path.parent.iterdir())
+        raise RunError(
+            f"{directory} is {'empty' if empty else f'without {RECORD}'}.",
+            f"Expected a run, whose {RECORD} is written before the first step.",
+            "Nothing had been trained there; start the run again with utils.train.",
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} cannot be read ({type(error).__name__}).", "Expected JSON that Seedbed wrote.", "Restore it from a copy."
+        ) from error
+    if version != FORMAT_VERSION:
+        raise RunError(
+            f"{path} has format version {version}.", f"This version of Seedbed reads {FORMAT_VERSION}.",
+            "Use the version that wrote it.",
+        )  # fmt: skip
+    return dict(record)
+
+
+def source_hashes(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of the model's source in a run directory, by name; empty when there is none."""
+    folder = Path(directory) / "model"
+    if not folder.is_dir():
+        return {}
+    return {
+        path.relative_to(folder).as_posix(): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def spec_of(record: dict[str, Any]) -> ModelSpec:
+    """Return what the user had stated about the model."""
+    stated = dict(record["spec"])
+    return ModelSpec(**{**stated, "frozen": tuple(stated.get("frozen") or ())})

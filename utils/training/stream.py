@@ -1,0 +1,71 @@
+"""The order of the training data, as a pure function of (seed, position)."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from utils.runtime.seeding import derive_seed
+from utils.training.state import ModelChange
+
+
+class SampleStream:
+    """An endless sequence of shuffled passes over the samples, cut into batches of equal size.
+
+    Sample number ``i`` of the stream is entry ``i mod n`` of the permutation of pass ``i div n``, and that permutation
+    is drawn from (seed, pass). The position is therefore one number, and a resumed stream continues with exactly the
+    samples that an uninterrupted one would have handed out, across the ends of passes too.
+    """
+
+    def __init__(self, data: Mapping[str, Tensor], batch_size: int, seed: int) -> None:
+        """Shuffle `data`, tensors whose first dimension counts the samples."""
+        self.data, self.batch_size, self.seed = dict(data), batch_size, seed
+        self.samples = len(next(iter(self.data.values())))
+        self.consumed = 0
+        self._permutation: tuple[int, Tensor] | None = None
+
+    def batches(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the next `count` batches; `advance` says when one has been trained on."""
+        start = self.consumed
+        for number in range(count):
+            yield self.batch_at(start + number * self.batch_size)
+
+    def batch_at(self, position: int) -> dict[str, Tensor]:
+        """Return the batch that starts at a position of the stream."""
+        indices = self._indices(position, position + self.batch_size)
+        return {name: tensor[indices] for name, tensor in self.data.items()}
+
+    def advance(self) -> None:
+        """Count one batch as trained on."""
+        self.consumed += self.batch_size
+
+    @property
+    def passes(self) -> float:
+        """How many times the data has been seen."""
+        return self.consumed / self.samples
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position."""
+        return {"consumed": self.consumed, "samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a position."""
+        self.consumed = state["consumed"]
+
+    def migrate(self, change: ModelChange) -> None:
+        """A change of the model does not move the data."""
+
+    def _indices(self, start: int, end: int) -> Tensor:
+        pieces = []
+        while start < end:
+            number, offset = divmod(start, self.samples)
+            piece = self._pass(number)[offset : offset + end - start]
+            pieces.append(piece)
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _pass(self, number: int) -> Tensor:
+        if self._permutation is None or self._permutation[0] != number:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", number))
+            self._permutation = (number, torch.randperm(self.samples, generator=generator))
+        return self._permutation[1]

@@ -1,0 +1,102 @@
+"""A model's weights in a safetensors file: tensors that share memory are stored once."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.runtime.errors import CheckpointError
+
+ALIASES = "aliases"
+"""Key of the file's metadata: a JSON object from the name of a shared tensor to the name it is stored under."""
+
+
+def distinct_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a module's state into tensors to store and names that share one of them.
+
+    Returns:
+        The tensors by name, contiguous and on the CPU, and for every further name of a tensor the name it is stored under.
+    """
+    first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"The model keeps {type(tensor).__name__} under {name!r} in its state.",
+                "Expected tensors only.",
+                "Move other values out of get_extra_state().",
+            )
+        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            value = tensor.detach().to("cpu").contiguous()
+            # Views into one larger tensor must not drag it into the file.
+            tensors[name] = value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    return tensors, aliases
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's weights to a safetensors file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    from safetensors.torch import save
+
+    tensors, aliases = distinct_tensors(module)
+    # `save` and a plain write keep the operating system's own error, such as "No space left on device".
+    content = save(tensors, metadata={ALIASES: json.dumps(aliases), "format": "pt"})
+    with open(path, "wb") as stream:
+        stream.write(content)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file that `save_weights` wrote, shared tensors under all their names."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as stream:
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        aliases = json.loads((stream.metadata() or {}).get(ALIASES, "{}"))
+    return tensors | {name: tensors[stored] for name, stored in aliases.items()}
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a file that `save_weights` wrote into a module.
+
+    Raises:
+        CheckpointError: The file belongs to another model: names or shapes differ.
+    """
+    tensors, present = read_weights(path), module.state_dict()
+    missing, unknown = present.keys() - tensors.keys(), tensors.keys() - present.keys()
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)} on disk and {tuple(present[name].shape)} in the model"
+        for name in present.keys() & tensors.keys()
+        if tensors[name].shape != present[name].shape
+    ]
+    if missing or unknown or shapes:
+        details = "; ".join(
+            [f"missing: {', '.join(sorted(missing)[:3])}"] * bool(missing)
+            + [f"not in the model: {', '.join(sorted(unknown)[:3])}"] * bool(unknown)
+            + sorted(shapes)[:3]
+        )
+        raise CheckpointError(
+            f"The weights in {path.name} belong to another model ({details}).",
+            f"Expected the weights of this {type(module).__name__}.",
+            "Use the model and the config that the run was started with.",
+        )
+    module.load_state_dict(tensors)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return one SHA-256 over the names, types, shapes and bytes of all weights and buffers, in name order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().to("cpu").contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
