@@ -1,7 +1,7 @@
 """The same verbs without a notebook: ``python -m utils validate|train|resume|export``.
 
-Exit status: 0 when all is well, 1 when a model is not ready, an export failed or a run stopped before its end, 2 when the
-input cannot be used.
+Exit status: 0 when all is well, 1 when a model is not ready, an export failed or a run stopped before its end, 2 when
+the input cannot be used.
 """
 
 import argparse
@@ -27,14 +27,16 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="python -m utils",
-        description="Validate a PyTorch model, train it so that nothing is lost when the machine vanishes, and export it.",
+        description="Validate a PyTorch model, train it so that nothing is lost when a machine vanishes, export it.",
         epilog="Start with: python -m utils validate example:gpt",
     )
     parser.add_argument("--version", action="version", version=f"Seedbed {VERSION}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, summary: str, example: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=summary, description=f"{summary}.", epilog=f"Example: python -m utils {example}")
+        sub = verbs.add_parser(
+            name, help=summary, description=f"{summary}.", epilog=f"Example: python -m utils {example}"
+        )
         sub.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
         sub.add_argument("--quiet", action="store_true", help="show no progress")
         return sub
@@ -42,11 +44,15 @@ def build_parser() -> argparse.ArgumentParser:
     def loading(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--model-config", metavar="FILE", help="JSON file with settings that replace the model's own")
         sub.add_argument("--revision", help="revision of a Gist or repository; the newest otherwise")
-        sub.add_argument("--trust", action="store_true", help="run the model's code even if the audit finds something in it")
+        sub.add_argument(
+            "--trust", action="store_true", help="run the model's code even if the audit finds something in it"
+        )
         sub.add_argument("--task", choices=TASKS, help="what the model is for, when detection is wrong")
 
     validate = verb(
-        "validate", "Say whether a model is sound, what is wrong and how to mend it", "validate example:gpt --html report.html"
+        "validate",
+        "Say whether a model is sound, what is wrong and how to mend it",
+        "validate example:gpt --html report.html",
     )
     validate.add_argument("model", help=REFERENCE_HELP)
     loading(validate)
@@ -54,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     validate.add_argument("--html", metavar="FILE", help="also write the report as one HTML file")
 
     train = verb(
-        "train", "Train a model and keep everything in a run directory", "train example:gpt --run-dir runs/first --max-steps 200"
+        "train",
+        "Train a model and keep everything in a run directory",
+        "train example:gpt --run-dir runs/first --max-steps 200",
     )
     train.add_argument("model", help=REFERENCE_HELP)
     loading(train)
@@ -77,8 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     resume = verb("resume", "Continue a run exactly where it stopped", "resume runs/first")
     resume.add_argument("run_dir", metavar="DIR", help="the run's directory")
-    resume.add_argument("--trust", action="store_true", help="run the model's code even if the audit finds something in it")
-    resume.add_argument("--time-budget-minutes", type=float, metavar="MINUTES", help="stop cleanly after so many minutes")
+    resume.add_argument(
+        "--trust", action="store_true", help="run the model's code even if the audit finds something in it"
+    )
+    resume.add_argument(
+        "--time-budget-minutes", type=float, metavar="MINUTES", help="stop cleanly after so many minutes"
+    )
 
     export = verb("export", "Write a model in formats that others can run, each checked", "export runs/first exported")
     export.add_argument("model", help=f"the directory of a run, or {REFERENCE_HELP}")
@@ -119,13 +131,20 @@ def _train(options: argparse.Namespace) -> int:
     from utils.training.resume import train
 
     settings = _read_json(options.config) if options.config else {}
-    given = {name.removeprefix("setting_"): value for name, value in vars(options).items() if name.startswith("setting_")}
+    given = {
+        name.removeprefix("setting_"): value for name, value in vars(options).items() if name.startswith("setting_")
+    }
     settings |= {name: value for name, value in given.items() if value is not None}
     if "max_epochs" in settings and "max_steps" not in settings:
         settings["max_steps"] = None
     config = TrainingConfig.from_dict(settings)
     run = train(
-        _load(options), options.data, config, options.run_dir, spec=ModelSpec(task=options.task), progress=not options.quiet
+        _load(options),
+        options.data,
+        config,
+        options.run_dir,
+        spec=ModelSpec(task=options.task),
+        progress=not options.quiet,
     )
     return _show_run(run, options.json)
 
@@ -177,7 +196,9 @@ def _read_json(path: str) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}.", "Expected a file with one JSON object.") from error
+        raise ConfigError(
+            f"{path} cannot be read as JSON: {error}.", "Expected a file with one JSON object."
+        ) from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds {type(value).__name__}.", "Expected one JSON object of names and values.")
     return value

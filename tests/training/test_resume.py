@@ -78,14 +78,26 @@ class CommandLine:
         pytest.param("gpt", None, TINY_GPT, 1, id="gpt"),
         pytest.param("gpt", None, TINY_GPT, 2, id="gpt-accumulate", marks=pytest.mark.slow),
         pytest.param(
-            "bert", None, {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "num_layers": 1}, 1,
-            id="bert-masking", marks=pytest.mark.slow,
-        ),  # fmt: skip
-        pytest.param("vit", "builtin:digits", {"d_model": 32, "nhead": 2, "num_layers": 1}, 1, id="vit-digits",
-                     marks=pytest.mark.slow),  # fmt: skip
+            "bert",
+            None,
+            {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "num_layers": 1},
+            1,
+            id="bert-masking",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "vit",
+            "builtin:digits",
+            {"d_model": 32, "nhead": 2, "num_layers": 1},
+            1,
+            id="vit-digits",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_killed_twice_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, text_file, example, data, config, accumulate):
+def test_killed_twice_and_resumed_is_bitwise_the_uninterrupted_run(
+    tmp_path, text_file, example, data, config, accumulate
+):
     line = CommandLine(tmp_path, data or f"file:{text_file}", example, config, 40, accumulate)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted = line.finish(*line.train, "--run-dir", str(whole))
@@ -118,7 +130,9 @@ def test_sigterm_saves_and_stops_and_nothing_is_lost(tmp_path, text_file):
 def test_a_time_budget_stops_cleanly_and_the_rest_is_exact(tmp_path, text_file, tiny_gpt, quick):
     whole = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "whole", progress=False)
     short = quick.with_changes(time_budget_minutes=1e-9)
-    parts = train(utils.load_model("example:gpt", config=TINY_GPT), f"file:{text_file}", short, tmp_path / "parts", progress=False)
+    parts = train(
+        utils.load_model("example:gpt", config=TINY_GPT), f"file:{text_file}", short, tmp_path / "parts", progress=False
+    )
     assert (parts.status, parts.step) == ("stopped by its time budget", 1)
     second = resume(tmp_path / "parts", progress=False)
     assert second.step == 2
@@ -165,7 +179,7 @@ def test_a_run_killed_before_its_first_step_starts_from_the_same_weights(tmp_pat
 def test_a_bare_module_needs_to_be_passed_again_and_must_fit(tmp_path, text_file, tiny_gpt, quick):
     short = quick.with_changes(time_budget_minutes=1e-9)
     train(tiny_gpt.module, f"file:{text_file}", short, tmp_path / "run", progress=False)
-    with pytest.raises(RunError, match="bare GPT module and has no source.*resume.run_dir, model="):
+    with pytest.raises(RunError, match="bare GPT and has no source.*resume.run_dir, model="):
         resume(tmp_path / "run", progress=False)
     with pytest.raises(RunError, match="trains a GPT, and the model given is a Linear"):
         resume(tmp_path / "run", model=nn.Linear(3, 3), progress=False)
@@ -197,7 +211,7 @@ def test_a_changed_source_is_noticed(tmp_path, text_file, tiny_gpt, quick):
     train(tiny_gpt, f"file:{text_file}", short, tmp_path / "run", progress=False)
     source = tmp_path / "run/model/model.py"
     source.write_text(source.read_text() + "\n# changed\n")
-    with pytest.raises(RunError, match="model.py in .* is not what the run was started with .SHA-256 differs"):
+    with pytest.raises(RunError, match="model.py in .* is not what the run started with .SHA-256 differs"):
         resume(tmp_path / "run", progress=False)
 
 

@@ -47,7 +47,9 @@ def test_a_migration_reaches_every_part_or_none():
     willing.migrate(change)
     assert [willing[name].value[0].item() for name in willing] == [1, 1]
     mixed = RunState({"a": Counter(), "b": Counter(refuses=True), "c": Counter()})
-    with pytest.raises(MigrationError, match=r"'b' cannot follow insert_block at step 12: it is a test Nothing was changed"):
+    with pytest.raises(
+        MigrationError, match=r"'b' cannot follow insert_block at step 12: it is a test Nothing was changed"
+    ):
         mixed.migrate(change)
     assert [mixed[name].value[0].item() for name in mixed] == [0, 0, 0]
 

@@ -10,9 +10,7 @@ def stream(samples: int, batch_size: int, seed: int = 0) -> SampleStream:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    samples=st.integers(1, 40), batch_size=st.integers(1, 50), before=st.integers(0, 20), seed=st.integers(0, 2**31)
-)
+@given(samples=st.integers(1, 40), batch_size=st.integers(1, 50), before=st.integers(0, 20), seed=st.integers(0, 2**31))
 def test_a_resumed_stream_hands_out_what_an_uninterrupted_one_would(samples, batch_size, before, seed):
     uninterrupted = [batch["input_ids"] for batch in stream(samples, batch_size, seed).batches(before + 5)]
     first = stream(samples, batch_size, seed)

@@ -45,7 +45,9 @@ def test_images_are_classified_better_than_chance(tmp_path):
 
 def test_the_seed_decides_everything(tmp_path, text_file, quick):
     def sha(name: str, seed: int) -> str:
-        loaded = utils.load_model("example:bert", config={"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 1})
+        loaded = utils.load_model(
+            "example:bert", config={"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 1}
+        )
         config = quick.with_changes(max_steps=3, seed=seed)
         return weights_sha256(train(loaded, f"file:{text_file}", config, tmp_path / name, progress=False).model)
 
@@ -85,7 +87,9 @@ def test_a_full_disk_warns_and_training_goes_on(tmp_path, text_file, tiny_gpt, q
         original(module, path)
 
     monkeypatch.setattr(checkpoint_manager, "save_weights", sometimes_full)
-    with pytest.warns(UserWarning, match="disk is full: the checkpoint of step 4 .*step-00000000 is untouched.*Training goes on"):
+    with pytest.warns(
+        UserWarning, match="disk is full: the checkpoint of step 4 .*step-00000000 is untouched.*Training goes on"
+    ):
         run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False)
     assert run.finished
     assert run.lost_checkpoints == 2
@@ -93,7 +97,9 @@ def test_a_full_disk_warns_and_training_goes_on(tmp_path, text_file, tiny_gpt, q
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, text_file, quick):
-    loaded = utils.load_model("example:gpt", config={"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 1})
+    loaded = utils.load_model(
+        "example:gpt", config={"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 1}
+    )
     original = loaded.module.forward
 
     def breaks(input_ids):

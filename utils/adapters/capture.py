@@ -26,9 +26,7 @@ def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
 
         return hook
 
-    handles = [
-        child.register_forward_hook(hook_for(name), with_kwargs=True) for name, child in module.named_modules()
-    ]
+    handles = [child.register_forward_hook(hook_for(name), with_kwargs=True) for name, child in module.named_modules()]
     try:
         yield
     finally:

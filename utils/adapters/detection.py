@@ -5,7 +5,7 @@ Names are only ever hints here: they order what is tried, and a forward pass con
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Generic, TypeVar
 
@@ -89,7 +89,7 @@ def config_dict(source: Any) -> dict[str, Any]:
 
 
 def config_number(config: Mapping[str, Any], fact: str) -> Detection[int] | None:
-    """Look a positive whole number up in a config under the names in use for `fact`, nested text and vision parts too."""
+    """Look a whole number up in a config under the names in use for `fact`, nested text and vision parts too."""
     places: list[tuple[str, Mapping[str, Any]]] = [("", config)]
     places += [(f"{key}.", value) for key, value in config.items() if isinstance(value, Mapping)]
     for prefix, place in places:
@@ -134,66 +134,6 @@ def forward_signature(module: nn.Module) -> ForwardSignature:
 def kind_by_name(name: str) -> str | None:
     """Return the kind of input that a parameter's name stands for, if it is a usual one."""
     return next((kind for kind, pattern in INPUT_KINDS.items() if pattern.match(name)), None)
-
-
-def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int, int], str]]:
-    """Yield plausible image shapes ``(channels, height, width)``, the likeliest first, each with its reason."""
-    convolution = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = config_number(config, "channels")
-    if channels is None and convolution is not None:
-        channels = Detection(convolution.in_channels, "inputs of the first Conv2d")
-    counts = [channels] if channels else [Detection(3, "colour is usual"), Detection(1, "grey is usual")]
-    size = config_number(config, "image_size")
-    pair = next((config[key] for key in CONFIG_KEYS["image_size"] if isinstance(config.get(key), (list, tuple))), None)
-    for channel in counts:
-        if pair is not None and len(pair) >= 2:
-            yield (channel.value, int(pair[-2]), int(pair[-1])), "the image size in the config"
-        elif size is not None:
-            yield (channel.value, size.value, size.value), f"{size.reason}; channels: {channel.reason}"
-        else:
-            for side in (224, 32, 28, 64, 16, 8, 96, 128, 256, 299):
-                yield (channel.value, side, side), f"the first usual size that runs; channels: {channel.reason}"
-
-
-def feature_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Yield plausible shapes of real-valued input without the batch, each with its reason."""
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            yield (child.in_features,), "inputs of the first Linear"
-            yield (12, child.in_features), "inputs of the first Linear, as a sequence"
-            break
-        if isinstance(child, (nn.LSTM, nn.GRU, nn.RNN)):
-            yield (12, child.input_size), f"input size of the first {type(child).__name__}"
-            break
-        if isinstance(child, nn.Conv1d):
-            yield (child.in_channels, 64), "channels of the first Conv1d"
-            yield (64, child.in_channels), "channels of the first Conv1d, time first"
-            break
-        if isinstance(child, nn.MultiheadAttention):
-            yield (12, child.embed_dim), "width of the first attention"
-            break
-        if isinstance(child, (nn.BatchNorm1d, nn.LayerNorm)):
-            width = child.num_features if isinstance(child, nn.BatchNorm1d) else child.normalized_shape[-1]
-            yield (width,), f"width of the first {type(child).__name__}"
-            yield (12, width), f"width of the first {type(child).__name__}, as a sequence"
-            break
-    if (width_in_config := config_number(config, "features")) is not None:
-        yield (width_in_config.value,), width_in_config.reason
-        yield (12, width_in_config.value), f"{width_in_config.reason}, as a sequence"
-
-
-def candidate_kinds(module: nn.Module, config: Mapping[str, Any], main: str) -> list[str]:
-    """Return the kinds of main input to try, the likeliest first."""
-    named = kind_by_name(main)
-    has_embedding = any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in module.modules())
-    has_convolution = any(isinstance(m, nn.Conv2d) for m in module.modules())
-    kinds = [named] if named else []
-    if config_number(config, "vocab_size") is not None or (has_embedding and not has_convolution):
-        kinds.append("tokens")
-    if has_convolution or config_number(config, "image_size") is not None:
-        kinds.append("image")
-    kinds += ["features", "tokens" if has_embedding else "image", "image", "tokens"]
-    return list(dict.fromkeys(kinds))
 
 
 @dataclass(frozen=True)

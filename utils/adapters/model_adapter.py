@@ -4,9 +4,9 @@ The constructor runs the model a few times on tiny inputs and leaves it exactly 
 that no call could run still gets an adapter, and `ModelAdapter.failure` says what was tried.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,17 +18,17 @@ from utils.adapters.detection import (
     DECODER_INPUTS,
     LABEL_INPUTS,
     Detection,
-    candidate_kinds,
+    EmbeddingUse,
     config_dict,
     config_number,
     embedding_uses,
-    feature_shapes,
     forward_signature,
-    image_shapes,
     kind_by_name,
     language_task_hint,
     task_by_name,
 )
+from utils.adapters.inputs import candidate_kinds, feature_shapes, image_shapes, longest_length, sound_shapes, stretched
+from utils.adapters.logits import choose_logits
 from utils.adapters.objectives import random_labels, task_loss
 from utils.adapters.spec import ModelSpec
 from utils.runtime.errors import AdapterError, SeedbedError
@@ -36,20 +36,16 @@ from utils.runtime.isolation import preserved
 
 PROBE_BATCH = 2
 PROBE_LENGTHS = (12, 16, 32, 64, 128)
-LONGEST_PROBE = 2048
-SLOW_PROBE_SECONDS = 0.25
 LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq")
 
 
 @runtime_checkable
 class ModelSource(Protocol):
-    """Anything that carries a module with its config, as a loaded model does."""
+    """Anything that carries a module with its config, as a loaded model and an adapter do."""
 
     module: nn.Module
     config: dict[str, Any]
-
-    def factory(self) -> nn.Module:
-        """Build another instance with the same settings."""
+    factory: Any
 
 
 class ModelAdapter:
@@ -77,11 +73,13 @@ class ModelAdapter:
         """
         factory: Callable[[], nn.Module] | None = None
         if isinstance(model, ModelAdapter):
+            given: ModelAdapter = model
+            spec = spec or given.spec
+        if not isinstance(model, nn.Module) and isinstance(model, ModelSource):
             config = {**model.config, **config_dict(config)}
-            factory, spec, model = model.factory, spec or model.spec, model.module
-        elif isinstance(model, ModelSource) and not isinstance(model, nn.Module):
-            config = {**model.config, **config_dict(config)}
-            factory, model = model.factory, model.module
+            # A loaded model that was given as a module has a factory that can only say so.
+            factory = model.factory if getattr(model, "can_rebuild", True) else None
+            model = model.module
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         if not isinstance(model, nn.Module):
@@ -100,14 +98,15 @@ class ModelAdapter:
         self.module: nn.Module = model
         self.spec = spec or ModelSpec()
         self.config = {**config_dict(getattr(model, "config", None)), **config_dict(config)}
-        self.factory = self.spec.factory or factory
+        self.factory: Callable[[], nn.Module] | None = self.spec.factory or factory
         self.failure: str | None = None
         self.modality = "features"
         self._signature = forward_signature(model)
         self._labels_input: str | None = None
         self._shape: Detection[tuple[int, ...]] = Detection((), "unknown")
         self._probe_length = PROBE_LENGTHS[0]
-        self._embedding_uses: list[Any] = []
+        self._embedding_uses: list[EmbeddingUse] = []
+        self._ids_known = False
         self.input_names: tuple[str, ...] = ()
         self._output: Detection[str | None] = Detection(None, "no forward pass succeeded")
         self._probe_shape: tuple[int, ...] = ()
@@ -130,22 +129,22 @@ class ModelAdapter:
     @property
     def device(self) -> torch.device:
         """Where the model's first parameter or buffer is; the CPU when it has none."""
-        tensor = next(self.module.parameters(), None)
-        if tensor is None:
-            tensor = next(self.module.buffers(), None)
-        return tensor.device if tensor is not None else torch.device("cpu")
+        tensors: Iterator[Tensor] = chain(self.module.parameters(), self.module.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @property
     def main_input(self) -> str:
         """Name of the input that carries the content."""
         return self.input_names[0]
 
-    def example_inputs(self, batch_size: int = PROBE_BATCH, length: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+    def example_inputs(
+        self, batch_size: int = PROBE_BATCH, length: int | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
         """Make valid inputs, the same for the same seed.
 
         Args:
             batch_size: Number of samples.
-            length: Tokens per sample for token models (default: a short length that is known to run); ignored by others.
+            length: Tokens per sample for token models (default: a short length that runs); ignored by others.
             seed: Seed of the random content.
 
         Returns:
@@ -154,7 +153,8 @@ class ModelAdapter:
         """
         generator = torch.Generator().manual_seed(seed)
         if self.spec.example_inputs is not None:
-            return self._resized_examples(self.spec.example_inputs, batch_size, length, generator)
+            size = self.vocab_size.value if self.modality == "tokens" else None
+            return stretched(self.spec.example_inputs, self.modality, batch_size, length, size, generator, self.device)
         inputs: dict[str, Tensor] = {}
         tokens_shape = (batch_size, length or self._probe_length)
         for name in self.input_names:
@@ -316,7 +316,7 @@ class ModelAdapter:
 
     def describe(self) -> list[dict[str, Any]]:
         """Return every detected fact as a row ``{"name", "value", "reason"}``."""
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"name": "inputs", "value": ", ".join(self.input_names), "reason": self._shape.reason},
             {"name": "parameters", "value": self.num_parameters, "reason": "tensors used twice count once"},
         ]
@@ -382,7 +382,7 @@ class ModelAdapter:
         if unknown:
             raise AdapterError(
                 f"forward() of {self.name} requires {', '.join(unknown)} beside {main_name}.",
-                "Expected one main input, and of others only attention_mask, token_type_ids, position_ids or decoder ids.",
+                f"Expected one main input, and of others only {', '.join(fillable)}.",
                 f"Pass ModelSpec(example_inputs={{{main_name!r}: ..., {unknown[0]!r}: ...}}) with tensors it accepts.",
             )
         self.input_names = (main_name, *(name for name in extra if name not in LABEL_INPUTS))
@@ -401,23 +401,11 @@ class ModelAdapter:
                     yield f"images {(PROBE_BATCH, *image_shape)}"
             else:
                 self.modality = "features"
-                for shape, reason in self._feature_plans(kind):
+                sound = kind in ("wave", "frames")
+                shapes = sound_shapes(self.config, kind) if sound else feature_shapes(self.module, self.config)
+                for shape, reason in shapes:
                     self._shape = Detection(shape, reason)
                     yield f"features {(PROBE_BATCH, *shape)}"
-
-    def _feature_plans(self, kind: str) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Yield shapes of real-valued input for a kind."""
-        if kind == "wave":
-            yield (16000,), "one second of sound at 16 kHz"
-        elif kind == "frames":
-            bins = self.config.get("num_mel_bins", 80)
-            positions = self.config.get("max_source_positions")
-            if isinstance(positions, int):
-                yield (bins, 2 * positions), "mel bins and twice `max_source_positions` in the config"
-            yield (128, bins), "time and mel bins"
-            yield (bins, 128), "mel bins and time"
-        else:
-            yield from feature_shapes(self.module, self.config)
 
     def _find_output(self) -> None:
         """Find the logits by their shape, and the embeddings that read tokens and positions."""
@@ -427,9 +415,9 @@ class ModelAdapter:
             self._embedding_uses = embedding_uses(
                 self.module, lambda: outputs.append(self.forward(inputs)), inputs[self.main_input]
             )
+            self._ids_known = True
             self.__dict__.pop("vocab_size", None)
             self.__dict__.pop("pad_token_id", None)
-            # The ids so far were drawn without knowing the vocabulary; with it the padding id can be avoided.
             inputs = self.example_inputs()
         output = self.forward(inputs)
         self._output = self._choose_output(output, inputs)
@@ -453,39 +441,17 @@ class ModelAdapter:
         return len(shape) == 3 and shape[1] == 1 and length > 1
 
     def _choose_output(self, output: Any, inputs: Mapping[str, Tensor]) -> Detection[str | None]:
-        """Choose the tensor that is the logits: by width and shape first, by name second."""
-        found = [(path, tensor) for path, tensor in named_tensors(output) if tensor.is_floating_point()]
-        if not found:
-            raise AdapterError(
-                f"{self.name} returned no real-valued tensor ({type(output).__name__}).",
-                "Expected logits, scores or features.",
-                "Return them from forward().",
-            )
-        if len(found) == 1:
-            path = found[0][0]
-            return Detection(path, "the only real-valued tensor in the output" if path else "the output is one tensor")
-        batch = next(iter(inputs.values())).shape[0]
+        """Choose the tensor that is the logits."""
         content = inputs.get("decoder_input_ids", inputs[self.main_input])
-        positions = content.shape[1] if self.modality == "tokens" and content.dim() > 1 else None
-        vocabulary = self.vocab_size.value
         labels = self.spec.num_labels or (d.value if (d := config_number(self.config, "num_labels")) else None)
-
-        def rank(entry: tuple[int, tuple[str, Tensor]]) -> tuple[int, ...]:
-            order, (path, tensor) = entry
-            shape = tuple(tensor.shape)
-            last = path.rsplit(".", 1)[-1].lower()
-            return (
-                -(len(shape) == 3 and shape[:2] == (batch, positions) and shape[-1] == vocabulary),
-                -(len(shape) == 2 and shape[0] == batch and shape[-1] == labels),
-                -("logits" in last),
-                -(len(shape) == 3 and shape[:2] == (batch, positions)),
-                -(len(shape) >= 1 and shape[0] == batch),
-                -(len(shape) > 0),
-                order,
-            )
-
-        path, tensor = min(enumerate(found), key=rank)[1]
-        return Detection(path, f"of {len(found)} tensors the one with shape {tuple(tensor.shape)} fits best")
+        return choose_logits(
+            output,
+            batch=content.shape[0],
+            positions=content.shape[1] if self.modality == "tokens" and content.dim() > 1 else None,
+            vocabulary=self.vocab_size.value,
+            labels=labels,
+            model=self.name,
+        )
 
     def _language_task(self, width: int) -> Detection[str]:
         """Decide what a model is for that turns token ids into one vector per position."""
@@ -519,32 +485,12 @@ class ModelAdapter:
         if self.failure is not None:
             return Detection(None, "no forward pass succeeded")
 
-        slowest = 0.0
+        def run(length: int) -> None:
+            with preserved(self.module, "adapter"), torch.no_grad():
+                self.module.eval()
+                self.logits(self.example_inputs(1, length))
 
-        def runs(length: int) -> bool:
-            nonlocal slowest
-            started = time.perf_counter()
-            try:
-                with preserved(self.module, "adapter"), torch.no_grad():
-                    self.module.eval()
-                    self.logits(self.example_inputs(1, length))
-            except Exception:
-                return False
-            slowest = max(slowest, time.perf_counter() - started)
-            return True
-
-        good, bad = self._probe_length, None
-        while bad is None and good < LONGEST_PROBE and slowest < SLOW_PROBE_SECONDS:
-            if runs(2 * good):
-                good *= 2
-            else:
-                bad = 2 * good
-        if bad is None:
-            return Detection(None, f"no limit found up to {good} tokens")
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if runs(middle) else (good, middle)
-        return Detection(good, f"found by trying: {good} tokens run, {bad} do not")
+        return longest_length(run, self._probe_length)
 
     @property
     def _real_dtype(self) -> torch.dtype:
@@ -552,33 +498,12 @@ class ModelAdapter:
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
     def _random_ids(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Draw token ids that are legal as far as is known and avoid the padding id."""
+        """Draw token ids that the model can read, and avoid the padding id."""
         padding = self.pad_token_id.value
-        # Ids 0 and 1 exist in every vocabulary; they serve until it is known.
-        ids = torch.randint(self.vocab_size.value or 2, shape, generator=generator)
-        if padding is not None and (self.vocab_size.value or 2) > 1:
-            ids = torch.where(ids == padding, (ids + 1) % (self.vocab_size.value or 2), ids)
+        rows = [use.rows for use in self._embedding_uses if use.reads_tokens]
+        # A config may promise more ids than there are; ids 0 and 1 always exist and serve until the tables are known.
+        top = min([self.vocab_size.value or 2, *rows]) if self._ids_known else 2
+        ids = torch.randint(top, shape, generator=generator)
+        if padding is not None and top > 1 and self._ids_known:
+            ids = torch.where(ids == padding, (ids + 1) % top, ids)
         return ids
-
-    def _resized_examples(
-        self, examples: Mapping[str, Any], batch_size: int, length: int | None, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Stretch the user's example to a batch size and, for token ids, to a length, by repeating it.
-
-        The main input's content is drawn anew where its range is known: token ids inside the vocabulary.
-        """
-        result: dict[str, Any] = {}
-        main = next(value for value in examples.values() if isinstance(value, Tensor))
-        for name, value in examples.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != main.shape[0]:
-                result[name] = value
-                continue
-            rows = value.repeat(-(-batch_size // value.shape[0]), *[1] * (value.dim() - 1))[:batch_size]
-            stretch = length is not None and self.modality == "tokens" and value.shape[1:2] == main.shape[1:2]
-            if stretch and length is not None and rows.dim() > 1:
-                rows = rows.repeat(1, -(-length // rows.shape[1]), *[1] * (rows.dim() - 2))[:, :length]
-            if name == self.main_input and self.modality == "tokens" and rows.dim() == 2:
-                top = self.vocab_size.value or int(value.max()) + 1
-                rows = torch.randint(top, rows.shape, generator=generator).to(value.dtype)
-            result[name] = rows.to(self.device)
-        return result

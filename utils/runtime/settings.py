@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from itertools import pairwise
 
 
 def field_help(settings: type) -> dict[str, str]:
@@ -10,7 +11,7 @@ def field_help(settings: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(settings)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     texts: dict[str, str] = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)
             and isinstance(statement.target, ast.Name)

@@ -37,7 +37,9 @@ def model_inputs(adapter: ModelAdapter, batch: dict[str, Tensor]) -> dict[str, T
     return inputs
 
 
-def objective(adapter: ModelAdapter, data: PreparedData, batch: dict[str, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def objective(
+    adapter: ModelAdapter, data: PreparedData, batch: dict[str, Tensor], seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run a batch and return loss, logits and labels; masked language models are masked anew from `seed`.
 
     Returns:
@@ -45,11 +47,10 @@ def objective(adapter: ModelAdapter, data: PreparedData, batch: dict[str, Tensor
     """
     if data.task == "masked_lm":
         tokenizer = data.tokenizer
-        assert tokenizer is not None and tokenizer.mask_id is not None
+        assert tokenizer is not None
+        assert tokenizer.mask_id is not None
         special = [i for i in (tokenizer.eos_id, tokenizer.pad_id) if i is not None]
-        inputs, labels = mask_tokens(
-            batch["input_ids"], tokenizer.mask_id, tokenizer.vocab_size, special, seed=seed
-        )
+        inputs, labels = mask_tokens(batch["input_ids"], tokenizer.mask_id, tokenizer.vocab_size, special, seed=seed)
         batch = {"input_ids": inputs, "labels": labels}
     logits = adapter.logits(model_inputs(adapter, batch))
     return adapter.loss(logits, batch["labels"]), logits, batch["labels"]

@@ -32,7 +32,12 @@ def training_figure(rows: Sequence[dict[str, Any]], zlib_bits_per_byte: float | 
     losses, rates = axes[0], axes[-1]
     losses.plot([r["step"] for r in train], [r["loss"] for r in train], color=TRAIN_COLOR, label="training")
     losses.plot(
-        [r["step"] for r in validation], [r["loss"] for r in validation], "o-", ms=4, color=VALIDATION_COLOR, label="held out"
+        [r["step"] for r in validation],
+        [r["loss"] for r in validation],
+        "o-",
+        ms=4,
+        color=VALIDATION_COLOR,
+        label="held out",
     )
     losses.set(xlabel="step", ylabel="loss (nats)", title="Loss")
     losses.legend(frameon=False)

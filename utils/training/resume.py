@@ -120,7 +120,7 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
     if model is None:
         if not (directory / "model").is_dir():
             raise RunError(
-                f"The run in {directory} was started with a bare {record['model']['class']} module and has no source of it.",
+                f"The run in {directory} was started with a bare {record['model']['class']} and has no source of it.",
                 "Expected the model itself.",
                 "Pass it: utils.resume(run_dir, model=...).",
             )
@@ -128,7 +128,7 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
         changed = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if changed:
             raise RunError(
-                f"{', '.join(changed)} in {directory / 'model'} is not what the run was started with (SHA-256 differs).",
+                f"{', '.join(changed)} in {directory / 'model'} is not what the run started with (SHA-256 differs).",
                 "Expected the model's source as it was: its code is run and its weights are loaded into it.",
                 f"Restore the folder from a copy; {RECORD} names the original reference.",
             )

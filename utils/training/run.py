@@ -117,17 +117,22 @@ class Run:
             numbers.append(f"{validation['bits_per_byte']:.3f} bits per byte (zlib -9: {zlib:.3f})")
         if "accuracy" in validation:
             numbers.append(f"accuracy {validation['accuracy']:.1%}")
-        return f"{self.adapter.name} on {self.data.reference}: {self.status} at step {self.step} of {self.total_steps}" + (
-            ", " + ", ".join(numbers) if numbers else ""
+        return (
+            f"{self.adapter.name} on {self.data.reference}: {self.status} at step {self.step} of {self.total_steps}"
+            + (", " + ", ".join(numbers) if numbers else "")
         )
 
     def _repr_html_(self) -> str:
         """Show the summary in a notebook."""
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(f'{value:.4f}' if isinstance(value, float) else str(value))}</td></tr>"
+        shown = {
+            name: f"{value:.4f}" if isinstance(value, float) else str(value)
             for name, value in self.summary().items()
             if value is not None
+        }
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for name, text in shown.items()
         )
         return f"<p><b>{html.escape(str(self))}</b></p><table>{rows}</table>"
 
@@ -233,7 +238,9 @@ def read_record(directory: Path) -> dict[str, Any]:
         version = record["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} cannot be read ({type(error).__name__}).", "Expected JSON that Seedbed wrote.", "Restore it from a copy."
+            f"{path} cannot be read ({type(error).__name__}).",
+            "Expected JSON that Seedbed wrote.",
+            "Restore it from a copy.",
         ) from error
     if version != FORMAT_VERSION:
         raise RunError(

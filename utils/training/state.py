@@ -1,11 +1,11 @@
 """Everything that a run must remember, behind one protocol.
 
 A run is a model plus parts that remember: optimizer, schedule, scaler, position in the data, metrics, and whatever
-growth and continual learning add. A checkpoint is the states of the parts and nothing else; exact resume is loading them
-all before the first batch; a growth event is one transaction that migrates them all or none.
+growth and continual learning add. A checkpoint is the states of the parts and nothing else; exact resume is loading
+them all before the first batch; a growth event is one transaction that migrates them all or none.
 
-Random streams are no part: they are derived from (seed, purpose, step) at every step (`utils.runtime.seeding`), so there
-is nothing to remember and nothing that validation or a checkpoint could disturb.
+Random streams are no part: they are derived from (seed, purpose, step) at every step (`utils.runtime.seeding`), so
+there is nothing to remember and nothing that validation or a checkpoint could disturb.
 """
 
 import copy
@@ -103,8 +103,8 @@ class RunState:
         missing, unknown = self._parts.keys() - states.keys(), states.keys() - self._parts.keys()
         if missing or unknown:
             raise CheckpointError(
-                f"The checkpoint lacks the state of {sorted(missing) or 'nothing'} and has state for {sorted(unknown) or 'nothing'} "
-                "that this run does not know.",
+                f"The checkpoint lacks the state of {sorted(missing) or 'nothing'} and has state for "
+                f"{sorted(unknown) or 'nothing'} that this run does not know.",
                 "Expected exactly the parts that the run has.",
                 "Resume with the settings and the version that wrote it.",
             )

@@ -4,8 +4,8 @@ What is unusual here:
 
 - Every forward pass reseeds all random streams from (seed, "batch", number of the batch), so nothing random has to be
   remembered, and neither validation nor a checkpoint can move what training draws.
-- Lightning sees one pass over a stream that starts where the run stands and ends at its last step; the position lives in
-  `utils.training.stream.SampleStream`, not in Lightning's counters.
+- Lightning sees one pass over a stream that starts where the run stands and ends at its last step; the position lives
+  in `utils.training.stream.SampleStream`, not in Lightning's counters.
 - Nothing is logged from inside ``training_step``; one callback reads the loss every few steps, measures, saves, stops.
 """
 
@@ -37,6 +37,15 @@ from utils.training.run import METRICS, Run
 from utils.training.state import MigrationError, ModelChange, RunState
 from utils.training.stream import SampleStream
 
+QUIET_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*no `?val_dataloader`?.*",
+    ".*isinstance.treespec.*",
+    ".*LeafSpec.*",
+    ".*lr_scheduler.step.*before.*optimizer.step.*",
+    ".*Found .* module.s. in eval mode.*",
+)
+
 
 class View(Protocol):
     """Something that shows a run while it trains."""
@@ -61,7 +70,7 @@ class TrainingModule(pl.LightningModule):
         seed = derive_seed(self.config.seed, "masking", self.batch_number)
         return objective(self.adapter, self.data, batch, seed)[0]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule: linear warm-up, then a cosine.
 
         Matrices decay, vectors do not (Loshchilov & Hutter, arXiv:1711.05101).
@@ -125,7 +134,9 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters."""
-        pending = torch.stack([loss.detach().float().cpu() for loss in self.pending]) if self.pending else torch.zeros(0)
+        pending = (
+            torch.stack([loss.detach().float().cpu() for loss in self.pending]) if self.pending else torch.zeros(0)
+        )
         return {"step": self.step, "batches": self.batches, "seconds": self.seconds, "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,7 +194,9 @@ class RunCallback(pl.Callback):
         self._count(pl_module)
         self.session_start = self.last_save = self.row_start = time.monotonic()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Seed everything that this batch may draw."""
         seed_streams(self.config.seed, "batch", self.progress.batches)
 
@@ -330,9 +343,7 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for pattern in (".*does not have many workers.*", ".*no `?val_dataloader`?.*", ".*isinstance.treespec.*",
-                            ".*LeafSpec.*", ".*lr_scheduler.step.*before.*optimizer.step.*",
-                            ".*The `?LightningModule`? .* eval mode.*", ".*Found .* module.s. in eval mode.*"):  # fmt: skip
+            for pattern in QUIET_WARNINGS:
                 warnings.filterwarnings("ignore", message=pattern)
             yield
     finally:

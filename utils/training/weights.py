@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ def distinct_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     """Split a module's state into tensors to store and names that share one of them.
 
     Returns:
-        The tensors by name, contiguous and on the CPU, and for every further name of a tensor the name it is stored under.
+        The tensors by name, contiguous and on the CPU, and for every further name of one the name it is stored under.
     """
-    first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in module.state_dict().items():

@@ -1,0 +1,211 @@
+"""Source becomes a model, or an error with the reason and the line."""
+
+import inspect
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from utils.loading import load_model
+from utils.runtime.errors import AuditError, ConfigError, InstantiationError, ModelReferenceError
+
+HEAD = "import torch\nfrom torch import nn\n"
+
+
+def model(name: str = "Model", init: str = "self", body: str = "self.lin = nn.Linear(4, 4)", forward: str = "") -> str:
+    return (
+        f"class {name}(nn.Module):\n    def __init__({init}):\n        super().__init__()\n        {body}\n"
+        + (forward or "    def forward(self, x):\n        return self.lin(x)\n")
+    )  # fmt: skip
+
+
+def write(folder: Path, source: str, config: Any = None, **others: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.py").write_text(HEAD + source)
+    if config is not None:
+        (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    for name, text in others.items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def same_weights(left: nn.Module, right: nn.Module) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "name"),
+    [
+        (model("A") + model("B"), {"model_name": "B"}, "B"),
+        (model("A") + model("B") + "def build_model():\n    return A()\n", {"model_name": "?"}, "A"),
+        (model("A") + model("Model"), {}, "Model"),
+        (model("A") + model("CustomTransformer"), None, "CustomTransformer"),
+        (model("Part") + model("Whole", body="self.lin = Part()"), {}, "Whole"),
+        (model("Part") + "KINDS = {'p': Part}\n" + model("Whole", body="self.lin = KINDS['p']()"), {}, "Whole"),
+        (model("Base") + "class Whole(Base):\n    pass\n", {}, "Whole"),
+        ("from torch.nn import Linear\n" + model("Mine", body="self.lin = Linear(4, 4)"), {}, "Mine"),
+        (model("Mine") + "def make() -> Mine:\n    return Mine()\n", {}, "Mine"),
+    ],
+)
+def test_the_class_is_chosen_by_the_rules(tmp_path: Path, source: str, config: Any, name: str) -> None:
+    loaded = load_model(write(tmp_path, source, config))
+    assert loaded.name == name and loaded.module(torch.zeros(2, 4)).shape == (2, 4)
+
+
+CONFIG = "from dataclasses import dataclass\n@dataclass\nclass Cfg_Config:\n    width: int = 4\n    bias: bool = True\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "width"),
+    [
+        (model(init="self, width, bias=True", body="self.lin = nn.Linear(width, width)"), {"width": 6, "x": 1}, 6),
+        (model(init="self, **kw", body="self.lin = nn.Linear(kw['width'], kw['width'])"), {"width": 6, "x": 1}, 6),
+        (model(init="self, config", body="self.lin = nn.Linear(config.width, config['width'])"), {"width": 6}, 6),
+        (model(init="self, cfg: dict", body="self.lin = nn.Linear(cfg['width'], cfg['width'])"), {"width": 6}, 6),
+        (CONFIG + model(init="self, args: Cfg_Config", body="self.lin = nn.Linear(args.width, args.width, args.bias)"),
+         {"width": 6, "x": 1}, 6),
+        (CONFIG + model(init="self, config: 'Cfg_Config | None' = None",
+                        body="self.lin = nn.Linear(config.width, config.width, config.bias)"), {"width": 6}, 6),
+        (CONFIG + model(init="self, config", body="self.lin = nn.Linear(config.width, config.width, config.bias)"),
+         {"width": 6}, 6),
+        (model(init="self, width, /", body="self.lin = nn.Linear(width, width)"), {"width": 6}, 6),
+        (model(init="self, width", body="self.lin = nn.Linear(width, width)"),
+         {"version": 2, "width": 8, "nodes": [{"params": {"width": 5}}, {"params": {"width": 6}}, {"id": 1}]}, 8),
+        (model(init="self, width", body="self.lin = nn.Linear(width, width)"),
+         {"nodes": [{"params": {"width": 5}}, {"params": {"width": 6}}]}, 6),
+        (model(), {"width": 9}, 4),
+        (CONFIG + model(init="self, args=Cfg_Config()", body="self.lin = nn.Linear(args.width, args.width)"),
+         {"width": 6}, 6),
+    ],
+)  # fmt: skip
+def test_the_constructor_gets_what_it_accepts(tmp_path: Path, source: str, config: Any, width: int) -> None:
+    assert load_model(write(tmp_path, source, config)).module.lin.in_features == width
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "error", "words"),
+    [
+        (model("A") + model("B"), {}, InstantiationError,
+         ["2 classes that could be the model: A, B", '{"model_name": "A"}']),
+        ("x = 1\n", {}, InstantiationError, ["defines no class derived from torch.nn.Module"]),
+        ("from blocks import Inner\n", {}, InstantiationError, ["It imports Inner: set model_name"]),
+        ("def f(:\n", {}, InstantiationError, ["model.py, line 3", "'def f(:'"]),
+        ("x = 1 / 0\n", {}, InstantiationError, ["ZeroDivisionError", "(model.py, line 3: `x = 1 / 0`)"]),
+        (model(body="raise ValueError('width must be even')"), {}, InstantiationError,
+         ["The constructor of Model raised ValueError: width must be even",
+          "(model.py, line 6: `raise ValueError('width must be even')`)"]),
+        (model(body="raise SystemExit(3)"), {}, InstantiationError, ["raised SystemExit: 3"]),
+        (model(init="self, width, depth"), {"width": 3}, InstantiationError,
+         ["Model needs depth, which the config does not set; it sets width", "Add depth to config.json"]),
+        (model(init="self, config", body="self.lin = nn.Linear(config.width, 1)"), {}, InstantiationError,
+         ["AttributeError", "width"]),
+        (model(forward="    def forward(self, x, mhsa_0_output, residual_0_output):\n        return x\n"), {},
+         InstantiationError, ["requires mhsa_0_output, residual_0_output", "export is broken"]),
+        (model(forward="    def forward(self, x):\n        return linear_3_out\n"), {}, InstantiationError,
+         ["forward of Model uses linear_3_out, which nothing defines"]),
+        (model(forward="    pass\n"), {}, InstantiationError, ["Model has no forward"]),
+        ("def build_model():\n    return 3\n", {}, InstantiationError, ["build_model() returned a int"]),
+        (model(), "{'a': 1}", ConfigError, ["config.json is not JSON", "line 1, column 2"]),
+        (model(), " ", ConfigError, ["config.json is empty"]),
+        (model(), "[1]", ConfigError, ["holds a JSON list"]),
+        (model(body="torch.load('x')"), {}, AuditError, ["model.py:6  file: torch.load", "trust=True"]),
+    ],
+)  # fmt: skip
+def test_refused_with_the_reason(
+    tmp_path: Path, source: str, config: Any, error: type[Exception], words: list[str]
+) -> None:
+    before = set(sys.modules)
+    with pytest.raises(error) as caught:
+        load_model(write(tmp_path, source, config, blocks=HEAD + model("Inner")))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not [name for name in set(sys.modules) - before if name.startswith("seedbed_model")]
+
+
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InstantiationError, match="Install the package that provides flash_attn_absent"):
+        load_model(write(tmp_path, "import flash_attn_absent\n" + model()), trust=True)
+
+
+def test_trusted_code_runs(tmp_path: Path) -> None:
+    source = "import os\n" + model(body="self.lin = nn.Linear(4, len(os.sep))")
+    loaded = load_model(write(tmp_path, source), trust=True)
+    assert loaded.module.lin.out_features == 1 and loaded.audit is not None and not loaded.audit.harmless
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.loading.instantiate.available_memory", lambda: 12_700_000_000)
+    source = model(init="self, width", body="self.lin = nn.Linear(width, width, bias=False)")
+    with pytest.raises(InstantiationError, match=r"Model needs 14\.4 GB .* this machine has 12\.7 GB"):
+        load_model(write(tmp_path, source, {"width": 60_000}))
+
+
+def test_a_model_that_meta_cannot_build_loads_with_a_note(tmp_path: Path) -> None:
+    loaded = load_model(write(tmp_path, model(body="self.lin = nn.Linear(4, int(torch.ones(4).sum().item()))")))
+    assert loaded.module.lin.out_features == 4
+    assert "memory needed is unknown" in loaded.notes[0]
+
+
+def test_files_import_each_other_and_two_models_do_not_mix(tmp_path: Path) -> None:
+    source = "import blocks\nfrom sizes import SIZE\n" + model(body="self.lin = blocks.make(SIZE)")
+    path, late = list(sys.path), "def make(n):\n    from sizes import late\n    return late(n)\n"
+    first, second = (
+        load_model(
+            write(tmp_path / str(size), source, blocks=late, sizes=HEAD + f"SIZE = {size}\ndef late(n):\n"
+                  "    import blocks\n    assert blocks.make\n    return nn.Linear(4, n)\n")
+        )
+        for size in (3, 5)
+    )  # fmt: skip
+    assert (first.module.lin.out_features, second.module.lin.out_features) == (3, 5)
+    assert sorted(first.files) == ["blocks.py", "model.py", "sizes.py"]
+    assert sys.path == path and "blocks" not in sys.modules and "sizes" not in sys.modules
+
+
+def test_classes_work_with_pickle_inspect_and_dataclasses(tmp_path: Path) -> None:
+    loaded = load_model(write(tmp_path, CONFIG + model(init="self, config: Cfg_Config")))
+    assert same_weights(pickle.loads(pickle.dumps(loaded.module)), loaded.module)
+    assert inspect.getsource(type(loaded.module)).startswith("class Model(nn.Module)")
+
+
+def test_the_same_reference_gives_the_same_weights_and_leaves_the_streams_alone(tmp_path: Path) -> None:
+    folder = write(tmp_path, "torch.manual_seed(1)\ntorch.set_default_dtype(torch.float64)\n" + model())
+    state = torch.get_rng_state()
+    first, second, other = load_model(folder), load_model(folder), load_model(folder, seed=1)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_default_dtype() == torch.float32
+    assert same_weights(first.module, second.module) and same_weights(first.factory(), first.module)
+    assert not same_weights(first.module, other.module)
+
+
+def test_bad_paths_say_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"x")
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
+    (tmp_path / "foo.py").write_text("from model import X\n")
+    (tmp_path / "big.py").write_text("x = 1\n" * 100)
+    (tmp_path / "sub").mkdir()
+    for reference, words in {
+        tmp_path / "absent": "There is no file or folder",
+        tmp_path / "w.bin": "is not Python source",
+        tmp_path / "sub": "has no model.py; it has no files at all",
+        tmp_path / "latin.py": "not UTF-8 text: byte 0xe9 in line 1",
+        "gpd": "Did you mean example:gpt",
+        "example:bret": "There is no example named 'bret'. Expected one of: bert, gpt, vit. Did you mean example:bert?",
+    }.items():
+        with pytest.raises(ModelReferenceError) as caught:
+            load_model(reference)
+        assert words in str(caught.value)
+    with pytest.raises(ModelReferenceError, match=r"600 B.*max_bytes="):
+        load_model(tmp_path / "big.py", max_bytes=500)
+    (tmp_path / "model.py").write_text("X = 1\n")
+    with pytest.raises(ModelReferenceError, match="not clear which of the two"):
+        load_model(tmp_path / "foo.py")
+    with pytest.raises(ModelReferenceError, match="Expected a revision only with"):
+        load_model("example:gpt", revision="abc1234")
+    with pytest.raises(ModelReferenceError, match="The reference is a int"):
+        load_model(3)  # type: ignore[arg-type]

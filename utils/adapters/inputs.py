@@ -1,0 +1,158 @@
+"""Inputs to try a model with: plausible shapes, the likeliest first, and examples stretched to a size."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.adapters.detection import CONFIG_KEYS, Detection, config_number, kind_by_name
+
+LONGEST_PROBE = 2048
+SLOW_PROBE_SECONDS = 0.25
+
+
+def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int, int], str]]:
+    """Yield plausible image shapes ``(channels, height, width)``, the likeliest first, each with its reason."""
+    convolution = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = config_number(config, "channels")
+    if channels is None and convolution is not None:
+        channels = Detection(convolution.in_channels, "inputs of the first Conv2d")
+    counts = [channels] if channels else [Detection(3, "colour is usual"), Detection(1, "grey is usual")]
+    size = config_number(config, "image_size")
+    pair = next((config[key] for key in CONFIG_KEYS["image_size"] if isinstance(config.get(key), (list, tuple))), None)
+    for channel in counts:
+        if pair is not None and len(pair) >= 2:
+            yield (channel.value, int(pair[-2]), int(pair[-1])), "the image size in the config"
+        elif size is not None:
+            yield (channel.value, size.value, size.value), f"{size.reason}; channels: {channel.reason}"
+        else:
+            for side in (224, 32, 28, 64, 16, 8, 96, 128, 256, 299):
+                yield (channel.value, side, side), f"the first usual size that runs; channels: {channel.reason}"
+
+
+def feature_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield plausible shapes of real-valued input without the batch, each with its reason."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            yield (child.in_features,), "inputs of the first Linear"
+            yield (12, child.in_features), "inputs of the first Linear, as a sequence"
+            break
+        if isinstance(child, (nn.LSTM, nn.GRU, nn.RNN)):
+            yield (12, child.input_size), f"input size of the first {type(child).__name__}"
+            break
+        if isinstance(child, nn.Conv1d):
+            yield (child.in_channels, 64), "channels of the first Conv1d"
+            yield (64, child.in_channels), "channels of the first Conv1d, time first"
+            break
+        if isinstance(child, nn.MultiheadAttention):
+            yield (12, child.embed_dim), "width of the first attention"
+            break
+        if isinstance(child, (nn.BatchNorm1d, nn.LayerNorm)):
+            width = child.num_features if isinstance(child, nn.BatchNorm1d) else child.normalized_shape[-1]
+            yield (width,), f"width of the first {type(child).__name__}"
+            yield (12, width), f"width of the first {type(child).__name__}, as a sequence"
+            break
+    if (width_in_config := config_number(config, "features")) is not None:
+        yield (width_in_config.value,), width_in_config.reason
+        yield (12, width_in_config.value), f"{width_in_config.reason}, as a sequence"
+
+
+def candidate_kinds(module: nn.Module, config: Mapping[str, Any], main: str) -> list[str]:
+    """Return the kinds of main input to try, the likeliest first."""
+    named = kind_by_name(main)
+    has_embedding = any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in module.modules())
+    has_convolution = any(isinstance(m, nn.Conv2d) for m in module.modules())
+    kinds = [named] if named else []
+    if config_number(config, "vocab_size") is not None or (has_embedding and not has_convolution):
+        kinds.append("tokens")
+    if has_convolution or config_number(config, "image_size") is not None:
+        kinds.append("image")
+    kinds += ["features", "tokens" if has_embedding else "image", "image", "tokens"]
+    return list(dict.fromkeys(kinds))
+
+
+def sound_shapes(config: Mapping[str, Any], kind: str) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield plausible shapes of sound without the batch: a wave, or frames of mel bins."""
+    if kind == "wave":
+        yield (16000,), "one second of sound at 16 kHz"
+        return
+    bins = config.get("num_mel_bins", 80)
+    if isinstance(positions := config.get("max_source_positions"), int):
+        yield (bins, 2 * positions), "mel bins and twice `max_source_positions` in the config"
+    yield (128, bins), "time and mel bins"
+    yield (bins, 128), "mel bins and time"
+
+
+def stretched(
+    examples: Mapping[str, Any],
+    modality: str,
+    batch_size: int,
+    length: int | None,
+    vocab_size: int | None,
+    generator: torch.Generator,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Stretch a user's example to a batch size and, for token ids, to a length, by repeating it.
+
+    Args:
+        examples: Keyword arguments; tensors are batch first, and the first one is the main input.
+        modality: As in `utils.adapters.ModelAdapter`.
+        batch_size: Wanted number of samples.
+        length: Wanted tokens per sample, or None to keep the example's.
+        vocab_size: Range from which the main input's token ids are drawn anew; None keeps to the ids that occur.
+        generator: Draws them.
+        device: Where the tensors go.
+    """
+    main_name, main = next((name, value) for name, value in examples.items() if isinstance(value, Tensor))
+    result: dict[str, Any] = {}
+    for name, value in examples.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != main.shape[0]:
+            result[name] = value
+            continue
+        rows = value.repeat(-(-batch_size // value.shape[0]), *[1] * (value.dim() - 1))[:batch_size]
+        along_tokens = modality == "tokens" and rows.dim() > 1 and value.shape[1] == main.shape[1]
+        if length is not None and along_tokens:
+            rows = rows.repeat(1, -(-length // rows.shape[1]), *[1] * (rows.dim() - 2))[:, :length]
+        if name == main_name and modality == "tokens" and rows.dim() == 2:
+            top = vocab_size or int(value.max()) + 1
+            rows = torch.randint(top, rows.shape, generator=generator).to(value.dtype)
+        result[name] = rows.to(device)
+    return result
+
+
+def longest_length(run: Callable[[int], None], start: int) -> Detection[int | None]:
+    """Find the longest sequence that runs, by doubling and then halving the interval.
+
+    Args:
+        run: Runs one forward pass at a length and raises when that fails.
+        start: A length that runs.
+
+    Returns:
+        The length; None when none failed before the search ended.
+    """
+    slowest = 0.0
+
+    def runs(length: int) -> bool:
+        nonlocal slowest
+        started = time.perf_counter()
+        try:
+            run(length)
+        except Exception:
+            return False
+        slowest = max(slowest, time.perf_counter() - started)
+        return True
+
+    good, bad = start, None
+    while bad is None and good < LONGEST_PROBE and slowest < SLOW_PROBE_SECONDS:
+        if runs(2 * good):
+            good *= 2
+        else:
+            bad = 2 * good
+    if bad is None:
+        return Detection(None, f"no limit found up to {good} tokens")
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if runs(middle) else (good, middle)
+    return Detection(good, f"found by trying: {good} tokens run, {bad} do not")

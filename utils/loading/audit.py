@@ -1,0 +1,335 @@
+"""Read a model's code before it runs, and say what it would touch.
+
+An audit is a reader's aid, not a sandbox. It parses the source and never executes it; it knows what harmless model code
+is made of, and refuses to call anything else harmless. Code that hides its intent well enough can still get past any
+reader of text: run a stranger's model where there is nothing to lose.
+
+Three rules carry the weight. Modules are refused unless listed. A module may be used only as ``module.name``, never as
+a value, so it cannot travel to where its attributes are out of sight. And every dotted name is followed through the
+modules already in memory, by dictionary look-up alone, so that ``torch.nn.functional.importlib`` is seen to be
+importlib.
+"""
+
+import ast
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from utils.loading import audit_rules as rules
+from utils.loading.audit_names import COMPREHENSIONS, FUNCTIONS, dotted, imported_names, local_names, refused, resolve
+from utils.loading.audit_names import sibling as find_sibling
+from utils.loading.audit_report import AuditItem, AuditReport
+from utils.runtime.errors import InstantiationError
+
+
+def parse(text: str, file: str) -> ast.Module:
+    """Parse Python source.
+
+    Raises:
+        InstantiationError: It is not Python; the message has the line.
+    """
+    try:
+        return ast.parse(text, file)
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        raise InstantiationError(
+            f"{file}, line {error.lineno or 1}: {error.msg}" + (f": {line[:120]!r}." if line else "."),
+            "Expected Python source.",
+            "Correct that line, or export the model again.",
+        ) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise InstantiationError(
+            f"{file} cannot be parsed: {error or type(error).__name__}.", "Expected Python source."
+        ) from None
+
+
+def audit(files: Mapping[str, str]) -> AuditReport:
+    """Audit the Python files of a model without executing them.
+
+    Args:
+        files: Source text by file name; files that are not Python are passed over.
+
+    Raises:
+        InstantiationError: A file is not Python.
+    """
+    sources = {name: text for name, text in files.items() if name.endswith(".py")}
+    trees = {name: parse(text, name) for name, text in sources.items()}
+    bindings = {name.removesuffix(".py"): imported_names(tree, set(trees)) for name, tree in trees.items()}
+    items: list[AuditItem] = []
+    for name, tree in trees.items():
+        reader = _Reader(name, sources[name], bindings)
+        reader.read(tree)
+        items += reader.items
+    items.sort(key=lambda item: (item.file, item.line))
+    return AuditReport(tuple(dict.fromkeys(items)), sum(len(text.splitlines()) for text in sources.values()))
+
+
+class _Reader:
+    """Walks one file and notes what it touches."""
+
+    def __init__(self, file: str, text: str, bindings: Mapping[str, Mapping[str, set[str]]]) -> None:
+        self.file, self.lines, self.bindings = file, text.splitlines() or [""], bindings
+        self.names = bindings[file.removesuffix(".py")]
+        self.scopes: list[tuple[set[str], set[str]]] = []
+        self.items: list[AuditItem] = []
+        self.aliases: set[int] = set()
+        self.top: set[int] = set()
+
+    def note(self, node: ast.AST, category: str, what: str, harmless: bool = False) -> None:
+        line = getattr(node, "lineno", 1)
+        source = self.lines[line - 1] if line <= len(self.lines) else ""
+        self.items.append(AuditItem(category, self.file, line, source, what, harmless))
+
+    def read(self, tree: ast.Module) -> None:
+        self.top = {id(statement) for statement in tree.body}
+        # The body of `if __name__ == "__main__":` never runs in a model that is loaded, unless the name is tampered
+        # with, which a mention of it other than reading gives away.
+        bound = {
+            name
+            for node in ast.walk(tree)
+            for name in (getattr(node, "arg", None), getattr(node, "name", None), getattr(node, "asname", None))
+        } | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        for statement in tree.body:
+            if "__name__" not in bound and _is_main_guard(statement):
+                for alternative in statement.orelse:  # type: ignore[attr-defined]
+                    self.visit(alternative)
+            else:
+                self.visit(statement)
+
+    def visit(self, node: ast.AST) -> None:
+        """Visit a node, its own rule first, then its children in the scope they belong to."""
+        handler = getattr(self, f"on_{type(node).__name__.lower()}", None)
+        if handler is not None and handler(node):
+            return
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            # Decorators, bases, defaults and annotations are evaluated outside.
+            body = node.body if isinstance(node.body, list) else [node.body]
+            for child in ast.iter_child_nodes(node):
+                if child not in body:
+                    self.visit(child)
+            self.within(local_names(node), body)
+        elif isinstance(node, COMPREHENSIONS):
+            targets = {n.id for g in node.generators for n in ast.walk(g.target) if _is_stored(n)}
+            self.visit(node.generators[0].iter)
+            first = node.generators[0].iter
+            self.within((targets, set()), list(ast.iter_child_nodes(node)), skip=first)
+        else:
+            for child in ast.iter_child_nodes(node):
+                self.visit(child)
+
+    def within(self, names: tuple[set[str], set[str]], nodes: list[Any], skip: ast.AST | None = None) -> None:
+        self.scopes.append(names)
+        for node in nodes:
+            if isinstance(node, ast.comprehension):
+                for child in ast.iter_child_nodes(node):
+                    if child is not skip:
+                        self.visit(child)
+            else:
+                self.visit(node)
+        self.scopes.pop()
+
+    def is_local(self, name: str) -> bool:
+        for local, shared in reversed(self.scopes):
+            if name in local or name in shared:
+                return name in local
+        return False
+
+    def on_import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            if find_sibling(alias.name, {f"{name}.py" for name in self.bindings}):
+                self.note(node, "import", alias.name, True)
+            else:
+                self.note(node, "import", alias.name, rules.module_allowed(alias.name))
+
+    def on_importfrom(self, node: ast.ImportFrom) -> None:
+        module = node.module or ""
+        own = node.level > 0 or find_sibling(module, {f"{name}.py" for name in self.bindings}) is not None
+        if any(alias.name == "*" for alias in node.names):
+            self.note(node, "import", f"{module or '.'}.* (names that cannot be seen)")
+            return
+        if node.level > 1 or (node.level and module and module not in self.bindings):
+            self.note(node, "import", f"{'.' * node.level}{module} outside the model's folder")
+            return
+        if own:
+            self.note(node, "import", module or ".", True)
+        elif not rules.module_allowed(module):
+            self.note(node, "import", module)
+            return
+        else:
+            self.note(node, "import", module, True)
+        for alias in node.names:
+            base = "." + module if own else module
+            target = f"{base.rstrip('.')}.{alias.name}"
+            if (refusal := self.refusal(target)) is not None:
+                self.note(node, *refusal)
+
+    def on_name(self, node: ast.Name) -> None:
+        if self.is_local(node.id):
+            return
+        if node.id.startswith("__") and node.id.endswith("__") and node.id not in rules.ALLOWED_DUNDERS:
+            self.note(node, rules.DENIED_BUILTINS.get(node.id, "dynamic code"), node.id)
+        elif node.id == "__name__" and not isinstance(node.ctx, ast.Load):
+            self.note(node, "dynamic code", "changes __name__")
+        elif not isinstance(node.ctx, ast.Load):
+            return
+        elif node.id in rules.DENIED_BUILTINS and node.id not in self.names:
+            self.note(node, rules.DENIED_BUILTINS[node.id], f"{node.id}()")
+        elif node.id in ("getattr", "setattr", "delattr"):
+            self.note(node, "dynamic code", f"{node.id} as a value")
+        elif any(self.is_module(target) for target in self.names.get(node.id, ())):
+            self.note(node, "dynamic code", f"the module {node.id} as a value")
+
+    def on_attribute(self, node: ast.Attribute) -> bool:
+        chain = dotted(node)
+        if not chain or chain[0] not in self.names or self.is_local(chain[0]):
+            self.check_attribute(node, node.attr, node.value)
+            return False
+        for root in sorted(self.names[chain[0]]):
+            target = ".".join((root, *chain[1:]))
+            if (refusal := self.refusal(target)) is not None:
+                self.note(node, *refusal)
+            elif not isinstance(node.ctx, ast.Load) and not target.startswith("torch.backends."):
+                self.note(node, "changes other code", f"assigns to {target}")
+            elif isinstance(node.ctx, ast.Load) and self.is_module(target) and not self.is_alias(node):
+                self.note(node, "dynamic code", f"the module {target} as a value")
+        return True
+
+    def is_alias(self, node: ast.Attribute) -> bool:
+        """Whether a module's name stands on the right of a top-level assignment that `imported_names` follows."""
+        return id(node) in self.aliases
+
+    def on_assign(self, node: ast.Assign) -> None:
+        chain = dotted(node.value)
+        single = len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+        if id(node) in self.top and single and len(chain) > 1 and node.targets[0].id in self.names:  # type: ignore[attr-defined]
+            self.aliases.add(id(node.value))
+
+    def check_attribute(self, node: ast.AST, name: str, value: ast.expr | None = None, called: bool = False) -> None:
+        """Apply the rules that hold for an attribute of any value."""
+        if name.startswith("__") and name.endswith("__"):
+            on_super = (
+                isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "super"
+            ) or (isinstance(value, ast.Name) and value.id == "object")
+            on_self = name == "__dict__" and isinstance(value, ast.Name) and value.id == "self"
+            if name not in rules.ALLOWED_DUNDERS and not on_self and not (name in rules.SUPER_DUNDERS and on_super):
+                self.note(node, "dynamic code", f".{name}")
+        elif name in rules.DENIED_ATTRIBUTES and not (called and name in rules.METHOD_NAMES):
+            self.note(node, rules.DENIED_ATTRIBUTES[name], f".{name}")
+
+    def on_call(self, node: ast.Call) -> bool:
+        function = node.func
+        if isinstance(function, ast.Name) and function.id in ("getattr", "setattr", "delattr"):
+            if not self.is_local(function.id):
+                self.check_named_access(node, function.id)
+                return True
+        elif isinstance(function, ast.Attribute) and function.attr in rules.METHOD_NAMES:
+            chain = dotted(function)
+            if not chain or chain[0] not in self.names or self.is_local(chain[0]):
+                self.visit(function.value)
+                for child in (*node.args, *node.keywords):
+                    self.visit(child)
+                return True
+        return False
+
+    def check_named_access(self, node: ast.Call, function: str) -> None:
+        """Check ``getattr(value, name)`` and its relatives, then their arguments."""
+        if len(node.args) < 2 or any(isinstance(argument, ast.Starred) for argument in node.args):
+            self.note(node, "dynamic code", f"{function} with arguments that cannot be seen")
+        else:
+            value, name = node.args[0], node.args[1]
+            chain = dotted(value)
+            modules = () if not chain or self.is_local(chain[0]) else tuple(self.names.get(chain[0], ()))
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                if modules:
+                    access = ast.Attribute(value, name.value, ast.Load() if function == "getattr" else ast.Store())
+                    self.visit(ast.copy_location(access, node))
+                else:
+                    self.visit(value)
+                    self.check_attribute(node, name.value, value)
+            elif not self.is_prefixed(value, name) and not (function == "setattr" and chain == ("self",)):
+                self.note(node, "dynamic code", f"{function} with a computed name")
+            if not modules and not isinstance(name, ast.Constant):
+                self.visit(value)
+                self.visit(name)
+        for child in (*node.args[2:], *node.keywords):
+            self.visit(child)
+
+    @staticmethod
+    def is_prefixed(value: ast.expr, name: ast.expr) -> bool:
+        """Whether the access is like ``getattr(self, f"block_{i}")``, which cannot name an internal attribute."""
+        return (
+            isinstance(value, ast.Name)
+            and value.id == "self"
+            and isinstance(name, ast.JoinedStr)
+            and isinstance(first := name.values[0] if name.values else None, ast.Constant)
+            and str(first.value)[:1].isalpha()
+        )
+
+    def on_matchclass(self, node: ast.MatchClass) -> None:
+        for name in node.kwd_attrs:
+            self.check_attribute(node, name)
+
+    def on_constant(self, node: ast.Constant) -> None:
+        # Format strings such as "{0.__globals__}" reach attributes too.
+        if isinstance(node.value, str) and "{" in node.value:
+            for word in ("__globals__", "__builtins__", "__subclasses__", "__dict__", "__code__"):
+                if word in node.value:
+                    self.note(node, "dynamic code", f"{word} in a text")
+
+    def own(self, target: str) -> set[str]:
+        """Follow a dotted name that starts in one of the model's own files to what that file imported under it."""
+        found, waiting, seen = set(), [target], set()
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            parts = name.split(".")
+            if parts[0] or len(parts) < 3:
+                found.add(name)
+                continue
+            imported = self.bindings.get(parts[1], {}).get(parts[2])
+            if imported is None:
+                found.add(name)
+            else:
+                waiting += [".".join((origin, *parts[3:])) for origin in imported]
+        return found
+
+    def is_module(self, target: str) -> bool:
+        """Whether a dotted name stands for a module."""
+        return any(
+            name.removeprefix(".") in self.bindings if name.startswith(".") else resolve(name)[1]
+            for name in self.own(target)
+        )
+
+    def refusal(self, target: str) -> tuple[str, str] | None:
+        """Return category and name of what a dotted name leads to if it is not allowed, else None."""
+        for name in sorted(self.own(target)):
+            parts = name.split(".")
+            if not parts[0]:
+                for part in parts[2:]:
+                    if part in rules.DENIED_ATTRIBUTES:
+                        return rules.DENIED_ATTRIBUTES[part], name.removeprefix(".")
+                    if part.startswith("__") and part not in rules.ALLOWED_DUNDERS:
+                        return "dynamic code", name.removeprefix(".")
+                continue
+            if (category := refused(name)) is not None:
+                return category, name
+        return None
+
+
+def _is_stored(node: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def _is_main_guard(node: ast.stmt) -> bool:
+    if not isinstance(node, ast.If) or not isinstance(node.test, ast.Compare):
+        return False
+    test = node.test
+    return (
+        isinstance(test.left, ast.Name)
+        and test.left.id == "__name__"
+        and len(test.ops) == 1
+        and isinstance(test.ops[0], ast.Eq)
+        and isinstance(test.comparators[0], ast.Constant)
+        and test.comparators[0].value == "__main__"
+    )

@@ -1,0 +1,168 @@
+"""What the names in a source text stand for, found out without executing it."""
+
+import ast
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+from utils.loading import audit_rules as rules
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def sibling(module: str, files: set[str]) -> str | None:
+    """Return the dotted name of a module of the model itself, marked with a leading dot, or None."""
+    top, _, rest = module.partition(".")
+    return f".{module}" if f"{top}.py" in files and not rest else None
+
+
+def imported_names(tree: ast.Module, files: set[str]) -> dict[str, set[str]]:
+    """Map every name that an import anywhere in a file binds to the dotted names it may stand for.
+
+    Names of the model's own files start with a dot. A plain assignment of a dotted module name, such as
+    ``nn = torch.nn``, binds a name in the same way.
+    """
+    names: dict[str, set[str]] = {}
+
+    def bind(name: str, target: str) -> None:
+        names.setdefault(name, set()).add(target)
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                target = alias.name if alias.asname else alias.name.split(".")[0]
+                bind(alias.asname or target, sibling(target, files) or target)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            base = "." + module if node.level else (sibling(module, files) or module)
+            for alias in node.names:
+                if alias.name != "*":
+                    bind(alias.asname or alias.name, f"{base.rstrip('.')}.{alias.name}")
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            left, chain = statement.targets[0], dotted(statement.value)
+            if isinstance(left, ast.Name) and len(chain) > 1 and chain[0] in names:
+                for root in tuple(names[chain[0]]):
+                    bind(left.id, ".".join((root, *chain[1:])))
+    return names
+
+
+def dotted(node: ast.expr) -> tuple[str, ...]:
+    """Return ``("a", "b", "c")`` for the expression ``a.b.c``, and nothing for any other expression."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else ()
+
+
+def local_names(scope: ast.AST) -> tuple[set[str], set[str]]:
+    """Tell which names a function or class body makes its own, and which it takes from elsewhere.
+
+    Names of nested functions, classes and comprehensions are theirs. What a class body stores is not seen by its
+    methods, so it counts as nobody's own.
+
+    Returns:
+        Names that are certainly local (arguments and names stored to), and names that are certainly not (imported or
+        declared ``global`` or ``nonlocal``).
+    """
+    local: set[str] = set()
+    if isinstance(scope, FUNCTIONS):
+        arguments = scope.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        local = {argument.arg for argument in every if argument is not None}
+    shared: set[str] = set()
+    body = scope.body  # type: ignore[attr-defined]
+    waiting: list[ast.AST] = list(body) if isinstance(body, list) else [body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            shared.update(node.names)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            shared.update(alias.asname or alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and isinstance(scope, FUNCTIONS):
+            local.add(node.id)
+        elif isinstance(node, (*FUNCTIONS, *COMPREHENSIONS, ast.ClassDef)):
+            continue
+        waiting += ast.iter_child_nodes(node)
+    return local - shared, shared
+
+
+def refused(name: str) -> str | None:
+    """Return the category under which a dotted name of another package is refused, or None when it passes."""
+    parts = name.split(".")
+    if name in rules.ALLOWED_PRIVATE:
+        return None
+    for end in range(1, len(parts)):
+        prefix, part = ".".join(parts[:end]), parts[end]
+        dotted = f"{prefix}.{part}"
+        if dotted in rules.DENIED_NAMES:
+            return rules.DENIED_NAMES[dotted]
+        if part in rules.DENIED_ATTRIBUTES:
+            return rules.DENIED_ATTRIBUTES[part]
+        in_module = resolve(prefix)[1]
+        if part.startswith("_") and (in_module or (part.startswith("__") and part not in rules.ALLOWED_DUNDERS)):
+            return "dynamic code"
+        if in_module and prefix in rules.ONLY and part not in rules.ONLY[prefix]:
+            return "dynamic code"
+        if in_module and prefix.startswith("transformers") and not resolve(dotted)[1] and not part[:1].isupper():
+            return "network"
+    real, is_module = resolve(name)
+    # A name that leads through a listed module to another module counts as an import of that one.
+    for end in range(1, len(parts) + 1):
+        step, step_is_module = resolve(".".join(parts[:end]))
+        if step_is_module and not rules.module_allowed(step) and not _is_parent(step):
+            return "import"
+    if not is_module and real and not _home_allowed(real):
+        return "import"
+    return None
+
+
+def _is_parent(name: str) -> bool:
+    return any(allowed.startswith(name + ".") for allowed in rules.ALLOWED_MODULES)
+
+
+def _home_allowed(home: str) -> bool:
+    """Whether the module that defines a class or function belongs to a package that model code may use."""
+    top = home.split(".")[0]
+    return top in {name.split(".")[0] for name in rules.ALLOWED_MODULES} or top.startswith("_") or top == "builtins"
+
+
+def resolve(name: str) -> tuple[str, bool]:
+    """Follow a dotted name through the modules in memory, by look-up in their dictionaries.
+
+    Returns:
+        For a module its real name and True; for anything else the name of the module that defines it, or "" when that
+        is unknown, and False.
+    """
+    parts = name.split(".")
+    if parts[0] not in sys.modules:
+        # Not in memory: a listed module is what it says, and so is a prefix of one.
+        return (name, True) if rules.module_allowed(name) or _is_parent(name) or len(parts) == 1 else ("", False)
+    current: Any = sys.modules[parts[0]]
+    for part in parts[1:]:
+        if not isinstance(current, ModuleType):
+            return "", False
+        dotted = f"{current.__name__}.{part}"
+        if part in vars(current):
+            current = vars(current)[part]
+        elif dotted in sys.modules:
+            current = sys.modules[dotted]
+        elif _exists(dotted):
+            return dotted, True
+        else:
+            return "", False
+    if isinstance(current, ModuleType):
+        return str(vars(current).get("__name__", name)), True
+    home = getattr(current, "__module__", None) if isinstance(current, type) or callable(current) else None
+    return (home if isinstance(home, str) else ""), False
+
+
+def _exists(module: str) -> bool:
+    """Whether a submodule exists that is not in memory; its parents are, so nothing is executed by asking."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, AttributeError, ValueError):
+        return False

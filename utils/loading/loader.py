@@ -1,0 +1,127 @@
+"""`load_model`: from whatever the user pastes to a model that is ready to be validated."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from utils.loading.audit import audit
+from utils.loading.config import parse_config, read_overrides
+from utils.loading.gist import fetch_gist
+from utils.loading.github_api import DEFAULT_TIMEOUT, GitHubClient
+from utils.loading.hub import is_transformers_folder, load_transformers
+from utils.loading.instantiate import instantiate
+from utils.loading.loaded_model import LoadedModel
+from utils.loading.reference import EXPECTED, Reference, parse_reference
+from utils.loading.repository import fetch_repository
+from utils.loading.source import CONFIG_FILE, DEFAULT_MAX_BYTES, Source, read_example, read_path
+from utils.runtime.errors import ModelReferenceError
+
+
+def load_model(
+    reference: str | os.PathLike[str] | nn.Module,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    trust: bool = False,
+    *,
+    token: str | None = None,
+    api: str | None = None,
+    seed: int = 0,
+    timeout: float = DEFAULT_TIMEOUT,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> LoadedModel:
+    """Load a model from a link, a path, the Hub, an example, or a module.
+
+    Source is audited before it runs, and runs only when it is harmless or trusted. The same reference gives the same
+    initial weights every time. Nothing is ever put in the place of a model that cannot be loaded.
+
+    Args:
+        reference: Gist id or link, GitHub link, path of a file or folder, ``hub:owner/name``, ``example:NAME``, or a
+            module.
+        config: Settings that override those of config.json: a dict, or the path of a JSON file.
+        revision: Commit id (Gist), or branch, tag or commit id (GitHub, Hub) to load.
+        trust: Run code that the audit does not know to be harmless.
+        token: Access token for GitHub or the Hub. Default: the environment's ``GITHUB_TOKEN`` or ``HF_TOKEN``.
+        api: Base address of GitHub's API. Default: the environment's ``SEEDBED_GITHUB_API``, else GitHub's own.
+        seed: Seeds the initial weights.
+        timeout: Seconds that one attempt to fetch may take.
+        max_bytes: Largest size of the source, in bytes.
+
+    Raises:
+        ModelReferenceError: The reference is not understood, does not exist, or is no model.
+        FetchError: The files cannot be fetched.
+        ConfigError: The config is not a JSON object.
+        AuditError: The code needs the user's consent; the message shows the lines.
+        InstantiationError: No model can be built from the source.
+    """
+    overrides = read_overrides(config)
+    if isinstance(reference, nn.Module):
+        return LoadedModel(reference, overrides)
+    if isinstance(reference, os.PathLike):
+        parsed = Reference("path", str(Path(reference).expanduser()))
+    elif isinstance(reference, str):
+        parsed = parse_reference(reference)
+    else:
+        raise ModelReferenceError(f"The reference is a {type(reference).__name__}.", EXPECTED)
+    revision = revision or parsed.revision
+    if parsed.kind in ("path", "example") and revision:
+        raise ModelReferenceError(
+            f"The revision {revision!r} was given for {parsed.text!r}.",
+            "Expected a revision only with a Gist, a GitHub or a Hub reference.",
+            "Leave it out.",
+        )
+    if parsed.kind == "hub" or (parsed.kind == "path" and is_transformers_folder(Path(parsed.target))):
+        return _through_transformers(parsed, overrides, revision, token, seed)
+    client = None
+    if parsed.kind in ("gist", "github"):
+        client = GitHubClient(api, token, timeout, max_bytes)
+    source = _read(parsed, revision, client, max_bytes)
+    settings = {**(parse_config(source.files[CONFIG_FILE]) if CONFIG_FILE in source.files else {}), **overrides}
+    report = audit(source.files)
+    if not trust:
+        report.require_harmless()
+    built = instantiate(source, settings, seed)
+    return LoadedModel(
+        module=built.module,
+        config=settings,
+        files=source.files,
+        kind=parsed.kind,
+        reference=parsed.text,
+        revision=source.revision,
+        sha256=source.sha256,
+        audit=report,
+        notes=built.notes,
+        build=built.build,
+    )
+
+
+def _read(parsed: Reference, revision: str | None, client: GitHubClient | None, max_bytes: int) -> Source:
+    """Read the files that a reference stands for."""
+    if parsed.kind == "example":
+        return read_example(parsed.target)
+    if client is None:
+        return read_path(Path(parsed.target), max_bytes)
+    if parsed.kind == "gist":
+        return fetch_gist(parsed.target, revision, client)
+    return fetch_repository(parsed.target, parsed.path, revision, client)
+
+
+def _through_transformers(
+    parsed: Reference, overrides: dict[str, Any], revision: str | None, token: str | None, seed: int
+) -> LoadedModel:
+    built, config, commit = load_transformers(parsed.target, overrides, revision, token, seed)
+    files = {CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"}
+    return LoadedModel(
+        module=built.module,
+        config=json.loads(files[CONFIG_FILE]),
+        files=files,
+        kind=parsed.kind,
+        reference=parsed.text,
+        revision=commit,
+        sha256=Source(files).sha256,
+        notes=built.notes,
+        build=built.build,
+    )

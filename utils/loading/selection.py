@@ -1,0 +1,85 @@
+"""Which of the classes in a model's source is the model."""
+
+import ast
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from utils.loading.source import MODEL_FILE
+from utils.runtime.errors import InstantiationError
+
+
+def choose(module: ModuleType, files: Mapping[str, str], config: Mapping[str, Any]) -> Callable[..., nn.Module]:
+    """Return the class, or the function ``build_model``, that makes the model.
+
+    In this order: the class that ``model_name`` in the config names exactly, ``build_model()``, ``Model``,
+    ``CustomTransformer``, and the one root class, which is a class of ``model.py`` that no other class there uses.
+
+    Raises:
+        InstantiationError: There is no model class, or more than one could be meant; the message lists them.
+    """
+    namespace = vars(module)
+    package = module.__name__.partition(".")[0]
+    name = config.get("model_name")
+    if isinstance(name, str) and _is_model(namespace.get(name), package):
+        return namespace[name]
+    build = namespace.get("build_model")
+    if callable(build) and not isinstance(build, type) and getattr(build, "__module__", "").startswith(package + "."):
+        return build
+    for usual in ("Model", "CustomTransformer"):
+        if _is_model(namespace.get(usual), package):
+            return namespace[usual]
+    candidates = {
+        key: value
+        for key, value in namespace.items()
+        if _is_model(value, package) and value.__module__ == module.__name__ and value.__name__ == key
+    }
+    if not candidates:
+        others = [key for key, value in namespace.items() if _is_model(value, package)]
+        raise InstantiationError(
+            f"{MODEL_FILE} defines no class derived from torch.nn.Module.",
+            "Expected the model's class, named Model or as model_name in config.json says.",
+            f"It imports {', '.join(others)}: set model_name to the one that is meant." if others else "",
+        )
+    parts = _parts(files[MODEL_FILE], set(candidates))
+    roots = [key for key in candidates if key not in parts]
+    if len(roots) == 1:
+        return candidates[roots[0]]
+    listed = ", ".join(roots or candidates)
+    raise InstantiationError(
+        f"{MODEL_FILE} defines {len(roots or candidates)} classes that could be the model: {listed}.",
+        "Expected exactly one class that no other class uses as a part.",
+        'Say which is meant: {"model_name": "' + (roots or list(candidates))[0] + '"} in config.json or in config=.',
+    )
+
+
+def _is_model(value: Any, package: str) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module) and value.__module__.startswith(package + ".")
+
+
+def _parts(text: str, candidates: set[str]) -> set[str]:
+    """Return the candidates that another candidate uses, directly or through functions and tables of the file."""
+    uses: dict[str, set[str]] = {}
+    for statement in ast.parse(text).body:
+        names = {
+            node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        }
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+            uses.setdefault(statement.name, set()).update(names)
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            for target in targets:
+                if isinstance(target, ast.Name):
+                    uses.setdefault(target.id, set()).update(names)
+    parts: set[str] = set()
+    for candidate in candidates:
+        reached: set[str] = set()
+        waiting = [candidate]
+        while waiting:
+            for name in uses.get(waiting.pop(), set()) - reached:
+                reached.add(name)
+                waiting.append(name)
+        parts |= (reached & candidates) - {candidate}
+    return parts
