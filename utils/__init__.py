@@ -1,6 +1,6 @@
 """Seedbed: know whether a PyTorch model is sound, train it where machines vanish, ship it.
 
-The public surface, loaded on first use: `load_model`, `validate`, `show`, `train`, `resume`, `export`, `ModelSpec`,
+The public surface, loaded on first use: `load_model`, `read_code`, `validate`, `show`, `train`, `resume`, `export`, `ModelSpec`,
 `ModelAdapter`, `LoadedModel`, `TrainingConfig`. Importing this package imports nothing but the standard library.
 """
 
@@ -11,7 +11,7 @@ from utils.runtime.project import VERSION as __version__
 
 if TYPE_CHECKING:
     from utils.adapters import ModelAdapter, ModelSpec
-    from utils.loading import LoadedModel, load_model
+    from utils.loading import LoadedModel, load_model, read_code
     from utils.tier1_critical_validation import validate
     from utils.tier3_training_utilities import export, resume, train
     from utils.training import TrainingConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "load_model": "utils.loading",
     "LoadedModel": "utils.loading",
+    "read_code": "utils.loading",
     "ModelAdapter": "utils.adapters",
     "ModelSpec": "utils.adapters",
     "validate": "utils.tier1_critical_validation",
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "export",
     "load_model",
+    "read_code",
     "resume",
     "show",
     "train",

@@ -7,7 +7,7 @@ that no call could run still gets an adapter, and `ModelAdapter.failure` says wh
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,22 +30,13 @@ from utils.adapters.detection import (
 from utils.adapters.inputs import candidate_kinds, feature_shapes, image_shapes, longest_length, sound_shapes, stretched
 from utils.adapters.logits import choose_logits
 from utils.adapters.objectives import random_labels, task_loss
-from utils.adapters.spec import ModelSpec
+from utils.adapters.spec import ModelSource, ModelSpec
 from utils.runtime.errors import AdapterError, SeedbedError
 from utils.runtime.isolation import preserved
 
 PROBE_BATCH = 2
 PROBE_LENGTHS = (12, 16, 32, 64, 128)
 LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq")
-
-
-@runtime_checkable
-class ModelSource(Protocol):
-    """Anything that carries a module with its config, as a loaded model and an adapter do."""
-
-    module: nn.Module
-    config: dict[str, Any]
-    factory: Any
 
 
 class ModelAdapter:
@@ -96,7 +87,7 @@ class ModelAdapter:
                 "Run one forward pass on real input before you validate or train it.",
             )
         self.module: nn.Module = model
-        self.spec = spec or ModelSpec()
+        self.spec: ModelSpec = spec or ModelSpec()
         self.config = {**config_dict(getattr(model, "config", None)), **config_dict(config)}
         self.factory: Callable[[], nn.Module] | None = self.spec.factory or factory
         self.failure: str | None = None

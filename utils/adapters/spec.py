@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -19,6 +19,15 @@ TASKS = (
     "regression",
     "embedding",
 )
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+    """Anything that carries a module with its config, as a loaded model and an adapter do."""
+
+    module: nn.Module
+    config: dict[str, Any]
+    factory: Any
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from utils.loading.audit import AuditItem, AuditReport, audit
 from utils.loading.loaded_model import LoadedModel
-from utils.loading.loader import load_model
+from utils.loading.loader import load_model, read_code
+from utils.loading.model_code import ModelCode
 from utils.loading.reference import Reference, parse_reference
 from utils.loading.source import example_names
 
@@ -10,9 +11,11 @@ __all__ = [
     "AuditItem",
     "AuditReport",
     "LoadedModel",
+    "ModelCode",
     "Reference",
     "audit",
     "example_names",
     "load_model",
     "parse_reference",
+    "read_code",
 ]

@@ -15,6 +15,7 @@ from utils.loading.github_api import DEFAULT_TIMEOUT, GitHubClient
 from utils.loading.hub import is_transformers_folder, load_transformers
 from utils.loading.instantiate import instantiate
 from utils.loading.loaded_model import LoadedModel
+from utils.loading.model_code import ModelCode
 from utils.loading.reference import EXPECTED, Reference, parse_reference
 from utils.loading.repository import fetch_repository
 from utils.loading.source import CONFIG_FILE, DEFAULT_MAX_BYTES, Source, read_example, read_path
@@ -22,7 +23,7 @@ from utils.runtime.errors import ModelReferenceError
 
 
 def load_model(
-    reference: str | os.PathLike[str] | nn.Module,
+    reference: str | os.PathLike[str] | nn.Module | ModelCode,
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     revision: str | None = None,
     trust: bool = False,
@@ -39,8 +40,8 @@ def load_model(
     initial weights every time. Nothing is ever put in the place of a model that cannot be loaded.
 
     Args:
-        reference: Gist id or link, GitHub link, path of a file or folder, ``hub:owner/name``, ``example:NAME``, or a
-            module.
+        reference: Gist id or link, GitHub link, path of a file or folder, ``hub:owner/name``, ``example:NAME``, a
+            module, or what `read_code` returned.
         config: Settings that override those of config.json: a dict, or the path of a JSON file.
         revision: Commit id (Gist), or branch, tag or commit id (GitHub, Hub) to load.
         trust: Run code that the audit does not know to be harmless.
@@ -60,6 +61,46 @@ def load_model(
     overrides = read_overrides(config)
     if isinstance(reference, nn.Module):
         return LoadedModel(reference, overrides)
+    if isinstance(reference, ModelCode):
+        code = reference
+    else:
+        code = read_code(reference, revision, token=token, api=api, timeout=timeout, max_bytes=max_bytes)
+    if code.source is None or code.audit is None:
+        return _through_transformers(code.reference, overrides, revision or code.reference.revision, token, seed)
+    files = code.source.files
+    settings = {**(parse_config(files[CONFIG_FILE]) if CONFIG_FILE in files else {}), **overrides}
+    if not trust:
+        code.audit.require_harmless()
+    built = instantiate(code.source, settings, seed)
+    return LoadedModel(
+        module=built.module,
+        config=settings,
+        files=files,
+        kind=code.reference.kind,
+        reference=code.reference.text,
+        revision=code.source.revision,
+        sha256=code.source.sha256,
+        audit=code.audit,
+        notes=built.notes,
+        build=built.build,
+    )
+
+
+def read_code(
+    reference: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    api: str | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> ModelCode:
+    """Fetch and audit a model's code without running it; see `load_model` for the arguments.
+
+    Raises:
+        ModelReferenceError: The reference is not understood, does not exist, or is no model.
+        FetchError: The files cannot be fetched.
+    """
     if isinstance(reference, os.PathLike):
         parsed = Reference("path", str(Path(reference).expanduser()))
     elif isinstance(reference, str):
@@ -74,28 +115,10 @@ def load_model(
             "Leave it out.",
         )
     if parsed.kind == "hub" or (parsed.kind == "path" and is_transformers_folder(Path(parsed.target))):
-        return _through_transformers(parsed, overrides, revision, token, seed)
-    client = None
-    if parsed.kind in ("gist", "github"):
-        client = GitHubClient(api, token, timeout, max_bytes)
+        return ModelCode(parsed)
+    client = GitHubClient(api, token, timeout, max_bytes) if parsed.kind in ("gist", "github") else None
     source = _read(parsed, revision, client, max_bytes)
-    settings = {**(parse_config(source.files[CONFIG_FILE]) if CONFIG_FILE in source.files else {}), **overrides}
-    report = audit(source.files)
-    if not trust:
-        report.require_harmless()
-    built = instantiate(source, settings, seed)
-    return LoadedModel(
-        module=built.module,
-        config=settings,
-        files=source.files,
-        kind=parsed.kind,
-        reference=parsed.text,
-        revision=source.revision,
-        sha256=source.sha256,
-        audit=report,
-        notes=built.notes,
-        build=built.build,
-    )
+    return ModelCode(parsed, source, audit(source.files))
 
 
 def _read(parsed: Reference, revision: str | None, client: GitHubClient | None, max_bytes: int) -> Source:

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.runtime.errors import DataError
+from utils.adapters import ModelAdapter
+from utils.runtime.errors import ConfigError, DataError
 from utils.tokenization import TextTokenizer, choose_tokenizer, pack_causal, pack_masked
+from utils.training.config import TrainingConfig
 from utils.training.corpora import (
     IMAGE_BUILTINS,
     TEXT_BUILTINS,
@@ -26,12 +28,12 @@ from utils.training.corpora import (
 )
 from utils.training.prepared_data import PreparedData, load_prepared
 
-__all__ = ["PreparedData", "load_data", "load_prepared"]
+__all__ = ["PreparedData", "load_data", "load_prepared", "prepare_data"]
 
 TEXT_TASKS = ("causal_lm", "masked_lm")
 IMAGE_TASKS = ("image_classification",)
 DEFAULT_LENGTH = 256
-"""Window length for a model that has no limit."""
+"""Longest window unless the user says otherwise; the whole length of models that read less."""
 SHORTEST_LENGTH = 8
 DIGIT_CLASSES = 10
 
@@ -89,6 +91,41 @@ def load_data(
     else:
         raise DataError(f"The data reference {reference!r} is not available.", describe_references())
     return replace(data, facts={**data.facts, "seed": seed, "sha256": data.fingerprint()})
+
+
+def prepare_data(model: Any, reference: object, config: TrainingConfig | None = None) -> PreparedData:
+    """Load data in the form that fits a model and its training settings.
+
+    Args:
+        model: A loaded model, an adapter or a module.
+        reference: See `load_data`.
+        config: Says the context length, the seed and the share that is held out.
+
+    Raises:
+        ConfigError: The context is longer than the model can read.
+        DataError: See `load_data`.
+    """
+    adapter = model if isinstance(model, ModelAdapter) else ModelAdapter(model)
+    config = config or TrainingConfig()
+    limit = adapter.max_length.value
+    if config.context_length is not None and limit is not None and config.context_length > limit:
+        raise ConfigError(
+            f"TrainingConfig.context_length is {config.context_length}, and the model takes at most {limit} tokens "
+            f"({adapter.max_length.reason}).",
+            "Expected a context that the model can read.",
+            f"Set context_length to {limit} or less.",
+        )
+    return load_data(
+        reference,
+        task=adapter.task.value,
+        vocab_size=adapter.vocab_size.value,
+        max_length=config.context_length or min(limit or DEFAULT_LENGTH, DEFAULT_LENGTH),
+        num_labels=adapter.num_labels.value,
+        image_shape=adapter.image_shape.value,
+        pad_token_id=adapter.pad_token_id.value,
+        seed=config.seed,
+        validation_share=config.validation_share,
+    )
 
 
 def _check_task(reference: str, content: str, task: str, possible: tuple[str, ...], other: str) -> None:

@@ -7,11 +7,11 @@ from torch import nn
 
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.loading import LoadedModel, load_model
-from utils.runtime.errors import CheckpointError, ConfigError, RunError
+from utils.runtime.errors import CheckpointError, RunError
 from utils.runtime.files import write_json
 from utils.runtime.optional import require
 from utils.training.config import TrainingConfig
-from utils.training.dataset_utilities import load_data
+from utils.training.dataset_utilities import prepare_data
 from utils.training.figures import save_training_figure
 from utils.training.metrics import read_metrics
 from utils.training.prepared_data import PreparedData, load_prepared
@@ -19,9 +19,6 @@ from utils.training.run import FIGURE, METRICS, RECORD, Run, create_run, read_re
 
 if TYPE_CHECKING:
     from utils.training.training_core import View
-
-LONGEST_CONTEXT = 256
-"""Tokens per sample when neither the user nor the model says less."""
 
 
 def train(
@@ -59,7 +56,7 @@ def train(
     loaded = load_model(model) if isinstance(model, str) else model if isinstance(model, LoadedModel) else None
     adapter = ModelAdapter(loaded or model, spec=spec)
     _check_trainable(adapter)
-    prepared = data if isinstance(data, PreparedData) else _prepare(adapter, data, config)
+    prepared = data if isinstance(data, PreparedData) else prepare_data(adapter, data, config)
     run = create_run(Path(run_dir), adapter, loaded, prepared, config)
     return _conclude(fit(run, progress=progress, view=view))
 
@@ -156,29 +153,6 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
     run.status = "finished" if run.step >= run.total_steps else "stopped"
     adapter.module.eval()
     return run, state
-
-
-def _prepare(adapter: ModelAdapter, data: Any, config: TrainingConfig) -> PreparedData:
-    """Load data in the form that fits a model."""
-    limit = adapter.max_length.value
-    if config.context_length is not None and limit is not None and config.context_length > limit:
-        raise ConfigError(
-            f"TrainingConfig.context_length is {config.context_length}, and the model takes at most {limit} tokens "
-            f"({adapter.max_length.reason}).",
-            "Expected a context that the model can read.",
-            f"Set context_length to {limit} or less.",
-        )
-    return load_data(
-        data,
-        task=adapter.task.value,
-        vocab_size=adapter.vocab_size.value,
-        max_length=config.context_length or min(limit or LONGEST_CONTEXT, LONGEST_CONTEXT),
-        num_labels=adapter.num_labels.value,
-        image_shape=adapter.image_shape.value,
-        pad_token_id=adapter.pad_token_id.value,
-        seed=config.seed,
-        validation_share=config.validation_share,
-    )
 
 
 def _check_trainable(adapter: ModelAdapter) -> None:

@@ -1,0 +1,84 @@
+"""Memory: exact bytes against a hand count. Speed: loops found by counting, fused recurrence left alone."""
+
+import torch
+from torch import nn
+
+from utils.adapters import ModelAdapter
+from utils.test_functions import check_inference_speed, check_memory_footprint
+from utils.validation.memory_footprint import _quadratic, saved_bytes
+
+
+class Tanh(nn.Module):
+    """Two layers whose saved tensors can be counted by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 16, bias=False), nn.Linear(16, 3, bias=False)
+
+    def forward(self, x):
+        return self.leave(torch.tanh(self.enter(x)))
+
+
+def test_activations_by_hand():
+    """Saved per sample: the input 8, the tanh output 16 once for two uses, log-probabilities 3, a label."""
+    adapter = ModelAdapter(Tanh())
+    per_sample = saved_bytes(adapter, 3) - saved_bytes(adapter, 2)
+    assert per_sample == 4 * (8 + 16 + 3) + 8
+
+
+def test_weights_gradients_and_optimizer(tiny):
+    """Tied weights count once; frozen ones need no gradient and no moments."""
+    model = tiny.GPT(tied=True)
+    details = check_memory_footprint(model).details
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert (details["weights"], details["gradients"], details["adamw_state"]) == (4 * numbers, 4 * numbers, 8 * numbers)
+    model.blocks.requires_grad_(False)
+    blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
+    assert check_memory_footprint(model).details["gradients"] == 4 * (numbers - blocks)
+    assert details["length"] == 64 and details["activations_how"] == "measured"
+
+
+def test_quadratic_extension_is_exact(tiny):
+    """Attention's memory is a quadratic of the length, so three lengths give every other."""
+    adapter = ModelAdapter(tiny.GPT())
+    sizes = [saved_bytes(adapter, 1, n) for n in (8, 16, 32)]
+    assert abs(_quadratic([8, 16, 32], sizes, 64) / saved_bytes(adapter, 1, 64) - 1) < 0.01
+
+
+def test_device_too_small(tiny, monkeypatch):
+    """Weights beyond the device fail, training beyond it warns."""
+    monkeypatch.setattr("utils.validation.memory_footprint.device_memory", lambda device: 100)
+    result = check_memory_footprint(tiny.GPT())
+    assert result.status == "fail" and "the weights take" in result.why
+    monkeypatch.setattr("utils.validation.memory_footprint.device_memory", lambda device: 60_000)
+    result = check_memory_footprint(tiny.GPT())
+    assert result.status == "warn" and "training at batch size 1 takes" in result.why
+
+
+def test_loop_over_positions(tiny):
+    """A Python loop over the sequence grows with it."""
+    result = check_inference_speed(tiny.GPT(fault="loop"))
+    assert result.status == "warn" and result.findings[0].code == "slow_python_loop"
+    assert "per position" in result.why
+
+
+def test_loop_over_samples():
+    """A Python loop over the batch."""
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return torch.stack([self.layer(row).relu() for row in x])
+
+    assert "per sample" in check_inference_speed(Loop()).why
+
+
+def test_fused_recurrence_and_batched_models_pass(tiny):
+    """An LSTM's loop is inside its kernel."""
+    for model in (tiny.LSTM(), tiny.GPT(), tiny.ConvNet()):
+        result = check_inference_speed(model)
+        assert result.status == "pass", result.why
+        assert result.value > 0 and result.details["iqr_seconds"] >= 0 and result.details["repeats"] >= 3

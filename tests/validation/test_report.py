@@ -1,0 +1,178 @@
+"""The report: verdict, golden text, JSON, HTML.
+
+``SEEDBED_OVERWRITE_GOLDEN=1 pytest tests/validation/test_report.py`` writes the golden files anew.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from utils.tier1_critical_validation import validate
+from utils.validation import CheckResult, Finding, ValidationReport
+
+# Read when the module is imported: a fixture hides these variables from the tests themselves.
+OVERWRITE = bool(os.environ.get("SEEDBED_OVERWRITE_GOLDEN"))
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+
+def compare(name, text):
+    """Compare with a golden file, or write it when asked to."""
+    path = GOLDEN / name
+    if OVERWRITE:
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def normalised(report):
+    """Replace what differs between runs and machines: times, rates, rounding noise, the device's memory."""
+    results = []
+    for result in report.results:
+        if result.check in ("inference_speed", "memory_footprint"):
+            result = dataclasses.replace(result, value="X", threshold="X", why="depends on the machine")
+        elif isinstance(result.value, float):
+            result = dataclasses.replace(result, value=round(result.value, 2), why=re.sub(r"\d\.\d+", "X", result.why))
+        if isinstance(result.threshold, float) and result.threshold < 1e-3:
+            result = dataclasses.replace(result, threshold="X")
+        findings = tuple(
+            dataclasses.replace(
+                finding, message=re.sub(r"\|change\| \S+, noise \S+,", "|change| X, noise X,", finding.message)
+            )
+            for finding in result.findings
+        )
+        results.append(dataclasses.replace(result, seconds=0.0, findings=findings))
+    return dataclasses.replace(report, results=tuple(results), seconds=0.0)
+
+
+def fixed_report(**changes):
+    """Return a report whose every number is fixed."""
+    leak = Finding(
+        "future_leakage", "fail", "blocks.2.attn", "token 9 changes the logits at position 5", "Mask the future."
+    )
+    slow = Finding("slow_python_loop", "warn", "mixer", "38 more per position & <b>", "Batch it.")
+    results = (
+        CheckResult("causality", 1, "fail", 0.31, 2e-7, leak.message, 0.5, {"norms": {"a": 1.0, "b": 0.1}}, (leak,)),
+        CheckResult("inference_speed", 1, "warn", 123456.7, None, slow.message, 1.25, {"reduced": ["less"]}, (slow,)),
+        CheckResult("gradient_flow", 1, "pass", 1.5, math.inf, "all fine", 2.0),
+        CheckResult("initialization", 1, "skip", None, None, "the model has no parameters", 0.0),
+    )
+    values = {"results": results, "model": "GPTMini", "task": "causal_lm", "parameters": 3_200_000, "seconds": 3.84}
+    return ValidationReport(**{**values, **changes})
+
+
+def test_golden_of_a_fixed_report():
+    """The look of the terminal table, byte for byte."""
+    compare("report_fixed.txt", fixed_report().text())
+
+
+@pytest.mark.parametrize(("name", "settings"), [("sound", {}), ("leaking", {"mask": "none"})])
+def test_golden_of_a_real_report(tiny, name, settings):
+    """A real validation; what depends on the machine is normalised."""
+    compare(f"report_{name}.txt", normalised(validate(tiny.GPT(**settings), progress=False)).text())
+
+
+def test_verdict_sentence():
+    """Faults and warnings are counted once each."""
+    report = fixed_report()
+    assert report.sentence == "GPTMini, causal language model, 3.2M parameters: 1 fault, 1 warning"
+    assert report.text().startswith("NOT READY  GPTMini, causal language model, 3.2M parameters: 1 fault, 1 warning ")
+    assert report.scope == "Tier 1, 4 checks, 3.8 s"
+    assert (report.verdict, report.passed) == ("NOT READY", False)
+    assert [result.check for result in report.failures] == ["causality"]
+    assert [result.check for result in report.warnings] == ["inference_speed"]
+
+
+def test_warnings_pass_and_gaps_do_not():
+    """READY with warnings; INCOMPLETE when a check could not run; no results are no pass."""
+    results = fixed_report().results
+    assert fixed_report(results=results[1:]).passed
+    gap = CheckResult("x", 1, "skip", None, None, "could not run: why", 0.0, {"could_not_run": True})
+    incomplete = fixed_report(results=(results[2], gap))
+    assert (incomplete.verdict, incomplete.passed) == ("INCOMPLETE", False)
+    assert not fixed_report(results=()).passed
+
+
+def test_lines_are_at_most_120_wide():
+    """Long messages, names and verdicts are wrapped."""
+    long = Finding("future_leakage", "fail", "encoder.layers.11." * 3 + "attention", "word " * 60, "do " * 80)
+    result = CheckResult("causality", 1, "fail", 1.0, 2.0, "word " * 60, 1.0, {}, (long,))
+    text = fixed_report(results=(result,), model="M" * 90).text()
+    assert max(len(line) for line in text.splitlines()) <= 120 and text.count("do ") > 70
+
+
+def test_see_it_only_where_a_picture_exists():
+    """The line is shown for codes that `show` supports."""
+    text = fixed_report().text()
+    assert 'See it: utils.show("future_leakage", model)' in text and 'show("slow_python_loop"' not in text
+
+
+def test_json(tmp_path):
+    """Versioned, and strict JSON even with infinities."""
+    text = fixed_report().to_json(tmp_path / "report.json")
+    data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (data["version"], data["verdict"], data["passed"]) == (1, "NOT READY", False)
+    assert data["results"][2]["threshold"] == "inf" and data["findings"][0]["where"] == "blocks.2.attn"
+    assert set(data["results"][0]) == {
+        "check", "tier", "status", "value", "threshold", "why", "seconds", "details", "findings"
+    }  # fmt: skip
+    assert json.loads((tmp_path / "report.json").read_text()) == data
+
+
+class Audit(HTMLParser):
+    """Collects what a page would load or run, and checks that tags close."""
+
+    VOID = ("meta", "br", "img", "rect")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.scripts = [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for key, value in attributes if key in ("src", "href", "action", "data")]
+        self.scripts += tag == "script"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_html_is_self_contained_and_escaped(tmp_path):
+    """No requests, no scripts, names and messages escaped, light and dark, small."""
+    evil = Finding("x", "fail", "<script>alert(1)</script>", '"><img src=x onerror=1>', "<b>")
+    result = CheckResult("<i>", 1, "fail", "<u>", None, "<script>", 1.0, {"<k>": "</pre><script>"}, (evil,))
+    report = fixed_report(results=(*fixed_report().results, result), model="</title><script>")
+    page = report.to_html(tmp_path / "report.html")
+    audit = Audit()
+    audit.feed(page)
+    assert (audit.links, audit.scripts, audit.open) == ([], 0, [])
+    assert "<script" not in page and "onerror=1>" not in page.replace("onerror=1&gt;", "")
+    assert "http" not in page and "@import" not in page and "url(" not in page
+    assert "prefers-color-scheme:dark" in page and len(page) < 100_000
+    assert "<svg" in page and "<details>" in page and "reduced: less" in page
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_notebook_fragment_styles_only_itself():
+    """Every rule of the fragment's style sheet starts with the report's own class."""
+    fragment = fixed_report()._repr_html_()
+    style = re.search(r"<style>(.*?)</style>", fragment, re.S).group(1)
+    style = re.sub(r"@media[^{]*\{(.*?\})\s*\}", r"\1", style, flags=re.S)
+    selectors = [part.strip() for rule in re.findall(r"([^{}]+)\{", style) for part in rule.split(",")]
+    assert selectors and all(selector.startswith(".seedbed-report") for selector in selectors)
+    assert "<html" not in fragment and "<body" not in fragment
+    assert "seedbed-report" in fixed_report().results[0]._repr_html_()
+
+
+def test_values_are_checked():
+    """A status or severity that the verdict would not count is refused."""
+    with pytest.raises(ValueError, match=r"CheckResult.status is 'ok'"):
+        CheckResult("x", 1, "ok", None, None, "", 0.0)
+    with pytest.raises(ValueError, match=r"Finding.severity is 'error'"):
+        Finding("x", "error", "", "", "")

@@ -1,0 +1,187 @@
+"""The frame: isolation, exceptions, budgets."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from utils.adapters import ModelAdapter
+from utils.tier1_critical_validation import TIER1, validate
+from utils.validation import Budget, Check, Finding, Outcome, Skipped, run_checks
+
+
+def fingerprint(model):
+    """Return everything about a model that a check could change."""
+    return {
+        "state": {key: value.clone() for key, value in model.state_dict().items()},
+        "modes": [module.training for module in model.modules()],
+        "grads": {
+            name: (None if p.grad is None else (id(p.grad), p.grad.clone())) for name, p in model.named_parameters()
+        },
+        "requires": [p.requires_grad for p in model.parameters()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "ids": [id(p) for p in model.parameters()],
+        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "global": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()),
+    }
+
+
+def same(first, second):
+    """Compare two fingerprints exactly."""
+    assert all(torch.equal(value, second["state"][key]) for key, value in first["state"].items())
+    for name, grad in first["grads"].items():
+        other = second["grads"][name]
+        assert (grad is None) == (other is None)
+        assert grad is None or (grad[0] == other[0] and torch.equal(grad[1], other[1]))
+    for key in ("modes", "requires", "hooks", "ids", "random", "global"):
+        assert first[key] == second[key], key
+
+
+@pytest.mark.parametrize("kind", ["GPT", "ConvNet", "LSTM"])
+@pytest.mark.parametrize("training", [True, False])
+def test_model_comes_back_as_found(tiny, kind, training):
+    """Mixed modes, existing gradients, batch statistics and random streams all survive the whole tier."""
+    model = getattr(tiny, kind)().train(training)
+    next(model.children()).train(not training)
+    for parameter in list(model.parameters())[::2]:
+        parameter.grad = torch.randn_like(parameter)
+    before = fingerprint(model)
+    validate(model, progress=False)
+    same(before, fingerprint(model))
+
+
+def vandal(adapter, budget):
+    """Change everything that can be changed, then raise."""
+    adapter.module.train()
+    adapter.module(torch.randn(4, 3, 32, 32)).sum().backward()
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    adapter.module.body[1].running_mean.fill_(7)
+    adapter.module.body[1].count = 3
+    raise KeyError("the vandal's work")
+
+
+def test_exception_in_a_check(tiny):
+    """It becomes that check's result; the others run, the verdict is incomplete, the model is as it was."""
+    model = tiny.ConvNet()
+    before = fingerprint(model)
+    report = run_checks(ModelAdapter(model), (Check("vandal", 1, "?", vandal), TIER1[2]), progress=False)
+    same(before, fingerprint(model))
+    assert not hasattr(model.body[1], "count")
+    broken, sound = report.results
+    assert broken.status == "skip" and broken.why.startswith("could not run: KeyError: ") and sound.status == "pass"
+    assert report.verdict == "INCOMPLETE" and not report.passed
+    assert "1 check could not run" in report.sentence
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("none left"),
+        RuntimeError("[enforce fail] can't allocate memory: you tried"),
+        torch.OutOfMemoryError("x"),
+    ],
+)
+def test_out_of_memory_is_one_checks_result(tiny, error):
+    """Memory that runs out is no fault of the model."""
+
+    def hungry(adapter, budget):
+        raise error
+
+    report = run_checks(ModelAdapter(tiny.MLP()), (Check("hungry", 1, "?", hungry),), progress=False)
+    assert "could not run: out of memory" in report.results[0].why and report.verdict == "INCOMPLETE"
+
+
+def test_crash_of_the_model_is_a_failure(tiny):
+    """A model that raises on a legal input in any check fails there, with the module's name."""
+    model = tiny.GPT(longest=32)
+    model.config["max_position_embeddings"] = 64
+    report = validate(model, progress=False)
+    assert report.verdict == "NOT READY"
+    stability = next(result for result in report.results if result.check == "numerical_stability")
+    assert stability.status == "fail" and stability.findings[0].where == "pos"
+    assert [finding.where for finding in report.findings] == ["pos"], "one fault counts once"
+
+
+def test_parameters_changed_by_forward(tiny):
+    """A forward pass that trains the model is a fault."""
+
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 3)
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 1000:
+                with torch.no_grad():
+                    self.layer.weight.add_(0.1)
+            return self.layer(x)
+
+    model = Changing()
+    adapter = ModelAdapter(model)
+    model.calls = 1000
+    result = run_checks(adapter, (TIER1[0],), progress=False).results[0]
+    assert result.status == "fail" and "changed the values of layer.weight" in result.why
+
+
+def test_model_that_never_runs_is_not_ready(tiny):
+    """One failure with the reason; the others could not run."""
+    model = tiny.broken()
+    report = validate(model, progress=False)
+    assert report.verdict == "NOT READY" and [r.status for r in report.results[:2]] == ["fail", "skip"]
+    others = {result.check: result for result in report.results[1:] if result.check != "causality"}
+    assert all("could not run: No forward pass" in result.why for result in others.values() if result.could_not_run)
+    assert not any(result.status == "pass" for result in others.values())
+
+
+def test_skip_is_no_gap(tiny):
+    """A check that does not apply leaves the verdict alone."""
+
+    def inapplicable(adapter, budget):
+        raise Skipped("not for this kind")
+
+    report = run_checks(ModelAdapter(tiny.MLP()), (Check("x", 1, "?", inapplicable),), progress=False)
+    assert report.passed and report.results[0].why == "not for this kind"
+
+
+def test_budget_reduces_and_says_so(tiny):
+    """A tiny budget still runs every check and lists what was cut."""
+    model = tiny.GPT(longest=2048)
+    report = validate(model, time_budget=0.01, progress=False)
+    assert [result.check for result in report.results] == [check.id for check in TIER1]
+    notes = [note for result in report.results for note in result.details.get("reduced", [])]
+    assert any("stands for the maximum of 2048" in note for note in notes)
+    assert "reduced:" in report.text()
+
+
+def test_budget_clock():
+    """What is affordable shrinks; what is refused is recorded once."""
+    budget = Budget(10)
+    assert budget.afford(1, "never") and not budget.afford(100, "cut") and not budget.afford(100, "cut")
+    assert budget.reduced == ["cut"] and 0 < budget.remaining() <= 10 and budget.spent() < 10
+
+
+def test_findings_are_sorted_and_decide_the_status(tiny):
+    """Warnings alone warn; one fault fails."""
+
+    def findings(adapter, budget):
+        return Outcome(1, 2, "fine", [Finding("b", "warn", "x", "m", "h"), Finding("a", "fail", "y", "m", "h")])
+
+    result = run_checks(ModelAdapter(tiny.MLP()), (Check("x", 1, "?", findings),), progress=False).results[0]
+    assert result.status == "fail" and [finding.code for finding in result.findings] == ["a", "b"]
+
+
+def test_same_verdict_for_a_copy(tiny):
+    """Validation is seeded: a copy gets the same numbers."""
+    model = tiny.GPT()
+    first, second = (validate(m, progress=False).to_dict() for m in (model, copy.deepcopy(model)))
+    for one, two in zip(first["results"][:5], second["results"][:5], strict=True):
+        assert one["value"] == two["value"] and one["status"] == two["status"]

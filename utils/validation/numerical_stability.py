@@ -1,0 +1,100 @@
+"""Are outputs and loss finite, for ordinary and for extreme input, short and long?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.adapters.model_adapter import ModelAdapter
+from utils.validation.check import Budget, Finding, Outcome
+from utils.validation.probing import content_input, first_nonfinite, has_length, logits, longest_length, short_length
+
+HINT = "Look there for a division by zero, log or sqrt of zero, exp of large numbers, softmax over fully masked rows."
+LONG_HINT = (
+    "It fails only for long input: look at decays, powers and sums over positions, and at the tail of position tables."
+)
+
+
+def check_numerical_stability(adapter: ModelAdapter, budget: Budget) -> Outcome:
+    """Run random, constant and extreme inputs at short and at maximum length and require finite logits and loss.
+
+    Codes: ``nan_output``; ``nan_long_sequence`` when only long input is affected.
+    """
+    short = short_length(adapter) if has_length(adapter) else None
+    cases = list(_cases(adapter, 2, short, "length " + str(short) if short else "batch size 2"))
+    if short is not None:
+        one = min(1, short)
+        cases.append(("random tokens, length 1", adapter.example_inputs(2, one)))
+    tried: list[dict[str, Any]] = []
+    for situation, inputs in cases:
+        if problem := _problem(adapter, inputs, situation, tried):
+            return _outcome(adapter, inputs, "nan_output", problem, HINT, tried)
+    if short is not None:
+        longest = longest_length(adapter, budget, passes=1)
+        steps = sorted({n for n in (64, 256, longest) if short < n <= longest}) if longest <= 512 else [longest]
+        for length in steps:
+            inputs = adapter.example_inputs(1, length)
+            if problem := _problem(adapter, inputs, f"random tokens, length {length}", tried):
+                return _outcome(adapter, inputs, "nan_long_sequence", problem, LONG_HINT, tried)
+    largest = max(entry["largest"] for entry in tried)
+    return Outcome(
+        largest, "finite", f"logits and loss are finite for {len(tried)} kinds of input", (), {"tried": tried}
+    )
+
+
+def _cases(
+    adapter: ModelAdapter, batch_size: int, length: int | None, size: str
+) -> list[tuple[str, dict[str, Tensor]]]:
+    """Return inputs of one size: random, constant, extreme."""
+    random = adapter.example_inputs(batch_size, length)
+    names = {adapter.main_input, content_input(adapter)} if adapter.modality == "tokens" else {adapter.main_input}
+
+    def filled(value: float) -> dict[str, Tensor]:
+        return {key: torch.full_like(item, value) if key in names else item for key, item in random.items()}
+
+    if adapter.modality == "tokens":
+        last = (adapter.vocab_size.value or 1) - 1
+        middle = last // 2
+        return [
+            (f"random tokens, {size}", random),
+            (f"one token repeated, {size}", filled(middle)),
+            (f"the last id repeated, {size}", filled(last)),
+        ]
+    if adapter.modality == "image":
+        return [(f"noise, {size}", random), (f"black, {size}", filled(0.0)), (f"white, {size}", filled(1.0))]
+    return [(f"noise, {size}", random), (f"zeros, {size}", filled(0.0)), (f"all 3, {size}", filled(3.0))]
+
+
+def _problem(
+    adapter: ModelAdapter, inputs: dict[str, Tensor], situation: str, tried: list[dict[str, Any]]
+) -> str | None:
+    """Run one input and describe what is not finite."""
+    result = logits(adapter, inputs, situation)
+    if not result.is_floating_point():
+        result = result.float()
+    low, high = (float(value) for value in torch.aminmax(result)) if result.numel() else (0.0, 0.0)
+    entry: dict[str, Any] = {"input": situation, "largest": max(abs(low), abs(high))}
+    tried.append(entry)
+    if low == float("-inf") and high < float("inf"):
+        # Minus infinity in the same columns everywhere switches ids off on purpose; anywhere else it is a fault.
+        rows = (result == float("-inf")).reshape(-1, result.shape[-1])
+        if bool((rows.all(0) == rows.any(0)).all()) and not bool(rows.all()):
+            entry["largest"] = float(result[torch.isfinite(result)].abs().max())
+            return None
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        bad = int((~torch.isfinite(result)).sum())
+        return f"{bad:,} of {result.numel():,} logits are not finite for {situation}"
+    labels = adapter.random_labels(result)
+    loss = float(adapter.loss(result, labels))
+    entry["loss"] = loss
+    if not abs(loss) < float("inf"):
+        return f"the loss is {loss} for {situation}"
+    return None
+
+
+def _outcome(
+    adapter: ModelAdapter, inputs: dict[str, Tensor], code: str, problem: str, hint: str, tried: list[dict[str, Any]]
+) -> Outcome:
+    """Describe output that is not finite by the module it starts in."""
+    finding = Finding(code, "fail", first_nonfinite(adapter, inputs), problem, hint)
+    return Outcome("not finite", "finite", "", [finding], {"tried": tried})

@@ -1,0 +1,194 @@
+"""Running a model under test: crashes with their circumstances, lengths that fit the budget, the first bad module."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from utils.adapters.capture import named_tensors, observe
+from utils.adapters.detection import DECODER_INPUTS
+from utils.adapters.model_adapter import ModelAdapter
+from utils.runtime.errors import AdapterError
+from utils.runtime.seeding import seed_streams
+from utils.validation.check import Budget
+
+LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq")
+SHORT_LENGTH = 17
+UNBOUNDED_LENGTH = 512
+"""Length that stands for "long" when a model states no maximum."""
+LARGEST_LOGITS = 400e6
+LONGEST_LENGTH = 4096
+_SECONDS: WeakKeyDictionary[ModelAdapter, dict[tuple[int | None, int], float]] = WeakKeyDictionary()
+
+
+class ModelCrash(Exception):
+    """The model raised on a legal input.
+
+    Attributes:
+        error: What it raised.
+        situation: The input, in words.
+        where: The innermost module that was running, by name.
+    """
+
+    def __init__(self, error: Exception, situation: str, where: str) -> None:
+        """Keep the circumstances."""
+        super().__init__(f"{situation}: {type(error).__name__}: {first_line(error)}")
+        self.error, self.situation, self.where = error, situation, where
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, shortened to 200 characters."""
+    return (str(error).strip() or "no message").splitlines()[0][:200]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that memory ran out; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def describe_inputs(inputs: Mapping[str, Any]) -> str:
+    """Describe inputs by name and shape, for example ``input_ids (2, 16)``."""
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items() if isinstance(value, Tensor))
+
+
+def guarded(adapter: ModelAdapter, inputs: Mapping[str, Any], situation: str, call: Callable[[], Any]) -> Any:
+    """Run a call of the model; an exception becomes a `ModelCrash` that names the module it came from.
+
+    Raises:
+        ModelCrash: The model raised anything but an out-of-memory error.
+    """
+    try:
+        return call()
+    except AdapterError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelCrash(error, situation or describe_inputs(inputs), crash_site(adapter, inputs)) from error
+
+
+def crash_site(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> str:
+    """Return the name of the innermost module that was running when the model raises on these inputs."""
+    running: list[str] = []
+    handles = []
+    for name, child in adapter.module.named_modules():
+        handles.append(child.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        handles.append(child.register_forward_hook(lambda *_: running.pop() and None))
+    try:
+        seed_streams(0, "forward")
+        adapter.forward(inputs)
+    except Exception:
+        return running[-1] if running and running[-1] else adapter.name
+    finally:
+        for handle in handles:
+            handle.remove()
+    return adapter.name
+
+
+def logits(adapter: ModelAdapter, inputs: Mapping[str, Any], situation: str = "") -> Tensor:
+    """Return the logits without a gradient, on the same random streams each time.
+
+    Raises:
+        ModelCrash: The model raised.
+    """
+
+    def call() -> Tensor:
+        # A forward that draws random numbers would otherwise differ from call to call for that reason alone.
+        seed_streams(0, "forward")
+        with torch.no_grad():
+            return adapter.logits(inputs)
+
+    result: Tensor = guarded(adapter, inputs, situation, call)
+    return result
+
+
+def content_input(adapter: ModelAdapter) -> str:
+    """Return the name of the input whose positions the logits follow: the decoder's in a seq2seq model."""
+    if adapter.task.value == "seq2seq":
+        return next((name for name in adapter.input_names if name in DECODER_INPUTS), adapter.main_input)
+    return adapter.main_input
+
+
+def has_length(adapter: ModelAdapter) -> bool:
+    """Tell whether inputs are token sequences whose length can be chosen."""
+    return adapter.modality == "tokens" and adapter.example_inputs(1)[adapter.main_input].dim() == 2
+
+
+def short_length(adapter: ModelAdapter) -> int:
+    """Return a short odd length within the model's maximum."""
+    return min(SHORT_LENGTH, adapter.max_length.value or SHORT_LENGTH)
+
+
+def longest_length(adapter: ModelAdapter, budget: Budget, passes: int, batch_size: int = 1) -> int:
+    """Return the longest length, up to the model's maximum, at which `passes` forward passes fit the budget.
+
+    What had to be cut is recorded in the budget.
+    """
+    stated = adapter.max_length.value
+    limit = stated or UNBOUNDED_LENGTH
+    width = adapter.vocab_size.value or 1
+    length = max(1, min(limit, LONGEST_LENGTH, int(LARGEST_LOGITS / (4 * width * batch_size))))
+    reference = min(32, length)
+    seconds = forward_seconds(adapter, reference, batch_size)
+    while length > 64 and passes * seconds * (length / reference) > budget.remaining():
+        length //= 2
+    if stated and length < limit:
+        note = f"length {length} stands for the maximum of {limit}"
+        if note not in budget.reduced:
+            budget.reduced.append(note)
+    return length
+
+
+def forward_seconds(adapter: ModelAdapter, length: int | None, batch_size: int = 1) -> float:
+    """Return the seconds of one forward pass, the faster of two; measured once per adapter and size."""
+    measured = _SECONDS.setdefault(adapter, {})
+    if (length, batch_size) in measured:
+        return measured[length, batch_size]
+    inputs = adapter.example_inputs(batch_size, length)
+    best = float("inf")
+    for _ in range(2):
+        started = time.perf_counter()
+        logits(adapter, inputs)
+        best = min(best, time.perf_counter() - started)
+    measured[length, batch_size] = best
+    return best
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds only finite numbers, without a mask as large as the tensor.
+
+    A sum over squares would overflow for large finite values; extreme values are NaN or infinite exactly when some
+    element is.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether all tensors hold only finite numbers."""
+    return all(is_finite(tensor) for tensor in tensors)
+
+
+def first_nonfinite(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> str:
+    """Return the first module in execution order whose output is not finite although its inputs are.
+
+    Additive masks hold minus infinity on purpose; they enter as inputs and so never blame a module.
+    """
+    found: list[str] = []
+
+    def observer(name: str, child: torch.nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        if not found and not all_finite(t for _, t in named_tensors(output)):
+            if all_finite(t for _, t in named_tensors(given) if t.dim() < 4) and all_finite(child.parameters()):
+                found.append(name or adapter.name)
+            elif not all_finite(child.parameters()):
+                bad = next(key for key, p in child.named_parameters() if not is_finite(p))
+                found.append(f"{name}.{bad}" if name else bad)
+
+    with observe(adapter.module, observer):
+        logits(adapter, inputs)
+    return found[0] if found else adapter.name

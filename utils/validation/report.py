@@ -1,0 +1,207 @@
+"""The verdict on a model: true, in one sentence on top, as text, HTML and JSON."""
+
+import json
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.runtime.files import write_atomic
+from utils.runtime.resources import format_count
+from utils.validation.check import CheckResult, Finding, json_safe
+
+REPORT_VERSION = 1
+WIDTH = 120
+SHOWABLE = ("future_leakage", "exploding_init", "vanishing_init")
+"""Codes that `utils.show` can draw."""
+
+MEANING = {
+    "future_leakage": "Training loss will look excellent and generation will be noise.",
+    "vocab_mismatch": "Some ids cannot be read or predicted, or crash in the middle of training.",
+    "shape_crash": "The first batch of that shape ends the run.",
+    "detached_submodule": "This part keeps its random starting values for ever.",
+    "unused_parameter": "This part costs memory and can never learn.",
+    "frozen_parameter": "This part keeps its present values while everything around it changes.",
+    "backward_crash": "Training cannot take its first step.",
+    "exploding_gradient": "The first steps will throw the weights far off or to NaN.",
+    "nan_output": "One such batch turns all weights into NaN.",
+    "nan_long_sequence": "Short tests pass, and the first long batch turns all weights into NaN.",
+    "exploding_init": "Training starts far above chance and may never settle.",
+    "vanishing_init": "The signal dies before it reaches the loss, so nothing is learned.",
+    "symmetric_init": "Equal units get equal gradients: a wide layer learns like a single unit.",
+    "zero_init": "Nothing before this weight can learn.",
+    "out_of_memory": "Training will stop with an out-of-memory error.",
+    "slow_python_loop": "Time is spent in Python instead of arithmetic.",
+}
+"""Why a code matters, in one sentence."""
+
+TASK_NAMES = {
+    "causal_lm": "causal language model",
+    "masked_lm": "masked language model",
+    "seq2seq": "sequence-to-sequence model",
+    "regression": "regression model",
+    "embedding": "embedding model",
+}
+
+
+def value_text(value: Any) -> str:
+    """Format a measured value for a table cell."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) and abs(value) < 10_000:
+        return str(value)
+    return f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Results of all checks on one model."""
+
+    results: tuple[CheckResult, ...]
+    """One result per check, in the order they ran."""
+    model: str
+    """The model's class name."""
+    task: str | None
+    """What the model is for; None when no call succeeded."""
+    parameters: int
+    """Number of parameters, shared tensors once."""
+    seconds: float
+    """Time of the whole validation."""
+    tiers: tuple[int, ...] = (1,)
+    """The tiers that ran."""
+    detections: tuple[dict[str, Any], ...] = ()
+    """What was found out about the model, each fact with its reason."""
+
+    @property
+    def failures(self) -> tuple[CheckResult, ...]:
+        """Checks that failed."""
+        return tuple(result for result in self.results if result.status == "fail")
+
+    @property
+    def warnings(self) -> tuple[CheckResult, ...]:
+        """Checks that found something unusual but no fault."""
+        return tuple(result for result in self.results if result.status == "warn")
+
+    @property
+    def incomplete(self) -> tuple[CheckResult, ...]:
+        """Checks that apply but could not run."""
+        return tuple(result for result in self.results if result.could_not_run)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed and none that applies was prevented from running."""
+        return self.verdict == "READY"
+
+    @property
+    def verdict(self) -> str:
+        """``"NOT READY"`` after a failure, ``"INCOMPLETE"`` when a check could not run, else ``"READY"``."""
+        if self.failures:
+            return "NOT READY"
+        return "INCOMPLETE" if self.incomplete or not self.results else "READY"
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All findings, faults first; one fault that several checks meet counts once."""
+        unique: dict[tuple[str, str], Finding] = {}
+        for result in self.results:
+            for finding in result.findings:
+                unique.setdefault((finding.code, finding.where), finding)
+        return tuple(sorted(unique.values(), key=lambda finding: finding.severity != "fail"))
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one sentence, without the verdict's word."""
+        faults = sum(finding.severity == "fail" for finding in self.findings)
+        warned = len(self.findings) - faults
+        parts = [_count(faults, "fault")] if faults else []
+        parts += [_count(warned, "warning")] if warned else []
+        if self.incomplete:
+            parts.append(f"{_count(len(self.incomplete), 'check')} could not run")
+        task = TASK_NAMES.get(self.task or "", (self.task or "").replace("_", " ")) or "task unknown"
+        return f"{self.model}, {task}, {format_count(self.parameters)} parameters: {', '.join(parts) or 'no faults'}"
+
+    @property
+    def scope(self) -> str:
+        """What ran and for how long, for example ``Tier 1, 7 checks, 3.8 s``."""
+        tiers = "Tier " + " and ".join(str(tier) for tier in self.tiers)
+        return f"{tiers}, {_count(len(self.results), 'check')}, {self.seconds:.1f} s"
+
+    def text(self) -> str:
+        """Return the report for a terminal, at most 120 columns wide."""
+        head = f"{self.verdict}  {self.sentence}"
+        gap = WIDTH - len(head) - len(self.scope)
+        lines = [head + " " * gap + self.scope] if gap >= 3 else [*_wrap(head, ""), f"    {self.scope}"]
+        places = [finding.where for finding in self.findings]
+        codes = max((len(finding.code) for finding in self.findings), default=0)
+        place_width = min(32, max((len(place) for place in places), default=0))
+        for finding in self.findings:
+            start = f"{finding.severity:<4}  {finding.code:<{codes}}  {finding.where:<{place_width}}  "
+            lines += _wrap(finding.message, start, indent=10)
+            meaning = MEANING.get(finding.code)
+            lines += _wrap(meaning, " " * 10) if meaning else []
+            lines += _wrap(f"Fix: {finding.hint}", " " * 10)
+            if finding.code in SHOWABLE:
+                lines.append(f'{"":10}See it: utils.show("{finding.code}", model)')
+        lines += ["", f"{'check':<20} {'status':<6} {'value':>12} {'threshold':>12} {'seconds':>8}  why"]
+        for result in self.results:
+            why = result.why if result.status in ("pass", "skip") else "see above"
+            cells = f"{result.check:<20} {result.status:<6} {value_text(result.value):>12} "
+            cells += f"{value_text(result.threshold):>12} {result.seconds:>8.2f}  "
+            lines += _wrap(why, cells, indent=len(cells))
+            for note in result.details.get("reduced", ()):
+                lines += _wrap(f"reduced: {note}", " " * len(cells))
+        return "\n".join(line.rstrip() for line in lines) + "\n"
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values that JSON can hold."""
+        return {
+            "version": REPORT_VERSION,
+            "verdict": self.verdict,
+            "passed": self.passed,
+            "sentence": self.sentence,
+            "model": self.model,
+            "task": self.task,
+            "parameters": self.parameters,
+            "seconds": self.seconds,
+            "tiers": list(self.tiers),
+            "detections": json_safe(self.detections),
+            "results": [result.to_dict() for result in self.results],
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+    def to_json(self, path: Path | str | None = None) -> str:
+        """Return the report as JSON and, given a path, write it there as well."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        if path is not None:
+            write_atomic(Path(path), text)
+        return text
+
+    def to_html(self, path: Path | str | None = None) -> str:
+        """Return the report as one self-contained HTML page and, given a path, write it there as well."""
+        from utils.validation.html import report_page
+
+        page = report_page(self)
+        if path is not None:
+            write_atomic(Path(path), page)
+        return page
+
+    def _repr_html_(self) -> str:
+        from utils.validation.html import report_fragment
+
+        return report_fragment(self)
+
+
+def _count(number: int, noun: str) -> str:
+    """Return a number with its noun, for example ``2 faults``."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _wrap(text: str, start: str, indent: int | None = None) -> list[str]:
+    """Wrap text after a start, later lines indented."""
+    later = " " * (len(start) if indent is None else indent)
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=later, break_on_hyphens=False) or [start]

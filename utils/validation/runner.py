@@ -1,0 +1,105 @@
+"""Runs checks one after another so that none can hurt the model, the others or the caller."""
+
+import gc
+import time
+from collections.abc import Sequence
+
+import torch
+
+from utils.adapters.model_adapter import ModelAdapter
+from utils.runtime.errors import AdapterError
+from utils.runtime.isolation import ModelChangedError, preserved
+from utils.runtime.progress import progress_bar
+from utils.validation.check import Budget, Check, CheckResult, Finding, Outcome, Skipped
+from utils.validation.probing import ModelCrash, first_line, is_out_of_memory
+from utils.validation.report import ValidationReport
+
+LARGE_MODEL = 20_000_000
+DEFAULT_SECONDS = {1: 22.0, 2: 150.0}
+
+
+def run_checks(
+    adapter: ModelAdapter,
+    checks: Sequence[Check],
+    time_budget: float | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> ValidationReport:
+    """Run checks in order and collect their results.
+
+    Each check runs in eval mode on its own random streams inside `preserved`, so the model comes back as it was.
+    An exception inside a check becomes that check's result.
+
+    Args:
+        adapter: The model.
+        checks: What to run.
+        time_budget: Seconds for everything; None gives each tier its usual time. It is divided among the checks by
+            their shares, and what one leaves over goes to the next.
+        progress: Whether to show a progress bar.
+        seed: Seed of everything random in the checks.
+    """
+    started = time.perf_counter()
+    total = time_budget if time_budget is not None else sum(DEFAULT_SECONDS[tier] for tier in {c.tier for c in checks})
+    results: list[CheckResult] = []
+    with progress_bar(len(checks), "validating", enabled=progress) as bar:
+        for index, check in enumerate(checks):
+            bar.set_description_str(check.title)
+            left = max(0.0, total - (time.perf_counter() - started))
+            share = check.share / sum(later.share for later in checks[index:])
+            results.append(run_check(adapter, check, left * share, seed))
+            bar.update()
+    return ValidationReport(
+        results=tuple(results),
+        model=adapter.name,
+        task=adapter.task.value if adapter.failure is None else None,
+        parameters=adapter.num_parameters,
+        seconds=time.perf_counter() - started,
+        tiers=tuple(sorted({check.tier for check in checks})),
+        detections=tuple(adapter.describe() if adapter.failure is None else ()),
+    )
+
+
+def run_check(adapter: ModelAdapter, check: Check, seconds: float, seed: int = 0) -> CheckResult:
+    """Run one check in isolation and turn whatever happens into its result."""
+    budget = Budget(seconds)
+    outcome: Outcome | None = None
+    skipped, could_not_run = "", False
+    try:
+        with preserved(adapter.module, seed, check.id), torch.enable_grad():
+            adapter.module.eval()
+            outcome = check.run(adapter, budget)
+    except Skipped as reason:
+        skipped = str(reason)
+    except ModelChangedError as error:
+        finding = Finding("state_across_calls", "fail", adapter.name, str(error), error.action)
+        outcome = Outcome("changed", "unchanged", str(error), (finding,))
+    except ModelCrash as crash:
+        hint = "Make the model take every legal input; shape_robustness lists what was tried."
+        finding = Finding("shape_crash", "fail", crash.where, str(crash), hint)
+        outcome = Outcome("crash", "no crash", str(crash), (finding,))
+    except AdapterError as error:
+        skipped, could_not_run = f"could not run: {first_line(error)}", True
+    except Exception as error:
+        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
+        skipped, could_not_run = f"could not run: {kind}: {first_line(error)}", True
+    finally:
+        # A full collection takes longer than a check of a small model; only large garbage is worth it.
+        if could_not_run or adapter.num_parameters > LARGE_MODEL:
+            _release()
+    if outcome is None:
+        gap = {"could_not_run": True} if could_not_run else {}
+        return CheckResult(check.id, check.tier, "skip", None, None, skipped, budget.spent(), gap)
+    findings = tuple(sorted(outcome.findings, key=lambda finding: finding.severity != "fail"))
+    status = findings[0].severity if findings else "pass"
+    details = {**outcome.details, **({"reduced": list(budget.reduced)} if budget.reduced else {})}
+    why = findings[0].message if findings else outcome.why
+    return CheckResult(
+        check.id, check.tier, status, outcome.value, outcome.threshold, why, budget.spent(), details, findings
+    )
+
+
+def _release() -> None:
+    """Give memory back between checks."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
