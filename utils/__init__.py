@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from utils.tier1_critical_validation import validate
     from utils.tier3_training_utilities import export, resume, train
     from utils.training import TrainingConfig
-    from utils.validation import show
+    from utils.validation.show import show
 
 _HOMES = {
     "load_model": "utils.loading",
@@ -24,7 +24,7 @@ _HOMES = {
     "ModelAdapter": "utils.adapters",
     "ModelSpec": "utils.adapters",
     "validate": "utils.tier1_critical_validation",
-    "show": "utils.validation",
+    "show": "utils.validation.show",
     "train": "utils.tier3_training_utilities",
     "resume": "utils.tier3_training_utilities",
     "export": "utils.tier3_training_utilities",

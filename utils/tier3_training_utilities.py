@@ -17,7 +17,7 @@ from utils.ui.views import LiveCurve, in_notebook
 if TYPE_CHECKING:
     from utils.training.run import Run
 
-__all__ = ["export", "fine_tune", "resume", "train"]
+__all__ = ["export", "fine_tune", "resume", "train", "train_or_resume"]
 
 
 def train(
@@ -73,6 +73,21 @@ def resume(
         progress=progress,
         view=_view(progress),
     )
+
+
+def train_or_resume(
+    model: LoadedModel | ModelAdapter | nn.Module | str,
+    data: Any,
+    config: TrainingConfig | None,
+    run_dir: str | Path,
+    *,
+    trust: bool = False,
+    progress: bool = True,
+) -> "Run":
+    """Start a run, or continue the one that the directory holds: a notebook's cell that can be run again and again."""
+    if (Path(run_dir) / "run.json").exists():
+        return resume(run_dir, trust=trust, progress=progress)
+    return train(model, data, config, run_dir, progress=progress)
 
 
 fine_tune = train

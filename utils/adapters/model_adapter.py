@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from utils.adapters.capture import named_tensors, tensor_at
+from utils.adapters.description import facts_table
 from utils.adapters.detection import (
     DECODER_INPUTS,
     LABEL_INPUTS,
@@ -317,6 +318,10 @@ class ModelAdapter:
             if value is not None:
                 rows.append({"name": name, "value": value, "reason": detection.reason})
         return rows
+
+    def _repr_html_(self) -> str:
+        """Show the facts and their reasons in a notebook."""
+        return facts_table(self.name, self.describe(), str(self.module))
 
     def _find_inputs(self) -> None:
         """Try the likeliest inputs until a forward pass succeeds."""

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from utils.runtime.seeding import derive_seed
+
 IGNORED = -100
 """Label of positions that do not count, as in `torch.nn.functional.cross_entropy`."""
 
@@ -33,7 +35,8 @@ def task_loss(task: str, logits: Tensor, labels: Tensor) -> Tensor:
 
 def random_labels(task: str, logits: Tensor, seed: int = 0) -> Tensor:
     """Draw labels that `task_loss` accepts for these logits, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+    # Drawn from the bare seed they would equal token ids of the same shape that were drawn from it.
+    generator = torch.Generator().manual_seed(derive_seed(seed, "labels"))
     if task in REAL_VALUED:
         return torch.randn(logits.shape, generator=generator).to(logits.device)
     return torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator).to(logits.device)

@@ -5,6 +5,6 @@ Everything here is lossless: what `TextTokenizer.encode` takes apart, `TextToken
 
 from utils.tokenization.adaptive_tokenizer import TextTokenizer, choose_tokenizer
 from utils.tokenization.masking import mask_tokens
-from utils.tokenization.packing import IGNORED, pack_causal, pack_masked
+from utils.tokenization.packing import pack_causal, pack_masked
 
-__all__ = ["IGNORED", "TextTokenizer", "choose_tokenizer", "mask_tokens", "pack_causal", "pack_masked"]
+__all__ = ["TextTokenizer", "choose_tokenizer", "mask_tokens", "pack_causal", "pack_masked"]

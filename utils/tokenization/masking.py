@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from utils.adapters.objectives import IGNORED
 from utils.runtime.errors import DataError
-from utils.tokenization.packing import IGNORED
 
 
 def mask_tokens(

@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.adapters.objectives import IGNORED
 from utils.runtime.errors import DataError
-
-IGNORED = -100
-"""Label of a position that is not predicted."""
 
 
 def join_documents(documents: Sequence[np.ndarray], eos_id: int) -> np.ndarray:
