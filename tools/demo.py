@@ -8,7 +8,10 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ def execute(name: str, folder: Path) -> float:
     """Run a notebook in `folder`, write it there as HTML and return the seconds it took."""
     notebook = nbformat.read(ROOT / name, as_version=4)
     started = time.monotonic()
-    with tqdm(total=sum(cell.cell_type == "code" for cell in notebook.cells), desc=name, unit="cell") as bar:
+    total = sum(cell.cell_type == "code" for cell in notebook.cells)
+    with tqdm(total=total, desc=name, unit="cell") as bar, showing_steps(bar, folder / "run" / "metrics.csv"):
         client = NotebookClient(
             notebook,
             timeout=1200,
@@ -46,6 +50,26 @@ def execute(name: str, folder: Path) -> float:
     return time.monotonic() - started
 
 
+@contextmanager
+def showing_steps(bar: Any, metrics: Path) -> Iterator[None]:
+    """Show the newest step beside the bar while a cell trains."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+            if len(lines) > 1:
+                bar.set_postfix_str(f"step {lines[-1].partition(',')[0]}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
     """Return what was found, trained and exported, in ten lines."""
     report = _read(folder / "validation_report.json")
@@ -59,7 +83,7 @@ def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
         f"verdict     {report['verdict']}",
         f"checks      {results}",
         f"data        {run['data']}",
-        f"training    {run['status']} at step {run['step']} of {run['total_steps']}, in two sessions",
+        f"training    {run['status']} at step {run['step']} of {run['total_steps']}, {run['sessions']} session(s)",
         f"held out    {run['validation_loss']:.3f} nats per token, {run['bits_per_byte']:.3f} bits per byte",
         f"zlib -9     {run['zlib_bits_per_byte']:.3f} bits per byte: the model is {'better' if better else 'NOT better'}",
         f"export      {formats}",

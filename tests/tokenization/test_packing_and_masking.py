@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.runtime.errors import DataError
 from utils.adapters.objectives import IGNORED
+from utils.runtime.errors import DataError
 from utils.tokenization import mask_tokens, pack_causal, pack_masked
 
 DOCUMENTS = [np.array([5, 6, 7]), np.array([8, 9])]

@@ -34,6 +34,20 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     assert read_metrics(log.path) == rows(2)
 
 
+def test_a_disk_that_is_full_for_a_while_loses_nothing(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.csv")
+    log.append(rows(1)[0])
+    good = log.path
+    log.path = tmp_path / "file" / "metrics.csv"
+    (tmp_path / "file").write_text("a file where the directory should be")
+    with pytest.warns(UserWarning, match="metrics.csv cannot be written .*kept in memory"):
+        log.append(rows(2)[1])
+    log.append(rows(3)[2])
+    log.path = good
+    log.append(rows(4)[3])
+    assert read_metrics(good) == rows(4)
+
+
 def test_an_unknown_metric_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown metrics \['los'\]"):
         MetricsLog(tmp_path / "metrics.csv").append({"step": 1, "los": 2.0})

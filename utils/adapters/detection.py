@@ -5,7 +5,7 @@ Names are only ever hints here: they order what is tried, and a forward pass con
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Generic, TypeVar
 
@@ -48,7 +48,7 @@ INPUT_KINDS = {
 
 TASK_SUFFIXES = {
     "causal_lm": re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$"),
-    "masked_lm": re.compile(r"(ForMaskedLM|ForPreTraining)$"),
+    "masked_lm": re.compile(r"(ForMaskedLM|(?<!Electra)ForPreTraining)$"),
     "seq2seq": re.compile(r"(ForConditionalGeneration|ForSeq2SeqLM)$"),
     "text_classification": re.compile(r"(ForSequenceClassification|ForTokenClassification)$"),
     "image_classification": re.compile(r"ForImageClassification$"),
@@ -56,7 +56,7 @@ TASK_SUFFIXES = {
 }
 
 CAUSAL_HINT = re.compile(r"gpt|causal|decoder|llama|autoregress|lm_?head|language_?model", re.IGNORECASE)
-MASKED_HINT = re.compile(r"bert|mlm|masked|encoder|bidirectional|electra", re.IGNORECASE)
+MASKED_HINT = re.compile(r"bert|(?<!st)mlm|masked|encoder|bidirectional|electra", re.IGNORECASE)
 
 DECODER_INPUTS = ("decoder_input_ids", "tgt", "trg", "target_ids", "decoder_inputs", "dec_ids")
 LABEL_INPUTS = ("targets", "labels", "target", "y")
@@ -109,7 +109,9 @@ class ForwardSignature:
     optional: tuple[str, ...]
     """Parameters with a default."""
     positional: bool
-    """It takes ``*args`` and names no parameter."""
+    """It must be called by position: ``*args`` and no name, or names that no keyword may use."""
+    keywords: bool
+    """It takes ``**kwargs``."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,16 +120,18 @@ class ForwardSignature:
 
 
 def forward_signature(module: nn.Module) -> ForwardSignature:
-    """Read the signature of a module's forward; a scripted module's schema is read the same way."""
+    """Read the signature of a module's forward."""
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
-        return ForwardSignature((), (), True)
+        return ForwardSignature((), (), True, True)
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return ForwardSignature(
         tuple(p.name for p in named if p.default is p.empty),
         tuple(p.name for p in named if p.default is not p.empty),
-        not named,
+        any(p.kind == p.POSITIONAL_ONLY for p in named)
+        or (not named and any(p.kind == p.VAR_POSITIONAL for p in parameters)),
+        any(p.kind == p.VAR_KEYWORD for p in parameters),
     )
 
 
@@ -143,34 +147,45 @@ class EmbeddingUse:
     name: str
     rows: int
     padding_idx: int | None
+    reads: str | None
+    """Name of the input whose token ids it was given."""
     reads_tokens: bool
-    """It was given the token ids themselves."""
+    """That input is the main one."""
     offset: int | None
     """It was given consecutive positions that start here."""
 
 
-def embedding_uses(module: nn.Module, call: Any, ids: Tensor) -> list[EmbeddingUse]:
+def embedding_uses(
+    module: nn.Module, call: Callable[[], Any], inputs: Mapping[str, Any], main: str
+) -> list[EmbeddingUse]:
     """Run `call` and tell token tables from position tables by what they are asked for.
 
     Args:
         module: The model.
-        call: Runs one forward pass with `ids` as token ids.
-        ids: Token ids ``(batch, seq)`` that are not consecutive numbers.
+        call: Runs one forward pass with `inputs`.
+        inputs: Inputs by name: token ids ``(batch, seq)`` that are not consecutive numbers.
+        main: Name of the main one.
     """
     uses: dict[str, EmbeddingUse] = {}
-    length = ids.shape[1]
+    length = inputs[main].shape[-1]
+    whole = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dtype == torch.long}
 
-    def watch(name: str, child: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(child, nn.Embedding) or not inputs or not isinstance(inputs[0], Tensor):
+    def watch(name: str, child: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(child, nn.Embedding) or not arguments or not isinstance(arguments[0], Tensor):
             return
-        asked = inputs[0]
+        # A table shared by two sides of a model is the main input's table, whatever it is asked for later.
+        if name in uses and uses[name].reads_tokens:
+            return
+        asked = arguments[0]
         row = asked.reshape(-1, asked.shape[-1])[0] if asked.dim() else asked
         consecutive = row.dim() == 1 and len(row) == length and bool((row.diff() == 1).all())
+        reads = next((key for key, ids in whole.items() if asked.shape == ids.shape and torch.equal(asked, ids)), None)
         uses[name] = EmbeddingUse(
             name,
             child.num_embeddings,
             child.padding_idx,
-            asked.shape == ids.shape and torch.equal(asked, ids),
+            reads,
+            reads == main,
             int(row[0]) if consecutive else None,
         )
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from utils.adapters.detection import CONFIG_KEYS, Detection, config_number, kind_by_name
 
+CONVOLVED_LENGTHS = (64, 100, 128, 256, 512, 1024, 16000)
 LONGEST_PROBE = 2048
 SLOW_PROBE_SECONDS = 0.25
 
@@ -35,24 +36,26 @@ def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple
 def feature_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], str]]:
     """Yield plausible shapes of real-valued input without the batch, each with its reason."""
     for child in module.modules():
-        if isinstance(child, nn.Linear):
-            yield (child.in_features,), "inputs of the first Linear"
-            yield (12, child.in_features), "inputs of the first Linear, as a sequence"
+        # Quantised and adapted linear layers are not nn.Linear, but say their width as it does.
+        if isinstance(width := getattr(child, "in_features", None), int):
+            yield (width,), "inputs of the first Linear"
+            yield (12, width), "inputs of the first Linear, as a sequence"
             break
         if isinstance(child, (nn.LSTM, nn.GRU, nn.RNN)):
             yield (12, child.input_size), f"input size of the first {type(child).__name__}"
             break
         if isinstance(child, nn.Conv1d):
-            yield (child.in_channels, 64), "channels of the first Conv1d"
+            for length in CONVOLVED_LENGTHS:
+                yield (child.in_channels, length), f"channels of the first Conv1d, and {length} steps run"
             yield (64, child.in_channels), "channels of the first Conv1d, time first"
             break
         if isinstance(child, nn.MultiheadAttention):
             yield (12, child.embed_dim), "width of the first attention"
             break
         if isinstance(child, (nn.BatchNorm1d, nn.LayerNorm)):
-            width = child.num_features if isinstance(child, nn.BatchNorm1d) else child.normalized_shape[-1]
-            yield (width,), f"width of the first {type(child).__name__}"
-            yield (12, width), f"width of the first {type(child).__name__}, as a sequence"
+            normed = child.num_features if isinstance(child, nn.BatchNorm1d) else child.normalized_shape[-1]
+            yield (normed,), f"width of the first {type(child).__name__}"
+            yield (12, normed), f"width of the first {type(child).__name__}, as a sequence"
             break
     if (width_in_config := config_number(config, "features")) is not None:
         yield (width_in_config.value,), width_in_config.reason
@@ -85,8 +88,15 @@ def sound_shapes(config: Mapping[str, Any], kind: str) -> Iterator[tuple[tuple[i
     yield (bins, 128), "mel bins and time"
 
 
+def main_example(examples: Mapping[str, Any]) -> str | None:
+    """Return the name of the tensor that carries the content: one with a usual name, else the first with samples."""
+    batched = [name for name, value in examples.items() if isinstance(value, Tensor) and value.dim() and value.numel()]
+    return next((name for name in batched if kind_by_name(name)), batched[0] if batched else None)
+
+
 def stretched(
     examples: Mapping[str, Any],
+    main_name: str,
     modality: str,
     batch_size: int,
     length: int | None,
@@ -97,7 +107,8 @@ def stretched(
     """Stretch a user's example to a batch size and, for token ids, to a length, by repeating it.
 
     Args:
-        examples: Keyword arguments; tensors are batch first, and the first one is the main input.
+        examples: Keyword arguments; tensors are batch first.
+        main_name: The one among them that carries the content.
         modality: As in `utils.adapters.ModelAdapter`.
         batch_size: Wanted number of samples.
         length: Wanted tokens per sample, or None to keep the example's.
@@ -105,7 +116,7 @@ def stretched(
         generator: Draws them.
         device: Where the tensors go.
     """
-    main_name, main = next((name, value) for name, value in examples.items() if isinstance(value, Tensor))
+    main = examples[main_name]
     result: dict[str, Any] = {}
     for name, value in examples.items():
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != main.shape[0]:
@@ -144,6 +155,8 @@ def longest_length(run: Callable[[int], None], start: int) -> Detection[int | No
         slowest = max(slowest, time.perf_counter() - started)
         return True
 
+    if not runs(start):
+        return Detection(None, f"not found by trying: {start} tokens do not run with a batch of one")
     good, bad = start, None
     while bad is None and good < LONGEST_PROBE and slowest < SLOW_PROBE_SECONDS:
         if runs(2 * good):

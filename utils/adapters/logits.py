@@ -26,14 +26,21 @@ def choose_logits(
         The path of the tensor, as `utils.adapters.capture.named_tensors` gives it.
 
     Raises:
-        AdapterError: There is no real-valued tensor in the output.
+        AdapterError: There is no real-valued tensor in the output, or none with a batch.
     """
     found = [(path, tensor) for path, tensor in named_tensors(output) if tensor.is_floating_point()]
+    kinds = dict.fromkeys(str(tensor.dtype) for _, tensor in named_tensors(output))
     if not found:
         raise AdapterError(
-            f"{model} returned no real-valued tensor ({type(output).__name__}).",
+            f"{model} returned no real-valued tensor ({', '.join(kinds) or type(output).__name__}).",
             "Expected logits, scores or features.",
             "Return them from forward().",
+        )
+    if all(tensor.dim() == 0 for _, tensor in found):
+        raise AdapterError(
+            f"{model} returned a single number and nothing per sample.",
+            "Expected logits, scores or features, batch first.",
+            "Return them from forward(), beside the loss if there is one.",
         )
     if len(found) == 1:
         path = found[0][0]

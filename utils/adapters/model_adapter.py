@@ -5,13 +5,13 @@ that no call could run still gets an adapter, and `ModelAdapter.failure` says wh
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from utils.adapters.capture import named_tensors, tensor_at
 from utils.adapters.description import facts_table
@@ -28,15 +28,16 @@ from utils.adapters.detection import (
     language_task_hint,
     task_by_name,
 )
-from utils.adapters.inputs import candidate_kinds, feature_shapes, image_shapes, longest_length, sound_shapes, stretched
+from utils.adapters.inputs import longest_length, stretched
 from utils.adapters.logits import choose_logits
 from utils.adapters.objectives import random_labels, task_loss
+from utils.adapters.plans import PROBE_LENGTHS, InputPlan, example_plan, input_plans
 from utils.adapters.spec import ModelSource, ModelSpec
+from utils.adapters.wrapping import unwrapped
 from utils.runtime.errors import AdapterError, SeedbedError
 from utils.runtime.isolation import preserved
 
 PROBE_BATCH = 2
-PROBE_LENGTHS = (12, 16, 32, 64, 128)
 LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq")
 
 
@@ -61,7 +62,8 @@ class ModelAdapter:
             spec: Facts that override detection.
 
         Raises:
-            AdapterError: `model` is no module, has uninitialised parameters, or needs arguments that cannot be guessed.
+            AdapterError: `model` is no module, is a TorchScript module, has uninitialised parameters, needs arguments
+                that cannot be guessed, or returns nothing that could be logits.
         """
         factory: Callable[[], nn.Module] | None = None
         if isinstance(model, ModelAdapter):
@@ -72,29 +74,21 @@ class ModelAdapter:
             # A loaded model that was given as a module has a factory that can only say so.
             factory = model.factory if getattr(model, "can_rebuild", True) else None
             model = model.module
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        if not isinstance(model, nn.Module):
+        if isinstance(config, (str, bytes, int, float, list, tuple)):
             raise AdapterError(
-                f"A {type(model).__name__} was given where a model was expected.",
-                "Expected a torch.nn.Module or what utils.load_model returns.",
-                "For a class, create an instance first; for a link or a path, call utils.load_model.",
+                f"A {type(config).__name__} was given as the config.",
+                "Expected a dict, a dataclass or a transformers config.",
+                "For a JSON file, pass what json.load returns.",
             )
-        lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-        if lazy:
-            raise AdapterError(
-                f"The parameter {lazy[0]} has no shape yet (a lazy module).",
-                "Expected a model whose parameters all exist.",
-                "Run one forward pass on real input before you validate or train it.",
-            )
-        self.module: nn.Module = model
+        self.module: nn.Module = unwrapped(model)
         self.spec: ModelSpec = spec or ModelSpec()
-        self.config = {**config_dict(getattr(model, "config", None)), **config_dict(config)}
+        self.config = {**config_dict(getattr(self.module, "config", None)), **config_dict(config)}
         self.factory: Callable[[], nn.Module] | None = self.spec.factory or factory
         self.failure: str | None = None
         self.modality = "features"
-        self._signature = forward_signature(model)
+        self._signature = forward_signature(self.module)
         self._labels_input: str | None = None
+        self._labels_per_token = True
         self._shape: Detection[tuple[int, ...]] = Detection((), "unknown")
         self._probe_length = PROBE_LENGTHS[0]
         self._embedding_uses: list[EmbeddingUse] = []
@@ -102,8 +96,8 @@ class ModelAdapter:
         self.input_names: tuple[str, ...] = ()
         self._output: Detection[str | None] = Detection(None, "no forward pass succeeded")
         self._probe_shape: tuple[int, ...] = ()
-        with preserved(model, "adapter"), torch.no_grad():
-            model.eval()
+        with preserved(self.module, "adapter"), torch.no_grad():
+            self.module.eval()
             self._find_inputs()
             if self.failure is None:
                 self._find_output()
@@ -145,8 +139,9 @@ class ModelAdapter:
         """
         generator = torch.Generator().manual_seed(seed)
         if self.spec.example_inputs is not None:
-            size = self.vocab_size.value if self.modality == "tokens" else None
-            return stretched(self.spec.example_inputs, self.modality, batch_size, length, size, generator, self.device)
+            size = self._legal_ids(self.main_input) if self.modality == "tokens" and self._ids_known else None
+            examples, main = self.spec.example_inputs, self.main_input
+            return stretched(examples, main, self.modality, batch_size, length, size, generator, self.device)
         inputs: dict[str, Tensor] = {}
         tokens_shape = (batch_size, length or self._probe_length)
         for name in self.input_names:
@@ -156,8 +151,8 @@ class ModelAdapter:
                 value = torch.zeros(tokens_shape, dtype=torch.long)
             elif name == "position_ids":
                 value = torch.arange(tokens_shape[1]).expand(tokens_shape)
-            elif self.modality == "tokens":
-                value = self._random_ids(tokens_shape, generator)
+            elif self.modality == "tokens" or name.endswith("_ids"):
+                value = self._random_ids(name, tokens_shape, generator)
             else:
                 value = torch.randn((batch_size, *self._shape.value), generator=generator, dtype=self._real_dtype)
             inputs[name] = value.to(self.device)
@@ -169,7 +164,9 @@ class ModelAdapter:
             return self.module(*inputs.values())
         arguments = dict(inputs)
         if self._labels_input and self._labels_input not in arguments:
-            arguments[self._labels_input] = inputs[self.main_input]
+            main = inputs[self.main_input]
+            per_sample = torch.zeros(main.shape[0], dtype=torch.long, device=main.device)
+            arguments[self._labels_input] = main if self._labels_per_token else per_sample
         return self.module(**arguments)
 
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -219,7 +216,9 @@ class ModelAdapter:
         for use in self._embedding_uses:
             if use.reads_tokens:
                 tie = " and the output is as wide" if self._probe_shape[-1:] == (use.rows,) else ""
-                return Detection(use.rows, f"rows of the embedding `{use.name}` that reads the token ids{tie}")
+                return Detection(
+                    use.rows, f"rows of the embedding `{use.name or self.name}` that reads the token ids{tie}"
+                )
         if len(self._probe_shape) == 3 and self._probe_shape[-1] > 2:
             return Detection(self._probe_shape[-1], "width of the output; no embedding was seen reading the token ids")
         return Detection(None, "no config entry, and no embedding was seen reading the token ids")
@@ -285,13 +284,20 @@ class ModelAdapter:
         """What the model is for, one of `utils.adapters.TASKS`."""
         if self.spec.task is not None:
             return Detection(self.spec.task, "stated in ModelSpec")
-        if self.modality == "tokens" and self.input_names[1:] and self.input_names[1] in DECODER_INPUTS:
-            return Detection("seq2seq", f"forward takes `{self.input_names[1]}` beside the source")
+        second = self.input_names[1] if self.input_names[1:] else ""
+        if second in DECODER_INPUTS and (self.modality == "tokens" or second.endswith("_ids")):
+            return Detection("seq2seq", f"forward takes `{second}` beside the source")
         if self.modality == "features" and kind_by_name(self.main_input) in ("wave", "frames"):
             return Detection("audio_classification", f"forward takes sound as `{self.main_input}`")
         if (named := task_by_name(self.module, self.config)) is not None:
             return named
         shape = self._probe_shape
+        if self.failure is not None:
+            assumed = {"image": "image_classification", "features": "tabular_classification", "tokens": "causal_lm"}
+            kind = {"tokens": "token ids"}.get(self.modality, self.modality)
+            return Detection(assumed[self.modality], f"assumed for {kind}, because no forward pass succeeded")
+        if self.modality != "tokens" and len(shape) > 2:
+            return Detection("embedding", f"{self.modality} in, real values of shape {shape[1:]} per sample out")
         if self.modality == "image":
             return Detection("image_classification", "images in, one row of scores per image out")
         if self.modality == "features":
@@ -301,9 +307,7 @@ class ModelAdapter:
         if len(shape) == 2:
             return Detection("text_classification", f"token ids in, one row of {shape[-1]} scores per text out")
         if len(shape) < 2:
-            if shape:
-                return Detection("regression", "token ids in, one number per text out")
-            return Detection("causal_lm", "assumed for token ids, because no forward pass succeeded")
+            return Detection("regression", "token ids in, one number per text out")
         return self._language_task(shape[-1])
 
     def describe(self) -> list[dict[str, Any]]:
@@ -326,19 +330,29 @@ class ModelAdapter:
     def _find_inputs(self) -> None:
         """Try the likeliest inputs until a forward pass succeeds."""
         attempts: list[str] = []
-        for plan in self._input_plans():
+        if self.spec.example_inputs is not None:
+            plans: Iterator[InputPlan] = iter([example_plan(self.spec.example_inputs)])
+        else:
+            plans = input_plans(self.module, self.name, self.config, self._signature)
+        first: InputPlan | None = None
+        for plan in plans:
+            first = first or plan
+            self._follow(plan)
             try:
                 output = self.forward(self.example_inputs())
             except (SeedbedError, MemoryError):
                 raise
             except Exception as error:
                 first_line = (str(error).strip() or "no message").splitlines()[0]
-                attempts.append(f"{plan}: {type(error).__name__}: {first_line[:160]}")
+                attempts.append(f"{plan.description}: {type(error).__name__}: {first_line[:160]}")
                 continue
             if next(named_tensors(output), None) is None:
-                attempts.append(f"{plan}: forward returned {type(output).__name__} and no tensor")
+                attempts.append(f"{plan.description}: forward returned {type(output).__name__} and no tensor")
                 continue
             return
+        if first is not None:
+            untested = f"the likeliest kind of `{first.names[0]}`, but no forward pass succeeded"
+            self._follow(replace(first, shape=Detection(first.shape.value, untested)))
         if self.spec.example_inputs is not None:
             advice = "Correct ModelSpec.example_inputs so that model(**example_inputs) is a valid call."
         else:
@@ -346,76 +360,39 @@ class ModelAdapter:
         shown = "; ".join(dict.fromkeys(attempts[:1] + attempts[-3:])) if len(attempts) > 4 else "; ".join(attempts)
         self.failure = f"No forward pass of {self.name} succeeded ({len(attempts)} tried). {shown}. {advice}"
 
-    def _input_plans(self) -> Iterator[str]:
-        """Set up one way of calling the model after another and yield its description."""
-        if self.spec.example_inputs is not None:
-            examples = {key: value for key, value in self.spec.example_inputs.items() if isinstance(value, Tensor)}
-            if not examples:
-                raise AdapterError(
-                    "ModelSpec.example_inputs holds no tensor.", "Expected a dict of keyword arguments, batch first."
-                )
-            self.input_names = tuple(examples)
-            main = examples[self.main_input]
-            self.modality = "features" if main.is_floating_point() else "tokens"
-            if main.is_floating_point() and main.dim() == 4:
-                self.modality = "image"
-            self._shape = Detection(tuple(main.shape[1:]), "ModelSpec.example_inputs")
-            if self.modality == "tokens" and main.dim() > 1:
-                self._probe_length = main.shape[1]
-            yield "ModelSpec.example_inputs"
-            return
-        if not self._signature.positional and not self._signature.names:
-            raise AdapterError(
-                f"forward() of {self.name} takes no arguments.", "Expected at least one tensor, batch first."
-            )
-        main_name = (*self._signature.names, "input")[0]
-        extra = tuple(name for name in self._signature.required[1:])
-        decoder = next((name for name in DECODER_INPUTS if name in self._signature.names and name != main_name), None)
-        if decoder and decoder not in extra:
-            extra = (decoder, *extra)
-        fillable = (*DECODER_INPUTS, "attention_mask", "token_type_ids", "position_ids")
-        unknown = [name for name in extra if name not in fillable and name not in LABEL_INPUTS]
-        if unknown:
-            raise AdapterError(
-                f"forward() of {self.name} requires {', '.join(unknown)} beside {main_name}.",
-                f"Expected one main input, and of others only {', '.join(fillable)}.",
-                f"Pass ModelSpec(example_inputs={{{main_name!r}: ..., {unknown[0]!r}: ...}}) with tensors it accepts.",
-            )
-        self.input_names = (main_name, *(name for name in extra if name not in LABEL_INPUTS))
-        self._labels_input = next((name for name in extra if name in LABEL_INPUTS), None)
-        for kind in candidate_kinds(self.module, self.config, main_name):
-            if kind == "tokens":
-                self.modality = "tokens"
-                self._shape = Detection((), f"`{main_name}` takes token ids (batch, seq): a forward pass succeeded")
-                for length in PROBE_LENGTHS:
-                    self._probe_length = length
-                    yield f"token ids ({PROBE_BATCH}, {length})"
-            elif kind == "image":
-                self.modality = "image"
-                for image_shape, reason in image_shapes(self.module, self.config):
-                    self._shape = Detection(image_shape, reason)
-                    yield f"images {(PROBE_BATCH, *image_shape)}"
-            else:
-                self.modality = "features"
-                sound = kind in ("wave", "frames")
-                shapes = sound_shapes(self.config, kind) if sound else feature_shapes(self.module, self.config)
-                for shape, reason in shapes:
-                    self._shape = Detection(shape, reason)
-                    yield f"features {(PROBE_BATCH, *shape)}"
+    def _follow(self, plan: InputPlan) -> None:
+        """Set the adapter up for one way of calling the model."""
+        self.modality, self.input_names, self._shape = plan.modality, plan.names, plan.shape
+        self._probe_length, self._labels_input, self._labels_per_token = plan.length, plan.labels, plan.labels_per_token
+        # What was looked up for another way of calling it may not hold for this one.
+        self.__dict__.pop("vocab_size", None)
+        self.__dict__.pop("pad_token_id", None)
 
     def _find_output(self) -> None:
         """Find the logits by their shape, and the embeddings that read tokens and positions."""
         inputs = self.example_inputs()
         outputs: list[Any] = []
-        if self.modality == "tokens":
-            self._embedding_uses = embedding_uses(
-                self.module, lambda: outputs.append(self.forward(inputs)), inputs[self.main_input]
-            )
+
+        def run(arguments: Mapping[str, Any]) -> None:
+            outputs[:] = [self.forward(arguments)]
+
+        # The first pass finds the tables with ids that always exist. The second reads them with ids that avoid the
+        # padding, which tables of positions skip.
+        for _ in range(2 if self.modality == "tokens" else 0):
+            inputs = self.example_inputs()
+            try:
+                self._embedding_uses = embedding_uses(self.module, partial(run, inputs), inputs, self.main_input)
+            except Exception as error:
+                self.failure = (
+                    f"{self.name} runs, but not with token ids below {self._legal_ids(self.main_input)}: "
+                    f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}. "
+                    "Correct vocab_size in the config, or pass ModelSpec(vocab_size=...)."
+                )
+                return
             self._ids_known = True
             self.__dict__.pop("vocab_size", None)
             self.__dict__.pop("pad_token_id", None)
-            inputs = self.example_inputs()
-        output = self.forward(inputs)
+        output = outputs[-1] if outputs else self.forward(inputs)
         self._output = self._choose_output(output, inputs)
         if self.modality == "tokens" and self._shortened(output, inputs):
             optional = next((name for name in LABEL_INPUTS if name in self._signature.optional), None)
@@ -453,12 +430,14 @@ class ModelAdapter:
         """Decide what a model is for that turns token ids into one vector per position."""
         table = next((use for use in self._embedding_uses if use.reads_tokens), None)
         vocabulary = self.vocab_size.value or width
+        # Where a config promises another vocabulary than the table has, scores over either are a language model's.
+        near = any(0.5 <= width / size <= 2 for size in (vocabulary, table.rows if table else vocabulary))
         hint = language_task_hint(self.module, self.config, self._signature.names)
         if width != vocabulary and table is not None:
             embedding_width = self.module.get_submodule(table.name).embedding_dim
-            if width == embedding_width and not 0.5 <= width / vocabulary <= 2:
+            if width == embedding_width and not near:
                 return Detection("embedding", f"one vector per token, as wide as the token embedding ({width})")
-        if not 0.5 <= width / vocabulary <= 2 and hint is None:
+        if not near and hint is None:
             return Detection("text_classification", f"token ids in, {width} scores per token out")
         if hint is not None:
             return hint
@@ -467,7 +446,7 @@ class ModelAdapter:
             inputs = self.example_inputs()
             before = self.logits(inputs)
             ids = inputs[self.main_input].clone()
-            ids[:, -1] = (ids[:, -1] + 1) % vocabulary
+            ids[:, -1] = (ids[:, -1] + 1) % self._legal_ids(self.main_input)
             after = self.logits({**inputs, self.main_input: ids})
         if torch.equal(before[:, :-1], after[:, :-1]):
             return Detection("causal_lm", "scores over the vocabulary, and earlier positions do not see the last token")
@@ -493,12 +472,15 @@ class ModelAdapter:
         """The dtype of real-valued inputs: that of the model's own parameters."""
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
-    def _random_ids(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Draw token ids that the model can read, and avoid the padding id."""
-        padding = self.pad_token_id.value
-        rows = [use.rows for use in self._embedding_uses if use.reads_tokens]
+    def _legal_ids(self, name: str) -> int:
+        """Return how many token ids an input can take: the rows of the table that reads it, if it was seen."""
+        rows = [use.rows for use in self._embedding_uses if use.reads == name]
         # A config may promise more ids than there are; ids 0 and 1 always exist and serve until the tables are known.
-        top = min([self.vocab_size.value or 2, *rows]) if self._ids_known else 2
+        return min([self.vocab_size.value or 2, *rows]) if self._ids_known else 2
+
+    def _random_ids(self, name: str, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Draw token ids that the model can read, and avoid the padding id."""
+        padding, top = self.pad_token_id.value, self._legal_ids(name)
         ids = torch.randint(top, shape, generator=generator)
         if padding is not None and top > 1 and self._ids_known:
             ids = torch.where(ids == padding, (ids + 1) % top, ids)

@@ -63,6 +63,14 @@ class ModelSpec:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"ModelSpec.{name} is {value!r}.", "Expected a whole number of at least 1.")
+        if self.pad_token_id is not None and (not isinstance(self.pad_token_id, int) or self.pad_token_id < 0):
+            raise ConfigError(f"ModelSpec.pad_token_id is {self.pad_token_id!r}.", "Expected a token id, 0 or more.")
+        if self.example_inputs is not None and not isinstance(self.example_inputs, Mapping):
+            raise ConfigError(
+                f"ModelSpec.example_inputs is a {type(self.example_inputs).__name__}.",
+                "Expected a dict of keyword arguments, batch first.",
+                "Write example_inputs={'input_ids': ...} with the names that forward() uses.",
+            )
         if isinstance(self.frozen, str):
             raise ConfigError(
                 f"ModelSpec.frozen is the string {self.frozen!r}.",

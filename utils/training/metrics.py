@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """Rows of numbers, appended as they come; also a part of the run's state.
+    """Rows of numbers, appended as they come; also a part of the run's state. A full disk does not stop the run.
 
     Attributes:
         rows: All rows so far; a number that was not measured is absent.
@@ -34,7 +35,7 @@ class MetricsLog:
         """Log to `path`; rows that are there already are read."""
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = read_metrics(self.path) if self.path.exists() else []
-        self._step = 0
+        self._behind = False
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; it reaches the file at once."""
@@ -42,9 +43,20 @@ class MetricsLog:
         if unknown:
             raise ValueError(f"Unknown metrics {sorted(unknown)}; known are {', '.join(COLUMNS)}.")
         self.rows.append(dict(row))
-        new = not self.path.exists()
-        with open(self.path, "a", encoding="utf-8", newline="") as stream:
-            stream.write((_header() if new else "") + _line(row))
+        try:
+            if self._behind or not self.path.exists():
+                self._rewrite()
+            else:
+                with open(self.path, "a", encoding="utf-8", newline="") as stream:
+                    stream.write(_line(row))
+        except OSError as error:
+            if not self._behind:
+                warnings.warn(
+                    f"{self.path.name} cannot be written ({error.strerror or error}). The rows are kept in memory and "
+                    "written as soon as that works; training goes on.",
+                    stacklevel=2,
+                )
+            self._behind = True
 
     def state_dict(self) -> dict[str, int]:
         """Return how far the log goes."""
@@ -53,10 +65,15 @@ class MetricsLog:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Cut off what was logged after the checkpoint; the resumed run logs it again."""
         self.rows = self.rows[: state["rows"]]
-        write_atomic(self.path, _header() + "".join(_line(row) for row in self.rows))
+        self._rewrite()
 
     def migrate(self, change: ModelChange) -> None:
         """A change of the model does not touch what was measured."""
+
+    def _rewrite(self) -> None:
+        """Write all rows, atomically."""
+        write_atomic(self.path, _header() + "".join(_line(row) for row in self.rows))
+        self._behind = False
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

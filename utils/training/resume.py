@@ -1,5 +1,6 @@
 """The two verbs of training: start a run, and continue one from its directory alone."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,6 @@ from torch import nn
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.loading import LoadedModel, load_model
 from utils.runtime.errors import CheckpointError, RunError
-from utils.runtime.files import write_json
 from utils.runtime.optional import require
 from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import prepare_data
@@ -140,7 +140,7 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
     checkpoint = run.checkpoints.latest()
     state = checkpoint.load_into(adapter.module)
     try:
-        run.step = state["progress"]["step"] if state else 0
+        run.step, run.sessions = (state["progress"]["step"], state["progress"]["sessions"]) if state else (0, 0)
     except (KeyError, TypeError):
         raise CheckpointError(
             f"The state in {checkpoint.directory.name} has no progress.",
@@ -169,8 +169,13 @@ def _check_trainable(adapter: ModelAdapter) -> None:
 
 def _conclude(run: Run) -> Run:
     """Write the figure and the summary of a run that finished or stopped."""
-    save_training_figure(run.metrics, run.directory / FIGURE, run.data.facts.get("zlib_bits_per_byte"))
-    write_json(run.directory / "summary.json", run.summary())
+    try:
+        save_training_figure(run.metrics, run.directory / FIGURE, run.data.facts.get("zlib_bits_per_byte"))
+        run.save_summary()
+    except OSError as error:
+        warnings.warn(
+            f"The figure and the summary of {run.directory} cannot be written: {error.strerror or error}.", stacklevel=3
+        )
     return run
 
 

@@ -53,6 +53,8 @@ class Run:
     """Optimizer steps done."""
     total_steps: int = 0
     """Optimizer steps planned."""
+    sessions: int = 0
+    """How often the run was started or continued from a checkpoint that was kept."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """All rows of metrics.csv."""
     lost_checkpoints: int = 0
@@ -85,6 +87,7 @@ class Run:
             "status": self.status,
             "step": self.step,
             "total_steps": self.total_steps,
+            "sessions": self.sessions,
             "model": self.adapter.name,
             "parameters": self.adapter.num_parameters,
             "task": self.adapter.task.value,

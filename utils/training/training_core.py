@@ -124,11 +124,11 @@ class LightningPart:
 
 
 class Progress:
-    """The counters of a run: steps, batches and the losses since the last row of metrics."""
+    """The counters of a run: steps, batches, sessions, and the losses since the last row of metrics."""
 
     def __init__(self) -> None:
         """Start at zero."""
-        self.step, self.batches = 0, 0
+        self.step, self.batches, self.sessions = 0, 0, 0
         self.seconds = 0.0
         self.pending: list[Tensor] = []
 
@@ -137,11 +137,13 @@ class Progress:
         pending = (
             torch.stack([loss.detach().float().cpu() for loss in self.pending]) if self.pending else torch.zeros(0)
         )
-        return {"step": self.step, "batches": self.batches, "seconds": self.seconds, "pending": pending}
+        counts = {"step": self.step, "batches": self.batches, "sessions": self.sessions}
+        return {**counts, "seconds": self.seconds, "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue counting."""
-        self.step, self.batches, self.seconds = state["step"], state["batches"], state["seconds"]
+        self.step, self.batches, self.sessions = state["step"], state["batches"], state["sessions"]
+        self.seconds = state["seconds"]
         self.pending = list(state["pending"])
 
     def migrate(self, change: ModelChange) -> None:
@@ -190,6 +192,8 @@ class RunCallback(pl.Callback):
                 states["scaler"] = scaler.state_dict()
             self.parts.load_state_dict(states)
             self.saved_step = self.progress.step
+        self.progress.sessions += 1
+        self.run.sessions = self.progress.sessions
         self.seconds_before = self.progress.seconds
         self._count(pl_module)
         self.session_start = self.last_save = self.row_start = time.monotonic()

@@ -94,6 +94,6 @@ def run_folder(parent: Path | None, name: str, loaded: LoadedModel, settings: Se
         key = json.dumps([loaded.sha256, loaded.config, settings.to_dict()], sort_keys=True, default=str)
         data = "".join(letter if letter.isalnum() else "-" for letter in settings.data.rsplit(":", 1)[-1]).strip("-")
         name = f"{loaded.name}-{data[-40:]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    elif Path(name).name != name.strip():
+    elif Path(name.strip()).name != name.strip() or name.strip() == "..":
         raise ConfigError(f"The run name {name!r} is a path.", "Expected a plain name.", "Leave out slashes.")
     return (parent or Path("runs")) / name.strip()

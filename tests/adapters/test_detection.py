@@ -1,0 +1,127 @@
+"""Facts read off configs, signatures and names."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from utils.adapters import ModelAdapter
+from utils.adapters.detection import config_dict, config_number, forward_signature, kind_by_name, language_task_hint
+from utils.runtime.errors import AdapterError
+
+
+@dataclass
+class Settings:
+    n_vocab: int = 7
+
+
+@pytest.mark.parametrize(
+    "source", [{"n_vocab": 7}, Settings(), SimpleNamespace(n_vocab=7, _hidden=1), SimpleNamespace(to_dict=Settings)]
+)
+def test_configs_of_any_form(source: Any) -> None:
+    if callable(getattr(source, "to_dict", None)):
+        source.to_dict = lambda: {"n_vocab": 7}
+    assert config_dict(source) == {"n_vocab": 7}
+    found = config_number(config_dict(source), "vocab_size")
+    assert found is not None
+    assert (found.value, found.reason) == (7, "`n_vocab` in the config")
+
+
+def test_config_numbers_must_be_whole_and_may_be_nested() -> None:
+    assert config_dict(None) == config_dict("text") == {}
+    for value in (0, True, "50", None, 2.5):
+        assert config_number({"vocab_size": value}, "vocab_size") is None
+    found = config_number({"text_config": {"vocab_size": 9}}, "vocab_size")
+    assert found is not None
+    assert found.reason == "`text_config.vocab_size` in the config"
+
+
+def test_signatures() -> None:
+    class Named(nn.Module):
+        def forward(self, a: Tensor, /, b: Tensor, c: Any = None, *rest: Any, **more: Any) -> Tensor:
+            return a
+
+    class Free(nn.Module):
+        def forward(self, *args: Any) -> Tensor:
+            return args[0]
+
+    named, free = forward_signature(Named()), forward_signature(Free())
+    assert (named.required, named.optional, named.positional, named.keywords) == (("a", "b"), ("c",), True, True)
+    assert (free.names, free.positional, free.keywords) == ((), True, False)
+
+
+def test_names_are_hints() -> None:
+    assert [kind_by_name(n) for n in ("idx", "pixel_values", "input_values", "mel", "x")] == [
+        "tokens",
+        "image",
+        "wave",
+        "frames",
+        None,
+    ]
+    hints = {}
+    for name in ("LSTMLM", "TinyMLM", "MyGPT", "Thing"):
+        hint = language_task_hint(type(name, (nn.Module,), {})(), {}, ())
+        hints[name] = hint.value if hint else None
+    assert hints == {"LSTMLM": None, "TinyMLM": "masked_lm", "MyGPT": "causal_lm", "Thing": None}
+    stated = language_task_hint(nn.Identity(), {"is_causal": False}, ())
+    assert stated is not None
+    assert stated.value == "masked_lm"
+
+
+class Demanding(nn.Module):
+    def forward(self, input_ids: Tensor, graph: Tensor, adj: Tensor) -> Tensor:
+        return input_ids
+
+
+class Keywords(nn.Module):
+    def forward(self, **arguments: Tensor) -> Tensor:
+        return next(iter(arguments.values()))
+
+
+class Nothing(nn.Module):
+    def forward(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            Demanding(),
+            r"Demanding requires graph, adj beside input_ids\..*example_inputs=\{'input_ids': \.\.\., ",
+        ),
+        (Keywords(), r"Keywords takes \*\*kwargs and names no argument\..*ModelSpec\(example_inputs="),
+        (Nothing(), r"Nothing takes no arguments\. Expected at least one tensor, batch first"),
+    ],
+)
+def test_arguments_that_cannot_be_guessed(model: nn.Module, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        ModelAdapter(model)
+
+
+def test_only_positional_arguments_and_required_labels() -> None:
+    class Positional(nn.Embedding):
+        def forward(self, x: Tensor, /) -> Tensor:
+            return super().forward(x)
+
+    class Args(nn.Embedding):
+        def forward(self, *args: Tensor) -> Tensor:
+            return super().forward(args[0])
+
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.head = nn.Embedding(40, 8), nn.Linear(8, 3)
+
+        def forward(self, labels: Tensor, input_ids: Tensor) -> Any:
+            logits = self.head(self.emb(input_ids).mean(1))
+            return nn.functional.cross_entropy(logits, labels), logits
+
+    for model in (Positional(40, 8), Args(40, 8)):
+        adapter = ModelAdapter(model)
+        assert tuple(adapter.logits(adapter.example_inputs(3, 5)).shape) == (3, 5, 8)
+    adapter = ModelAdapter(Labelled())
+    assert (adapter.main_input, adapter.task.value) == ("input_ids", "text_classification")
+    assert tuple(adapter.logits(adapter.example_inputs(4, 5)).shape) == (4, 3)

@@ -1,0 +1,76 @@
+"""Examples that the user gives are stretched, and lengths are found by trying."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils.adapters import ModelAdapter, ModelSpec
+from utils.adapters.inputs import candidate_kinds, image_shapes, longest_length, main_example
+from utils.runtime.errors import AdapterError
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, scale: Tensor, graph: Tensor, input_ids: Tensor, adj: Any) -> Tensor:
+        return self.head(self.emb(input_ids) * scale) + graph.sum()
+
+
+def test_examples_are_stretched_to_batch_and_length() -> None:
+    examples = {
+        "scale": torch.tensor(2.0),
+        "graph": torch.rand(2, 3),
+        "input_ids": torch.ones(2, 7).long(),
+        "adj": None,
+    }
+    adapter = ModelAdapter(Graph(), {"vocab_size": 50}, ModelSpec(example_inputs=examples))
+    inputs = adapter.example_inputs(5, 9)
+    assert adapter.main_input == "input_ids"
+    assert (tuple(inputs["input_ids"].shape), tuple(inputs["graph"].shape)) == ((5, 9), (5, 3))
+    assert inputs["adj"] is None
+    assert float(inputs["scale"]) == 2.0
+    assert tuple(adapter.logits(inputs).shape) == (5, 9, 20)
+    assert int(adapter.example_inputs(50)["input_ids"].max()) == 19
+
+
+def test_examples_that_do_not_serve() -> None:
+    for examples in ({"x": [1, 2]}, {"x": torch.zeros(0, 3)}, {"x": torch.tensor(1.0)}):
+        with pytest.raises(
+            AdapterError, match=r"example_inputs holds no tensor with at least one sample\..*batch first"
+        ):
+            ModelAdapter(nn.Linear(3, 2), spec=ModelSpec(example_inputs=examples))
+    failure = ModelAdapter(nn.Linear(3, 2), spec=ModelSpec(example_inputs={"wrong": torch.rand(2, 3)})).failure
+    assert failure is not None
+    assert "unexpected keyword argument 'wrong'" in failure
+    assert failure.endswith("Correct ModelSpec.example_inputs so that model(**example_inputs) is a valid call.")
+    assert main_example({"a": 1}) is None
+
+
+def test_images_by_example() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 18 * 18, 2))
+    assert ModelAdapter(model).failure is not None
+    adapter = ModelAdapter(model, spec=ModelSpec(example_inputs={"input": torch.rand(4, 1, 20, 20)}))
+    assert (adapter.modality, adapter.image_shape.value) == ("image", (1, 20, 20))
+    assert ModelAdapter(model, {"image_size": 20}).image_shape.value == (1, 20, 20)
+    assert next(image_shapes(model, {"image_size": [20, 24]}))[0] == (1, 20, 24)
+
+
+def test_kinds_in_order() -> None:
+    assert candidate_kinds(nn.Embedding(3, 2), {}, "x")[0] == "tokens"
+    assert candidate_kinds(nn.Conv2d(3, 2, 1), {}, "x")[0] == "image"
+    assert candidate_kinds(nn.Linear(3, 2), {}, "pixel_values")[0] == "image"
+    assert candidate_kinds(nn.Linear(3, 2), {}, "x")[0] == "features"
+
+
+def test_longest_length() -> None:
+    def limited(length: int) -> None:
+        if length > 37:
+            raise IndexError
+
+    found = longest_length(limited, 12)
+    assert (found.value, found.reason) == (37, "found by trying: 37 tokens run, 38 do not")
+    assert longest_length(lambda length: None, 1024).reason == "no limit found up to 2048 tokens"

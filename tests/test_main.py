@@ -1,0 +1,109 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from utils.__main__ import build_parser, main
+from utils.training import TrainingConfig
+
+TINY = {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "num_layers": 1}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+@pytest.fixture
+def text(tmp_path):
+    from pydoc_data.topics import topics
+
+    path = tmp_path / "topics.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:40_000])
+    return f"file:{path}"
+
+
+def test_validate_train_resume_export(tmp_path, tiny, text, capsys):
+    page = tmp_path / "report.html"
+    assert main(["validate", "example:gpt", "--model-config", tiny, "--html", str(page), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "READY"
+    assert "<html" in page.read_text()
+    run = str(tmp_path / "run")
+    train = ["train", "example:gpt", "--model-config", tiny, "--data", text, "--run-dir", run, "--batch-size", "4"]
+    assert main([*train, "--max-steps", "6", "--time-budget-minutes", "1e-9", "--quiet"]) == 1
+    assert "stopped by its time budget at step 1 of 6" in capsys.readouterr().out
+    assert main(["resume", run, "--time-budget-minutes", "60", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "finished"
+    assert main(["export", run, str(tmp_path / "out"), "--formats", "safetensors", "--quiet"]) == 0
+    assert "safetensors" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_fault_gives_status_1_and_the_finding(tmp_path, capsys):
+    (tmp_path / "model.py").write_text(
+        "from torch import nn\n\n\nclass Leaky(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.embed = nn.Embedding(50, 16)\n        self.mix = nn.LSTM(16, 8, bidirectional=True, batch_first=True)\n"
+        "        self.head = nn.Linear(16, 50)\n\n"
+        "    def forward(self, input_ids):\n        return self.head(self.mix(self.embed(input_ids))[0])\n"
+    )
+    assert main(["validate", str(tmp_path), "--task", "causal_lm", "--quiet"]) == 1
+    output = capsys.readouterr().out
+    assert output.startswith("NOT READY")
+    assert "future_leakage" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["validate", "example:gtp"], "There is no example named 'gtp'"),
+        (["resume", "nowhere"], "RunError: There is no directory nowhere"),
+        (["validate", "example:gpt", "--model-config", "absent.json"], "absent.json cannot be read as JSON"),
+        (["train", "example:gpt", "--run-dir", "x", "--learning-rate", "1e9"], "learning_rate is 1000000000.0"),
+        (["train", "example:gpt", "--run-dir", "x", "--max-epochs", "1", "--max-steps", "3"], "exactly one of them"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_status_2(arguments, words, capsys):
+    assert main([*arguments, "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+
+
+def test_errors_as_json(capsys):
+    assert main(["resume", "nowhere", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["kind"] == "RunError"
+
+
+def test_settings_come_from_a_file_and_options_override_it(tmp_path, tiny, text, capsys):
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"max_steps": 50, "batch_size": 4, "seed": 3}))
+    run = tmp_path / "run"
+    arguments = ["train", "example:gpt", "--model-config", tiny, "--data", text, "--run-dir", str(run)]
+    assert main([*arguments, "--config", str(settings), "--max-steps", "2", "--json", "--quiet"]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert (config["max_steps"], config["batch_size"], config["seed"]) == (2, 4, 3)
+    settings.write_text("[]")
+    assert main([*arguments, "--config", str(settings)]) == 2
+    assert "holds list" in capsys.readouterr().err
+
+
+def test_help_explains_every_verb_and_every_setting(capsys):
+    for verb in ("validate", "train", "resume", "export"):
+        with pytest.raises(SystemExit) as left:
+            build_parser().parse_args([verb, "--help"])
+        assert left.value.code == 0
+        output = capsys.readouterr().out
+        assert "Example: python -m utils" in output
+        if verb == "train":
+            for name in TrainingConfig().to_dict():
+                available = name not in ("growth", "continual", "tracking")
+                assert (f"--{name.replace('_', '-')} " in output) == available, name
+
+
+def test_it_runs_as_a_module(root):
+    result = subprocess.run([sys.executable, "-m", "utils", "--version"], cwd=root, capture_output=True, text=True)
+    assert result.stdout.startswith("Seedbed 0.")
