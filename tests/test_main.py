@@ -46,7 +46,8 @@ def test_a_fault_gives_status_1_and_the_finding(tmp_path, capsys):
     (tmp_path / "model.py").write_text(
         "from torch import nn\n\n\nclass Leaky(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n"
-        "        self.embed = nn.Embedding(50, 16)\n        self.mix = nn.LSTM(16, 8, bidirectional=True, batch_first=True)\n"
+        "        self.embed = nn.Embedding(50, 16)\n"
+        "        self.mix = nn.LSTM(16, 8, bidirectional=True, batch_first=True)\n"
         "        self.head = nn.Linear(16, 50)\n\n"
         "    def forward(self, input_ids):\n        return self.head(self.mix(self.embed(input_ids))[0])\n"
     )

@@ -76,7 +76,7 @@ def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
     run = _read(folder / "run" / "summary.json")
     exported = _read(folder / "run" / "export" / "export.json")
     results = ", ".join(f"{result['check']} {result['status']}" for result in report["results"])
-    better = run["bits_per_byte"] < run["zlib_bits_per_byte"]
+    comparison = "better" if run["bits_per_byte"] < run["zlib_bits_per_byte"] else "NOT better"
     formats = ", ".join(_format_line(result) for result in exported["results"])
     return [
         f"model       {run['model']}, {run['parameters']:,} parameters, {run['task']}",
@@ -85,7 +85,7 @@ def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
         f"data        {run['data']}",
         f"training    {run['status']} at step {run['step']} of {run['total_steps']}, {run['sessions']} session(s)",
         f"held out    {run['validation_loss']:.3f} nats per token, {run['bits_per_byte']:.3f} bits per byte",
-        f"zlib -9     {run['zlib_bits_per_byte']:.3f} bits per byte: the model is {'better' if better else 'NOT better'}",
+        f"zlib -9     {run['zlib_bits_per_byte']:.3f} bits per byte: the model is {comparison}",
         f"export      {formats}",
         f"time        validation {seconds[NOTEBOOKS[0]]:.0f} s, training and export {seconds[NOTEBOOKS[1]]:.0f} s",
         f"results     {folder.relative_to(ROOT)}/",

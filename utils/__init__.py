@@ -1,7 +1,7 @@
 """Seedbed: know whether a PyTorch model is sound, train it where machines vanish, ship it.
 
-The public surface, loaded on first use: `load_model`, `read_code`, `validate`, `show`, `train`, `resume`, `export`, `ModelSpec`,
-`ModelAdapter`, `LoadedModel`, `TrainingConfig`. Importing this package imports nothing but the standard library.
+The public surface, loaded on first use: `load_model`, `read_code`, `validate`, `show`, `train`, `resume`, `export`,
+`ModelSpec`, `ModelAdapter`, `LoadedModel`, `TrainingConfig`. Importing this package imports only the standard library.
 """
 
 from importlib import import_module
