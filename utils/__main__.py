@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return {"validate": _validate, "train": _train, "resume": _resume, "export": _export}[options.verb](options)
-    except SeedbedError as error:
+    except (SeedbedError, OSError) as error:
         if options.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         else:

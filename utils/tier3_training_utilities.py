@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from utils.adapters import ModelAdapter, ModelSpec
-from utils.loading import LoadedModel
+from utils.loading import LoadedModel, load_model
 from utils.training.config import TrainingConfig
 from utils.training.export_utilities import export
 from utils.ui.views import LiveCurve, in_notebook
@@ -27,6 +27,7 @@ def train(
     run_dir: str | Path = "runs/latest",
     *,
     spec: ModelSpec | None = None,
+    mirror: str | Path | None = None,
     progress: bool = True,
 ) -> "Run":
     """Train a model; everything needed to continue is kept in the run directory.
@@ -41,6 +42,7 @@ def train(
         config: How to train.
         run_dir: A new or empty directory.
         spec: Facts about the model that override detection.
+        mirror: Where a second copy of the run is kept, such as a folder on Drive; brought up to date at checkpoints.
         progress: Show a progress bar, and curves in a notebook.
 
     Returns:
@@ -51,7 +53,7 @@ def train(
     """
     from utils.training import resume as verbs
 
-    return verbs.train(model, data, config, run_dir, spec=spec, progress=progress, view=_view(progress))
+    return verbs.train(model, data, config, run_dir, spec=spec, mirror=mirror, progress=progress, view=_view(progress))
 
 
 def resume(
@@ -60,6 +62,7 @@ def resume(
     model: nn.Module | None = None,
     trust: bool = False,
     time_budget_minutes: float | None = None,
+    mirror: str | Path | None = None,
     progress: bool = True,
 ) -> "Run":
     """Continue a run exactly where it stopped; see `utils.training.resume.resume`."""
@@ -70,6 +73,7 @@ def resume(
         model=model,
         trust=trust,
         time_budget_minutes=time_budget_minutes,
+        mirror=mirror,
         progress=progress,
         view=_view(progress),
     )
@@ -82,12 +86,38 @@ def train_or_resume(
     run_dir: str | Path,
     *,
     trust: bool = False,
+    mirror: str | Path | None = None,
     progress: bool = True,
 ) -> "Run":
-    """Start a run, or continue the one that the directory holds: a notebook's cell that can be run again and again."""
-    if (Path(run_dir) / "run.json").exists():
-        return resume(run_dir, trust=trust, progress=progress)
-    return train(model, data, config, run_dir, progress=progress)
+    """Start a run, or continue it: a notebook's cell that can be run again and again.
+
+    The run is continued when the directory holds it, or when its second copy does: then that is brought back first.
+
+    Args:
+        model: As for `train`.
+        data: As for `train`.
+        config: As for `train`.
+        run_dir: The run's directory.
+        trust: As for `resume`.
+        mirror: As for `train`.
+        progress: As for `train`.
+
+    Raises:
+        RunError: The directory holds a run of another model, other data or other settings.
+    """
+    from utils.training.mirror import mirror_run
+    from utils.training.resume import check_same
+
+    config = config or TrainingConfig()
+    if not (Path(run_dir) / "run.json").exists() and mirror is not None and (Path(mirror) / "run.json").exists():
+        mirror_run(Path(mirror), Path(run_dir))
+    if not (Path(run_dir) / "run.json").exists():
+        return train(model, data, config, run_dir, mirror=mirror, progress=progress)
+    if isinstance(model, str):
+        model = load_model(model, trust=trust)
+    check_same(run_dir, model, data, config)
+    module = None if (Path(run_dir) / "model").is_dir() else ModelAdapter(model).module
+    return resume(run_dir, model=module, trust=trust, mirror=mirror, progress=progress)
 
 
 fine_tune = train

@@ -46,6 +46,20 @@ def test_the_newest_are_kept(manager, model):
     assert names(manager) == ["step-00000002", "step-00000003"]
 
 
+def test_a_good_checkpoint_is_never_pruned_for_newer_ones_that_are_damaged(manager, model):
+    for step in (200, 300):
+        (manager.save(step, model, {}) / STATE).write_bytes(b"torn")
+    fresh = CheckpointManager(manager.directory, keep=2)
+    fresh.save(100, model, {"a": 1})
+    target = fresh.save(150, model, {"a": 2})
+    assert target.is_dir()
+    again = CheckpointManager(manager.directory, keep=2)
+    with pytest.warns(UserWarning, match="does not verify"):
+        assert again.latest().step == 150
+    again.save(200, model, {"a": 3})
+    assert names(manager) == ["step-00000150", "step-00000200", "step-00000300"]
+
+
 def test_saving_a_step_again_keeps_the_good_one_and_replaces_a_damaged_one(manager, model):
     target = manager.save(1, model, {"a": 1})
     manager.save(1, model, {"a": 2})

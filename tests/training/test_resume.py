@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 
 import utils
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.runtime.errors import CheckpointError, ConfigError, RunError
 from utils.training import TrainingConfig
 from utils.training.checkpoint_manager import STATE
 from utils.training.metrics import read_metrics
 from utils.training.resume import open_run, resume, train
-from utils.training.run import RECORD, UNFINISHED
+from utils.training.run import RECORD, UNFINISHED, session_lock
 from utils.training.weights import weights_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,8 +169,6 @@ def test_a_run_killed_before_its_first_step_starts_from_the_same_weights(tmp_pat
     started = weights_sha256(model)
     long = quick.with_changes(time_budget_minutes=1e-9)
     train(model, f"file:{text_file}", long, tmp_path / "run", progress=False)
-    import shutil
-
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000001")
     other = utils.load_model("example:gpt", config=TINY_GPT).module
     run, state = open_run(tmp_path / "run", model=other)
@@ -213,6 +213,57 @@ def test_a_changed_source_is_noticed(tmp_path, text_file, tiny_gpt, quick):
     source.write_text(source.read_text() + "\n# changed\n")
     with pytest.raises(RunError, match="model.py in .* is not what the run started with .SHA-256 differs"):
         resume(tmp_path / "run", progress=False)
+
+
+def test_rows_of_a_session_that_left_no_checkpoint_are_written_once(tmp_path, text_file, tiny_gpt, quick):
+    short = quick.with_changes(time_budget_minutes=1e-9, log_every_steps=1)
+    run = train(tiny_gpt, f"file:{text_file}", short, tmp_path / "run", progress=False)
+    shutil.rmtree(run.checkpoints.directory / "step-00000001")
+    with open(tmp_path / "run/metrics.csv", "a") as stream:
+        stream.write("2,train,1.2")
+    resume(tmp_path / "run", progress=False)
+    assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.csv")] == [1]
+
+
+def test_a_summary_that_a_kill_prevented_is_written_later(tmp_path, text_file, tiny_gpt, quick):
+    run = train(tiny_gpt, f"file:{text_file}", quick.with_changes(max_steps=2), tmp_path / "run", progress=False)
+    (tmp_path / "run/summary.json").unlink()
+    (tmp_path / "run/figures/training.png").unlink()
+    resume(tmp_path / "run", progress=False)
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == run.summary()
+    assert (tmp_path / "run/figures/training.png").exists()
+
+
+def test_one_process_at_a_time(tmp_path, text_file, tiny_gpt, quick):
+    short = quick.with_changes(time_budget_minutes=1e-9)
+    train(tiny_gpt, f"file:{text_file}", short, tmp_path / "run", progress=False)
+    with session_lock(tmp_path / "run"), pytest.raises(RunError, match="Another process is training the run"):
+        resume(tmp_path / "run", progress=False)
+    assert resume(tmp_path / "run", progress=False).step == 2
+
+
+def test_another_kind_of_machine_is_named(tmp_path, text_file, tiny_gpt, quick):
+    short = quick.with_changes(time_budget_minutes=1e-9)
+    train(tiny_gpt, f"file:{text_file}", short, tmp_path / "run", progress=False)
+    record = json.loads((tmp_path / "run" / RECORD).read_text())
+    record["machine"] |= {"device": "NVIDIA T4", "precision": "16-mixed"}
+    (tmp_path / "run" / RECORD).write_text(json.dumps(record))
+    with pytest.warns(
+        UserWarning, match="device NVIDIA T4 became .*precision 16-mixed became 32-true.*within rounding"
+    ):
+        resume(tmp_path / "run", progress=False)
+
+
+def test_an_adapter_keeps_the_source_of_its_model(tmp_path, text_file, tiny_gpt, quick):
+    short = quick.with_changes(time_budget_minutes=1e-9)
+    train(ModelAdapter(tiny_gpt), f"file:{text_file}", short, tmp_path / "run", progress=False)
+    assert resume(tmp_path / "run", progress=False).step == 2
+
+
+def test_example_inputs_cannot_be_fed_by_data(tmp_path, text_file, tiny_gpt):
+    spec = ModelSpec(example_inputs={"input_ids": torch.ones(1, 4, dtype=torch.long)})
+    with pytest.raises(RunError, match="ModelSpec.example_inputs is set"):
+        train(tiny_gpt, f"file:{text_file}", TrainingConfig(), tmp_path / "run", spec=spec)
 
 
 def test_nothing_of_the_users_is_overwritten(tmp_path, text_file, tiny_gpt, quick):

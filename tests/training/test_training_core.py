@@ -7,13 +7,13 @@ import torch
 
 import utils
 from utils.adapters import ModelAdapter
-from utils.runtime.errors import RunError
+from utils.runtime.errors import ConfigError, RunError
 from utils.training import TrainingConfig, checkpoint_manager
 from utils.training.dataset_utilities import load_data
 from utils.training.evaluation import evaluate
 from utils.training.metrics import read_metrics
 from utils.training.resume import train
-from utils.training.training_core import choose_precision, learning_rate_share
+from utils.training.training_core import learning_rate_share
 from utils.training.weights import weights_sha256
 
 
@@ -120,6 +120,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
     assert (tmp_path / "run/checkpoints/step-00000000").is_dir()
 
 
+def test_a_gradient_that_is_not_finite_is_kept_out_of_the_checkpoints(tmp_path, text_file, tiny_gpt, quick):
+    config = quick.with_changes(log_every_steps=1, checkpoint_every_steps=1)
+    tiny_gpt.module.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RunError, match="gradient's norm is nan at step 1.*last good state is kept"):
+        train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000000"]
+
+
 def test_lightning_says_nothing(tmp_path, text_file, tiny_gpt, quick, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -140,9 +148,14 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
 
 
 def test_precision_on_this_machine():
-    assert choose_precision("16-mixed") == "16-mixed"
-    expected = {"32-true"} if not torch.cuda.is_available() else {"bf16-mixed", "16-mixed"}
-    assert choose_precision("auto") in expected
+    if torch.cuda.is_available():
+        assert TrainingConfig().resolved_precision in {"bf16-mixed", "16-mixed"}
+        assert TrainingConfig(precision="16-mixed").resolved_precision == "16-mixed"
+    else:
+        assert TrainingConfig().resolved_precision == "32-true"
+        with pytest.raises(ConfigError, match="'16-mixed', and this machine has no GPU"):
+            _ = TrainingConfig(precision="16-mixed").resolved_precision
+    assert TrainingConfig(precision="bf16-mixed").resolved_precision == "bf16-mixed"
 
 
 @pytest.mark.gpu

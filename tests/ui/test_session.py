@@ -44,21 +44,21 @@ def test_the_environment_wins(adapter, monkeypatch, loaded):
     monkeypatch.setenv("SEEDBED_RUN_DIR", "somewhere/else")
     settings = session_settings(adapter, "builtin:python-docs", max_steps=100)
     assert (settings.config.max_steps, settings.data) == (7, "file:x.txt")
-    assert run_folder(None, "name", loaded, settings) == Path("somewhere/else")
+    assert run_folder("name", loaded, settings) == Path("somewhere/else")
     monkeypatch.setenv("SEEDBED_MAX_STEPS", "many")
     with pytest.raises(ConfigError, match="SEEDBED_MAX_STEPS is 'many'.*whole number"):
         session_settings(adapter)
 
 
 def test_equal_settings_give_the_same_folder_and_others_another(adapter, loaded):
-    first = run_folder(None, "", loaded, session_settings(adapter, max_steps=10))
-    assert first == run_folder(None, "", loaded, session_settings(adapter, max_steps=10))
-    assert first != run_folder(None, "", loaded, session_settings(adapter, max_steps=11))
+    first = run_folder("", loaded, session_settings(adapter, max_steps=10))
+    assert first == run_folder("", loaded, session_settings(adapter, max_steps=10))
+    assert first != run_folder("", loaded, session_settings(adapter, max_steps=11))
     assert first.parent == Path("runs")
     assert first.name.startswith("GPT-python-docs-")
-    assert run_folder(Path("drive"), " mine ", loaded, session_settings(adapter)) == Path("drive/mine")
+    assert run_folder(" mine ", loaded, session_settings(adapter)) == Path("runs/mine")
 
 
 def test_a_run_name_is_no_path(adapter, loaded):
     with pytest.raises(ConfigError, match="'../../etc' is a path"):
-        run_folder(None, "../../etc", loaded, session_settings(adapter))
+        run_folder("../../etc", loaded, session_settings(adapter))

@@ -50,6 +50,7 @@ class ModelAdapter:
         spec: What the user stated.
         modality: ``"tokens"``, ``"image"`` or ``"features"``.
         input_names: Names of the inputs that `example_inputs` makes, the main one first.
+        origin: What the adapter was made from: a loaded model or a module.
         failure: Why no forward pass succeeded, or None.
     """
 
@@ -65,6 +66,7 @@ class ModelAdapter:
             AdapterError: `model` is no module, is a TorchScript module, has uninitialised parameters, needs arguments
                 that cannot be guessed, or returns nothing that could be logits.
         """
+        self.origin: Any = model.origin if isinstance(model, ModelAdapter) else model
         factory: Callable[[], nn.Module] | None = None
         if isinstance(model, ModelAdapter):
             given: ModelAdapter = model

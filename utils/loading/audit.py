@@ -4,18 +4,23 @@ An audit is a reader's aid, not a sandbox. It parses the source and never execut
 is made of, and refuses to call anything else harmless. Code that hides its intent well enough can still get past any
 reader of text: run a stranger's model where there is nothing to lose.
 
-Three rules carry the weight. Modules are refused unless listed. A module may be used only as ``module.name``, never as
-a value, so it cannot travel to where its attributes are out of sight. And every dotted name is followed through the
+Four rules carry the weight. Modules are refused unless listed. A module may be used only as ``module.name``, never as
+a value, so it cannot travel to where its attributes are out of sight. Every dotted name is followed through the
 modules already in memory, by dictionary look-up alone, so that ``torch.nn.functional.importlib`` is seen to be
-importlib.
+importlib. And attributes that lead out of model code are refused on any value, whatever it is called, so an attribute
+whose name is computed must begin in a way that none of these does.
 """
 
 import ast
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from torch import Tensor, nn
+
 from utils.loading import audit_rules as rules
+from utils.loading.audit_context import Context, constant_start, definitions, is_clear, text_concerns
 from utils.loading.audit_names import COMPREHENSIONS, FUNCTIONS, dotted, imported_names, local_names, refused, resolve
+from utils.loading.audit_names import origin as find_origin
 from utils.loading.audit_names import sibling as find_sibling
 from utils.loading.audit_report import AuditItem, AuditReport
 from utils.runtime.errors import InstantiationError
@@ -55,8 +60,9 @@ def audit(files: Mapping[str, str]) -> AuditReport:
     trees = {name: parse(text, name) for name, text in sources.items()}
     bindings = {name.removesuffix(".py"): imported_names(tree, set(trees)) for name, tree in trees.items()}
     items: list[AuditItem] = []
+    defined = set().union(*(definitions(tree) for tree in trees.values()))
     for name, tree in trees.items():
-        reader = _Reader(name, sources[name], bindings)
+        reader = _Reader(name, sources[name], bindings, defined, Context(tree))
         reader.read(tree)
         items += reader.items
     items.sort(key=lambda item: (item.file, item.line))
@@ -66,8 +72,16 @@ def audit(files: Mapping[str, str]) -> AuditReport:
 class _Reader:
     """Walks one file and notes what it touches."""
 
-    def __init__(self, file: str, text: str, bindings: Mapping[str, Mapping[str, set[str]]]) -> None:
+    def __init__(
+        self,
+        file: str,
+        text: str,
+        bindings: Mapping[str, Mapping[str, set[str]]],
+        defined: set[str],
+        context: Context,
+    ) -> None:
         self.file, self.lines, self.bindings = file, text.splitlines() or [""], bindings
+        self.defined, self.context = defined, context
         self.names = bindings[file.removesuffix(".py")]
         self.scopes: list[tuple[set[str], set[str]]] = []
         self.items: list[AuditItem] = []
@@ -170,18 +184,43 @@ class _Reader:
         elif node.id == "__name__" and not isinstance(node.ctx, ast.Load):
             self.note(node, "dynamic code", "changes __name__")
         elif not isinstance(node.ctx, ast.Load):
-            return
-        elif node.id in rules.DENIED_BUILTINS and node.id not in self.names:
+            if node.id in self.names and not self.is_fallback(node):
+                self.note(node, "dynamic code", f"{node.id} is an import and something else")
+        elif node.id in rules.DENIED_BUILTINS:
             self.note(node, rules.DENIED_BUILTINS[node.id], f"{node.id}()")
+        elif node.id == "type" and not self.context.is_harmless_type_name(node):
+            self.note(node, "dynamic code", "type as a value")
         elif node.id in ("getattr", "setattr", "delattr"):
             self.note(node, "dynamic code", f"{node.id} as a value")
         elif any(self.is_module(target) for target in self.names.get(node.id, ())):
             self.note(node, "dynamic code", f"the module {node.id} as a value")
+        else:
+            for target in sorted(self.names.get(node.id, ())):
+                self.check_limits(node, target)
+
+    def is_fallback(self, node: ast.Name) -> bool:
+        """Whether an imported name is set to a constant or to what another import offers, as without a package."""
+        parent = self.context.parent(node)
+        if not isinstance(parent, ast.Assign) or len(parent.targets) != 1:
+            return False
+        value = parent.value
+        chain = dotted(value)
+        return isinstance(value, ast.Constant) or (len(chain) > 1 and id(parent) in self.top and chain[0] in self.names)
+
+    def check_limits(self, node: ast.expr, target: str) -> None:
+        """Check the uses of a function that is harmless in some of them only."""
+        for name in sorted(self.own(target)):
+            for known in {name, find_origin(name)} & rules.LIMITED.keys():
+                if not self.context.is_limited_use(node, rules.LIMITED[known]):
+                    self.note(node, "dynamic code", f"{known} used in an unusual way")
+                    return
 
     def on_attribute(self, node: ast.Attribute) -> bool:
         chain = dotted(node)
         if not chain or chain[0] not in self.names or self.is_local(chain[0]):
             self.check_attribute(node, node.attr, node.value)
+            if not isinstance(node.ctx, ast.Load):
+                self.check_store(node, node.attr, node.value)
             return False
         for root in sorted(self.names[chain[0]]):
             target = ".".join((root, *chain[1:]))
@@ -191,7 +230,17 @@ class _Reader:
                 self.note(node, "changes other code", f"assigns to {target}")
             elif isinstance(node.ctx, ast.Load) and self.is_module(target) and not self.is_alias(node):
                 self.note(node, "dynamic code", f"the module {target} as a value")
+            elif isinstance(node.ctx, ast.Load):
+                self.check_limits(node, target)
+                if node.attr == "__class__":
+                    self.check_attribute(node, node.attr)
         return True
+
+    def check_store(self, node: ast.AST, name: str, value: ast.expr) -> None:
+        """Check an assignment to an attribute, which on a class of torch would change every model."""
+        method = callable(getattr(nn.Module, name, None)) or callable(getattr(Tensor, name, None))
+        if name.startswith("__") or name == "forward" or (method and not self.context.is_own(value)):
+            self.note(node, "changes other code", f"assigns to .{name}")
 
     def is_alias(self, node: ast.Attribute) -> bool:
         """Whether a module's name stands on the right of a top-level assignment that `imported_names` follows."""
@@ -209,14 +258,29 @@ class _Reader:
             on_super = (
                 isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "super"
             ) or (isinstance(value, ast.Name) and value.id == "object")
-            on_self = name == "__dict__" and isinstance(value, ast.Name) and value.id == "self"
-            if name not in rules.ALLOWED_DUNDERS and not on_self and not (name in rules.SUPER_DUNDERS and on_super):
+            if name not in rules.ALLOWED_DUNDERS and not (name in rules.SUPER_DUNDERS and on_super):
                 self.note(node, "dynamic code", f".{name}")
+            elif name == "__class__" and not self.context.is_harmless_type(node):
+                self.note(node, "dynamic code", ".__class__ as a value")
         elif name in rules.DENIED_ATTRIBUTES and not (called and name in rules.METHOD_NAMES):
             self.note(node, rules.DENIED_ATTRIBUTES[name], f".{name}")
+        elif name in self.defined:
+            return
+        elif name in rules.DENIED_UNLESS_OWN:
+            self.note(node, rules.DENIED_UNLESS_OWN[name], f".{name}")
+        elif name.startswith("_") and name not in rules.ALLOWED_PRIVATE_ATTRIBUTES and name.strip("_"):
+            self.note(node, "dynamic code", f".{name}, which is internal to something else")
 
     def on_call(self, node: ast.Call) -> bool:
         function = node.func
+        self.check_keywords(node)
+        if isinstance(function, ast.Name) and function.id == "type" and not self.is_local("type"):
+            if not self.context.is_harmless_type(node):
+                self.note(node, "dynamic code", "the type of a value as a value")
+        elif isinstance(function, ast.Attribute) and function.attr == "format":
+            text = function.value
+            if not (isinstance(text, ast.Constant) and isinstance(text.value, str)):
+                self.note(node, "dynamic code", "format with a text that cannot be seen")
         if isinstance(function, ast.Name) and function.id in ("getattr", "setattr", "delattr"):
             if not self.is_local(function.id):
                 self.check_named_access(node, function.id)
@@ -245,35 +309,69 @@ class _Reader:
                 else:
                     self.visit(value)
                     self.check_attribute(node, name.value, value)
-            elif not self.is_prefixed(value, name) and not (function == "setattr" and chain == ("self",)):
+                    if function != "getattr":
+                        self.check_store(node, name.value, value)
+                for concern in text_concerns(name.value):
+                    self.note(node, "dynamic code", f"{concern} in a text")
+            elif modules or not is_clear(constant_start(name)):
                 self.note(node, "dynamic code", f"{function} with a computed name")
+            elif function != "getattr" and not self.context.is_own(value):
+                self.note(node, "dynamic code", f"{function} with a computed name on something other than the model")
             if not modules and not isinstance(name, ast.Constant):
                 self.visit(value)
                 self.visit(name)
         for child in (*node.args[2:], *node.keywords):
             self.visit(child)
 
-    @staticmethod
-    def is_prefixed(value: ast.expr, name: ast.expr) -> bool:
-        """Whether the access is like ``getattr(self, f"block_{i}")``, which cannot name an internal attribute."""
-        return (
-            isinstance(value, ast.Name)
-            and value.id == "self"
-            and isinstance(name, ast.JoinedStr)
-            and isinstance(first := name.values[0] if name.values else None, ast.Constant)
-            and str(first.value)[:1].isalpha()
-        )
+    def check_keywords(self, node: ast.Call) -> None:
+        """Check arguments that turn a harmless call into one that writes, downloads or compiles."""
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        if "file" in keywords:
+            self.note(node, "file", "file= of a call")
+        if "eval_str" in keywords or keywords.keys() & {"trust_remote_code", "kernel_config", "use_kernels"}:
+            self.note(node, "dynamic code", "an argument that runs other code")
+        kind = keywords.get("attn_implementation")
+        if kind is not None and not (isinstance(kind, ast.Constant) and kind.value in rules.ATTENTION):
+            self.note(node, "network", "attn_implementation= can name code on the Hub")
+        if isinstance(node.func, ast.Attribute) and node.func.attr in rules.LIMITED_METHODS:
+            chain = dotted(node.func)
+            if (not chain or chain[0] not in self.names) and not self.context.is_limited_use(
+                node.func, rules.LIMITED_METHODS[node.func.attr]
+            ):
+                self.note(node, "dynamic code", f".{node.func.attr} used in an unusual way")
+
+    def on_classdef(self, node: ast.ClassDef) -> None:
+        self.check_definition(node, node.name)
+        for keyword in node.keywords:
+            if keyword.arg in (None, "metaclass"):
+                chain = dotted(keyword.value)
+                known = {".".join((root, *chain[1:])) for root in self.names.get(chain[0], ())} if chain else set()
+                if known != {"abc.ABCMeta"}:
+                    self.note(node, "dynamic code", "a metaclass")
+
+    def on_functiondef(self, node: ast.FunctionDef) -> None:
+        self.check_definition(node, node.name)
+
+    def on_asyncfunctiondef(self, node: ast.AsyncFunctionDef) -> None:
+        self.check_definition(node, node.name)
+
+    def check_definition(self, node: ast.AST, name: str) -> None:
+        if name.startswith("__") and name.endswith("__") and name not in rules.DEFINABLE_DUNDERS:
+            self.note(node, "dynamic code", f"defines {name}")
+
+    def on_alias(self, node: ast.alias) -> None:
+        self.check_definition(node, node.asname or "")
 
     def on_matchclass(self, node: ast.MatchClass) -> None:
         for name in node.kwd_attrs:
             self.check_attribute(node, name)
 
     def on_constant(self, node: ast.Constant) -> None:
-        # Format strings such as "{0.__globals__}" reach attributes too.
-        if isinstance(node.value, str) and "{" in node.value:
-            for word in ("__globals__", "__builtins__", "__subclasses__", "__dict__", "__code__"):
-                if word in node.value:
-                    self.note(node, "dynamic code", f"{word} in a text")
+        # Format strings such as "{0.__globals__}" reach attributes, and so do names that are looked up later.
+        text = node.value.decode("latin-1") if isinstance(node.value, bytes) else node.value
+        if isinstance(text, str):
+            for concern in text_concerns(text):
+                self.note(node, "dynamic code", f"{concern} in a text")
 
     def own(self, target: str) -> set[str]:
         """Follow a dotted name that starts in one of the model's own files to what that file imported under it."""

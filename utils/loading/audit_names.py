@@ -107,7 +107,7 @@ def refused(name: str) -> str | None:
             return "dynamic code"
         if in_module and prefix in rules.ONLY and part not in rules.ONLY[prefix]:
             return "dynamic code"
-        if in_module and prefix.startswith("transformers") and not resolve(dotted)[1] and not part[:1].isupper():
+        if in_module and prefix.startswith("transformers") and not _passes_in_transformers(prefix, dotted, part):
             return "network"
     real, is_module = resolve(name)
     # A name that leads through a listed module to another module counts as an import of that one.
@@ -115,9 +115,51 @@ def refused(name: str) -> str | None:
         step, step_is_module = resolve(".".join(parts[:end]))
         if step_is_module and not rules.module_allowed(step) and not _is_parent(step):
             return "import"
-    if not is_module and real and not _home_allowed(real):
-        return "import"
+    if not is_module and real:
+        # The same class or function under another name, as `torch.nn.modules.module.wraps` is functools.wraps.
+        original = origin(name)
+        home_rules = rules.ONLY.get(real)
+        if original in rules.DENIED_NAMES:
+            return rules.DENIED_NAMES[original]
+        if not _home_allowed(real):
+            return "import"
+        if home_rules is not None and original and original[len(real) + 1 :].split(".")[0] not in home_rules:
+            return "dynamic code"
     return None
+
+
+def _passes_in_transformers(prefix: str, dotted: str, part: str) -> bool:
+    if prefix in rules.ONLY:
+        return True
+    if resolve(dotted)[1] and prefix.startswith("transformers.models"):
+        leaf = prefix.split(".")
+        return len(leaf) == 2 or part.startswith(("modeling_", "configuration_"))
+    return rules.TRANSFORMERS.fullmatch(part) is not None
+
+
+def origin(name: str) -> str:
+    """Return the dotted name under which a class or function was defined, or "" when it cannot be told."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        home, is_module = resolve(".".join(parts[:end]))
+        if is_module:
+            return ""
+        if home:
+            container = resolve_value(".".join(parts[:end]))
+            qualified = getattr(container, "__qualname__", None)
+            return f"{home}.{qualified}" if isinstance(qualified, str) else ""
+    return ""
+
+
+def resolve_value(name: str) -> Any:
+    """Return what a dotted name stands for in the modules in memory, or None; dictionary look-up alone."""
+    first, *parts = name.split(".")
+    current: Any = sys.modules.get(first)
+    for part in parts:
+        if not isinstance(current, ModuleType):
+            return None
+        current = vars(current).get(part, sys.modules.get(f"{current.__name__}.{part}"))
+    return current
 
 
 def _is_parent(name: str) -> bool:
@@ -126,8 +168,14 @@ def _is_parent(name: str) -> bool:
 
 def _home_allowed(home: str) -> bool:
     """Whether the module that defines a class or function belongs to a package that model code may use."""
+    if any(home == refused or home.startswith(refused + ".") for refused in rules.DENIED_HOMES):
+        return False
     top = home.split(".")[0]
-    return top in {name.split(".")[0] for name in rules.ALLOWED_MODULES} or top.startswith("_") or top == "builtins"
+    return (
+        top in {name.split(".")[0] for name in rules.ALLOWED_MODULES}
+        or home in rules.PRIVATE_HOMES
+        or top == "builtins"
+    )
 
 
 def resolve(name: str) -> tuple[str, bool]:

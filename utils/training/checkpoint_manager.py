@@ -69,6 +69,7 @@ class CheckpointManager:
             keep: How many of the newest stay.
         """
         self.directory, self.keep = Path(directory), keep
+        self._trusted: list[Path] = []
 
     def save(self, step: int, module: nn.Module, state: dict[str, Any]) -> Path:
         """Write a checkpoint and then remove those that are too old.
@@ -109,8 +110,8 @@ class CheckpointManager:
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._write_error(step, error) from error
-        for old in self._directories()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._trust(target)
+        self._prune()
         return target
 
     def latest(self) -> Checkpoint:
@@ -123,7 +124,8 @@ class CheckpointManager:
         for directory in self._directories():
             problem = self.problem(directory)
             if problem is None:
-                return Checkpoint(directory, int(directory.name.split("-")[1]))
+                self._trust(directory)
+                return Checkpoint(directory, _step(directory))
             failures.append(f"{directory.name}: {problem}")
             warnings.warn(
                 f"The checkpoint {directory.name} does not verify ({problem}); the next older one is used. "
@@ -170,7 +172,21 @@ class CheckpointManager:
         if not self.directory.is_dir():
             return []
         found = [path for path in self.directory.iterdir() if STEP_NAME.match(path.name)]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+        return sorted(found, key=_step, reverse=True)
+
+    def _trust(self, directory: Path) -> None:
+        """Remember a checkpoint that was written or verified in this session as the newest such one."""
+        self._trusted = [*(path for path in self._trusted if path != directory), directory]
+
+    def _prune(self) -> None:
+        """Remove what is older than the checkpoints to keep; what was never verified counts for nothing."""
+        kept = self._trusted[-self.keep :]
+        if len(kept) < self.keep:
+            return
+        oldest = min(_step(path) for path in kept)
+        for path in self._directories():
+            if path not in kept and _step(path) < oldest:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
         """Remove what earlier, killed writers left under temporary names."""
@@ -210,3 +226,8 @@ class CheckpointManager:
             kept,
             "Check the directory and its disk; the next checkpoint is tried as planned.",
         )
+
+
+def _step(directory: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(directory.name.split("-")[1])

@@ -126,6 +126,30 @@ class TrainingConfig:
                     "Leave it at None.",
                 )
 
+    @property
+    def resolved_precision(self) -> str:
+        """Lightning's name of the number format on this machine.
+
+        ``auto`` is mixed precision on a GPU, in bfloat16 where that is native, and float32 on a CPU.
+
+        Raises:
+            ConfigError: float16 was asked for on a machine without a GPU.
+        """
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        if self.precision == "16-mixed" and not on_gpu:
+            raise ConfigError(
+                "TrainingConfig.precision is '16-mixed', and this machine has no GPU.",
+                "Expected auto, 32-true or bf16-mixed on a CPU.",
+                "Leave precision at 'auto'.",
+            )
+        if self.precision != "auto":
+            return self.precision
+        if not on_gpu:
+            return "32-true"
+        return "bf16-mixed" if torch.cuda.get_device_capability()[0] >= 8 else "16-mixed"
+
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as a dict that JSON can hold."""
         return asdict(self)

@@ -6,6 +6,7 @@ files of earlier exports too.
 """
 
 import copy
+import json
 import math
 import os
 import platform
@@ -70,6 +71,7 @@ def export(
     tokenizer = getattr(run_data, "tokenizer", None)
     if adapter.failure is not None:
         raise ExportError(f"{adapter.name} cannot be exported. {adapter.failure}")
+    ours = _written_before(directory)
     staging = directory / f".export-{os.getpid()}"
     try:
         staging.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def export(
             results = []
             for name in names:
                 bar.set_description_str(f"Export {name}")
-                results.append(_export_one(name, candidate, references, tolerance, staging / name, directory))
+                results.append(_export_one(name, candidate, references, tolerance, staging / name, directory, ours))
                 bar.update()
         report = ExportReport(
             model=adapter.name,
@@ -224,8 +226,12 @@ def _export_one(
     tolerance: float,
     staging: Path,
     directory: Path,
+    ours: set[str],
 ) -> FormatResult:
-    """Write one format, compare it, and publish its files if they are right."""
+    """Write one format, compare it, and publish its files if they are right.
+
+    `ours` are the files that exports wrote, which may be replaced; those of this format are added.
+    """
     started = time.perf_counter()
     checks: tuple[ShapeCheck, ...] = ()
     files: tuple[ExportedFile, ...] = ()
@@ -237,7 +243,7 @@ def _export_one(
         status, why = _judge(checks, tolerance)
         why = " ".join(part for part in (why, remark, _limits(candidate, references)) if part)
         if status != "failed":
-            files = _publish(staging, directory)
+            files = _publish(staging, directory, ours)
     except Exception as error:
         status, why = "failed", _failure(error)
     return FormatResult(name, status, why, files, checks, time.perf_counter() - started)
@@ -294,11 +300,33 @@ def _limits(candidate: Candidate, references: list[tuple[dict[str, Any], Tensor]
     return f"The original itself takes only {' and '.join(limits)}." if limits else ""
 
 
-def _publish(staging: Path, directory: Path) -> tuple[ExportedFile, ...]:
-    """Move the files of a format to their final names, each whole."""
+def _written_before(directory: Path) -> set[str]:
+    """Return the names of the files that an earlier export wrote into a directory."""
+    try:
+        report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+        return {str(file["name"]) for result in report["results"] for file in result["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _publish(staging: Path, directory: Path, ours: set[str]) -> tuple[ExportedFile, ...]:
+    """Move the files of a format to their final names, each whole.
+
+    Raises:
+        ExportError: A file of that name is there and no export wrote it.
+    """
     files = []
-    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        name = path.relative_to(staging)
+    names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+    foreign = [name.as_posix() for name in names if (directory / name).exists() and name.as_posix() not in ours]
+    if foreign:
+        raise ExportError(
+            f"{directory} holds {', '.join(foreign)} already, and no export wrote that.",
+            "Expected a directory of the exporter's own: nothing of yours is ever overwritten.",
+            "Choose another directory.",
+        )
+    ours.update(name.as_posix() for name in names)
+    for name in names:
+        path = staging / name
         sync_file(path)
         files.append(ExportedFile(name.as_posix(), path.stat().st_size, sha256_file(path)))
         target = directory / name

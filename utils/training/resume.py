@@ -1,5 +1,6 @@
 """The two verbs of training: start a run, and continue one from its directory alone."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,22 @@ from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import prepare_data
 from utils.training.figures import save_training_figure
 from utils.training.metrics import read_metrics
+from utils.training.mirror import mirror_run
+from utils.training.module_memory import freeze
 from utils.training.prepared_data import PreparedData, load_prepared
-from utils.training.run import FIGURE, METRICS, RECORD, Run, create_run, read_record, source_hashes, spec_of
+from utils.training.run import (
+    FIGURE,
+    METRICS,
+    RECORD,
+    SUMMARY,
+    Run,
+    create_run,
+    read_record,
+    session_lock,
+    source_hashes,
+    spec_of,
+    warn_if_elsewhere,
+)
 
 if TYPE_CHECKING:
     from utils.training.training_core import View
@@ -28,6 +43,7 @@ def train(
     run_dir: str | Path = "runs/latest",
     *,
     spec: ModelSpec | None = None,
+    mirror: str | Path | None = None,
     progress: bool = True,
     view: "View | None" = None,
 ) -> Run:
@@ -40,6 +56,7 @@ def train(
         config: How to train.
         run_dir: A new or empty directory.
         spec: Facts about the model that override detection.
+        mirror: Where a second copy of the run is kept, such as a folder on Drive.
         progress: Show progress bars.
         view: Shows the metrics while they come.
 
@@ -50,15 +67,15 @@ def train(
         SeedbedError: The model, the data, the settings or the directory cannot be used; the message says why.
     """
     _require_packages()
-    from utils.training.training_core import fit
-
     config = config or TrainingConfig()
-    loaded = load_model(model) if isinstance(model, str) else model if isinstance(model, LoadedModel) else None
-    adapter = ModelAdapter(loaded or model, spec=spec)
+    if isinstance(model, str):
+        model = load_model(model)
+    loaded = _loaded_of(model)
+    adapter = ModelAdapter(model, spec=spec)
     _check_trainable(adapter)
     prepared = data if isinstance(data, PreparedData) else prepare_data(adapter, data, config)
     run = create_run(Path(run_dir), adapter, loaded, prepared, config)
-    return _conclude(fit(run, progress=progress, view=view))
+    return _session(run, {}, mirror, progress, view)
 
 
 def resume(
@@ -67,18 +84,21 @@ def resume(
     model: nn.Module | None = None,
     trust: bool = False,
     time_budget_minutes: float | None = None,
+    mirror: str | Path | None = None,
     progress: bool = True,
     view: "View | None" = None,
 ) -> Run:
     """Continue a run exactly where its newest usable checkpoint is; a finished run is returned as it is.
 
-    On the same kind of machine the result is bitwise the one of an uninterrupted run.
+    On the same kind of machine the result is bitwise the one of an uninterrupted run; on another kind a warning says
+    that it agrees within rounding.
 
     Args:
         run_dir: The run's directory, wherever it is now.
         model: The model, for runs that were started with a bare module and so have no source.
         trust: Run the model's source even though the audit finds something in it (see `utils.load_model`).
         time_budget_minutes: Budget of this session; None keeps the run's own.
+        mirror: Where a second copy of the run is kept.
         progress: Show progress bars.
         view: Shows the metrics while they come.
 
@@ -90,14 +110,15 @@ def resume(
         CheckpointError: No checkpoint verifies.
     """
     _require_packages()
-    from utils.training.training_core import fit
-
     run, state = open_run(run_dir, model=model, trust=trust)
     if time_budget_minutes is not None:
         run.config = run.config.with_changes(time_budget_minutes=time_budget_minutes)
     if run.finished:
+        if _summary_step(run) != run.step:
+            _conclude(run, mirror)
         return run
-    return _conclude(fit(run, resumed=state, progress=progress, view=view))
+    warn_if_elsewhere(read_record(run.directory), run.config)
+    return _session(run, state, mirror, progress, view)
 
 
 def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool = False) -> tuple[Run, dict[str, Any]]:
@@ -137,6 +158,7 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
             "Expected the model of this run.",
         )
     run = Run(directory, adapter, load_prepared(directory / "data"), config, loaded)
+    freeze(adapter.module, record["model"]["frozen"])
     checkpoint = run.checkpoints.latest()
     state = checkpoint.load_into(adapter.module)
     try:
@@ -155,10 +177,78 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
     return run, state
 
 
+def check_same(
+    run_dir: str | Path, model: Any, data: Any, config: TrainingConfig, *, spec: ModelSpec | None = None
+) -> None:
+    """Make sure that a run is of this model, this data and these settings; the time budget may differ.
+
+    Raises:
+        RunError: It is not; the message names the differences.
+    """
+    record = read_record(Path(run_dir))
+    differences = []
+    loaded = _loaded_of(model)
+    if loaded is not None and loaded.sha256 != record["model"]["sha256"]:
+        differences.append(
+            f"the model is {record['model']['reference']} ({record['model']['class']}), not {loaded.reference}"
+        )
+    elif loaded is not None and loaded.config != record["model"]["config"]:
+        differences.append("the model has another config")
+    elif loaded is None and ModelAdapter(model, spec=spec).name != record["model"]["class"]:
+        differences.append(f"the model is a {record['model']['class']}")
+    reference = data.reference if isinstance(data, PreparedData) else data
+    if reference != record["data"]["reference"]:
+        differences.append(f"the data is {record['data']['reference']}, not {reference}")
+    elif isinstance(data, PreparedData) and data.facts.get("sha256") != record["data"]["facts"].get("sha256"):
+        differences.append(f"the samples of {reference} are not the same")
+    settings = config.to_dict()
+    differences += [
+        f"{name} is {value!r}, not {settings[name]!r}"
+        for name, value in record["config"].items()
+        if name != "time_budget_minutes" and settings.get(name) != value
+    ]
+    if differences:
+        raise RunError(
+            f"{run_dir} holds another run: {'; '.join(differences)}.",
+            "Expected a run with this model, data and settings.",
+            "Choose another run_dir, or continue that run with utils.resume.",
+        )
+
+
+def _session(run: Run, state: dict[str, Any], mirror: str | Path | None, progress: bool, view: "View | None") -> Run:
+    """Train until the run ends or stops, as the only process that does."""
+    from utils.training.training_core import fit
+
+    target = Path(mirror) if mirror is not None else None
+    with session_lock(run.directory):
+        fit(run, state, progress, view, target)
+        return _conclude(run, target)
+
+
+def _loaded_of(model: Any) -> LoadedModel | None:
+    """Return the loaded model behind what the user gave, if there is one whose source is known."""
+    origin = model.origin if isinstance(model, ModelAdapter) else model
+    return origin if isinstance(origin, LoadedModel) else None
+
+
+def _summary_step(run: Run) -> int | None:
+    """Return the step that summary.json is of."""
+    try:
+        return int(json.loads((run.directory / SUMMARY).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _check_trainable(adapter: ModelAdapter) -> None:
-    """Refuse models that no optimizer could change."""
+    """Refuse models that no optimizer could change or no data could feed."""
     if adapter.failure is not None:
         raise RunError(adapter.failure)
+    if adapter.spec.example_inputs is not None:
+        raise RunError(
+            "ModelSpec.example_inputs is set.",
+            "Training feeds the one main input of a model, which must be found without an example in this version.",
+            "Train a module whose forward takes token ids or images alone.",
+        )
     if not any(parameter.requires_grad for parameter in adapter.module.parameters()):
         raise RunError(
             f"{adapter.name} has no parameter that can be trained.",
@@ -167,15 +257,15 @@ def _check_trainable(adapter: ModelAdapter) -> None:
         )
 
 
-def _conclude(run: Run) -> Run:
-    """Write the figure and the summary of a run that finished or stopped."""
+def _conclude(run: Run, mirror: str | Path | None) -> Run:
+    """Write the figure and the summary of a run that finished or stopped, and bring its second copy up to date."""
     try:
         save_training_figure(run.metrics, run.directory / FIGURE, run.data.facts.get("zlib_bits_per_byte"))
         run.save_summary()
+        if mirror is not None:
+            mirror_run(run.directory, Path(mirror))
     except OSError as error:
-        warnings.warn(
-            f"The figure and the summary of {run.directory} cannot be written: {error.strerror or error}.", stacklevel=3
-        )
+        warnings.warn(f"The end of the run in {run.directory} cannot be written everywhere: {error}.", stacklevel=3)
     return run
 
 

@@ -11,10 +11,14 @@ Layout::
     summary.json   how it stands: status, step, last measurements, SHA-256 of the weights
 """
 
+import fcntl
 import html
 import json
 import platform
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +33,13 @@ from utils.runtime.files import sha256_file, write_json
 from utils.runtime.project import VERSION
 from utils.training.checkpoint_manager import CheckpointManager
 from utils.training.config import TrainingConfig
+from utils.training.module_memory import frozen_names
 from utils.training.prepared_data import PreparedData
 from utils.training.weights import weights_sha256
 
 FORMAT_VERSION = 1
 RECORD, SUMMARY, METRICS, FIGURE = "run.json", "summary.json", "metrics.csv", "figures/training.png"
+LOCK = ".lock"
 PARTS, UNFINISHED = ("model", "data", "checkpoints"), ".unfinished-run"
 SPEC_FIELDS = ("task", "vocab_size", "max_length", "num_labels", "pad_token_id", "frozen")
 
@@ -59,16 +65,17 @@ class Run:
     """All rows of metrics.csv."""
     lost_checkpoints: int = 0
     """Checkpoints of this session that could not be written."""
+    checkpoints: CheckpointManager = field(init=False)
+    """The checkpoints of this run."""
+
+    def __post_init__(self) -> None:
+        """Find the checkpoints."""
+        self.checkpoints = CheckpointManager(self.directory / "checkpoints", self.config.keep_checkpoints)
 
     @property
     def model(self) -> nn.Module:
         """The model with its present weights."""
         return self.adapter.module
-
-    @property
-    def checkpoints(self) -> CheckpointManager:
-        """The checkpoints of this run."""
-        return CheckpointManager(self.directory / "checkpoints", self.config.keep_checkpoints)
 
     @property
     def finished(self) -> bool:
@@ -173,10 +180,7 @@ def create_run(
         record = {
             "format_version": FORMAT_VERSION,
             "seedbed": VERSION,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": adapter.device.type,
-            "threads": torch.get_num_threads(),
+            "machine": machine(config),
             "model": {
                 "class": adapter.name,
                 "kind": loaded.kind if loaded else "module",
@@ -185,6 +189,8 @@ def create_run(
                 "sha256": loaded.sha256 if loaded else None,
                 "parameters": adapter.num_parameters,
                 "files": source_hashes(directory),
+                "config": loaded.config if loaded else None,
+                "frozen": frozen_names(adapter.module),
             },
             "spec": spec,
             "data": data.to_dict(),
@@ -210,6 +216,8 @@ def _make_empty(directory: Path) -> None:
     if (directory / UNFINISHED).exists():
         for name in PARTS:
             shutil.rmtree(directory / name, ignore_errors=True)
+        for torn in directory.glob(f".{RECORD}.tmp-*"):
+            torn.unlink()
     if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - {UNFINISHED}):
         raise RunError(
             f"{directory} is not empty and holds no run.",
@@ -251,6 +259,58 @@ def read_record(directory: Path) -> dict[str, Any]:
             "Use the version that wrote it.",
         )  # fmt: skip
     return dict(record)
+
+
+def machine(config: TrainingConfig) -> dict[str, Any]:
+    """Return what bitwise equality depends on besides the run itself."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "precision": config.resolved_precision,
+    }
+
+
+def warn_if_elsewhere(record: dict[str, Any], config: TrainingConfig) -> None:
+    """Warn when this machine differs from the one that a run was started on in what its bits depend on."""
+    before, now = record["machine"], machine(config)
+    changed = [
+        f"{name} {before[name]} became {now[name]}" for name in now if name != "python" and before[name] != now[name]
+    ]
+    if changed:
+        warnings.warn(
+            f"This machine is not like the one that the run was started on: {', '.join(changed)}. The run continues "
+            "from the same state; from here on its numbers agree within rounding, not bit by bit.",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def session_lock(directory: Path) -> Iterator[None]:
+    """Keep a second process from training the same run; folders that know no locks, as some mounts, are not locked.
+
+    Raises:
+        RunError: Another process is at it.
+    """
+    try:
+        stream = open(Path(directory) / LOCK, "w")  # noqa: SIM115 - open as long as the lock is held
+    except OSError:
+        yield
+        return
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"Another process is training the run in {directory}.",
+                "Expected to be the only one: two would overwrite each other's checkpoints.",
+                "Wait for it to end, or stop it.",
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 def source_hashes(directory: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -32,6 +33,8 @@ from utils.runtime.seeding import derive_seed, isolated_streams, seed_streams
 from utils.training.config import TrainingConfig
 from utils.training.evaluation import evaluate, objective
 from utils.training.metrics import MetricsLog
+from utils.training.mirror import mirror_run
+from utils.training.module_memory import ModuleMemory
 from utils.training.prepared_data import PreparedData
 from utils.training.run import METRICS, Run
 from utils.training.state import MigrationError, ModelChange, RunState
@@ -153,20 +156,32 @@ class Progress:
 class RunCallback(pl.Callback):
     """Counts, seeds, logs, measures, saves and stops."""
 
-    def __init__(self, run: Run, stream: SampleStream, resumed: dict[str, Any] | None, view: View | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        module: TrainingModule,
+        stream: SampleStream,
+        resumed: dict[str, Any] | None,
+        view: View | None,
+        mirror: Path | None,
+    ) -> None:
         """Drive a run.
 
         Args:
             run: The run.
+            module: Its model with loss and optimizer.
             stream: Its training data.
             resumed: States of all parts from a checkpoint; empty or None at the very beginning.
             view: Shows the metrics while they come.
+            mirror: Where a second copy of the run is kept.
         """
-        self.run, self.stream, self.resumed, self.view = run, stream, resumed, view
+        self.run, self.module, self.stream, self.resumed, self.view = run, module, stream, resumed, view
+        self.mirror, self.mirror_fails = mirror, False
         self.config = run.config
         self.progress = Progress()
         self.history = MetricsLog(run.directory / METRICS)
-        self.parts = RunState({"progress": self.progress, "stream": stream, "metrics": self.history})
+        memory = ModuleMemory(run.model)
+        self.parts = RunState({"progress": self.progress, "stream": stream, "metrics": self.history, "memory": memory})
         self.bar: ProgressBar | None = None
         self.stop = CleanStop()
         self.stopped = False
@@ -178,12 +193,15 @@ class RunCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the state of a checkpoint, before the first batch is fetched."""
         self.stop.listen()
-        self.parts.add("optimizer", LightningPart("optimizer", trainer.optimizers[0]))
+        self.optimizer = trainer.optimizers[0]
+        self.parts.add("optimizer", LightningPart("optimizer", self.optimizer))
         self.parts.add("schedule", LightningPart("schedule", trainer.lr_scheduler_configs[0].scheduler))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.parts.add("scaler", LightningPart("gradient scaler", scaler))
-        if self.resumed:
+        if not self.resumed:
+            self.history.load_state_dict({"rows": 0})
+        else:
             states = dict(self.resumed)
             if scaler is None:
                 # A run that began on a GPU with a gradient scaler continues on a machine that needs none.
@@ -195,7 +213,7 @@ class RunCallback(pl.Callback):
         self.progress.sessions += 1
         self.run.sessions = self.progress.sessions
         self.seconds_before = self.progress.seconds
-        self._count(pl_module)
+        self.module.batch_number = self.progress.batches
         self.session_start = self.last_save = self.row_start = time.monotonic()
 
     def on_train_batch_start(
@@ -214,7 +232,7 @@ class RunCallback(pl.Callback):
         self.progress.batches += 1
         self.row_samples += self.config.batch_size
         self.stream.advance()
-        self._count(pl_module)
+        self.module.batch_number = self.progress.batches
         if self.progress.batches % self.config.accumulate:
             return
         self.progress.step += 1
@@ -224,7 +242,7 @@ class RunCallback(pl.Callback):
         self.bar.update(1)
         last = step == total
         if last or step % self.config.log_every_steps == 0:
-            self._log_training(pl_module)
+            self._log_training()
         if last or step % self.config.val_every_steps == 0:
             self._measure(trainer)
         minutes = (time.monotonic() - self.session_start) / 60
@@ -236,11 +254,23 @@ class RunCallback(pl.Callback):
         if last or self.stopped or due:
             self._save()
 
-    def _count(self, module: Any) -> None:
-        """Tell the module which batch comes next; its masking is seeded by it."""
-        module.batch_number = self.progress.batches
+    def _copy(self) -> None:
+        """Bring the second copy up to date; when that fails, warn once and try again after the next checkpoint."""
+        if self.mirror is None:
+            return
+        try:
+            mirror_run(self.run.directory, self.mirror)
+            self.mirror_fails = False
+        except OSError as error:
+            if not self.mirror_fails:
+                warnings.warn(
+                    f"The copy in {self.mirror} cannot be written ({error.strerror or error}). Training goes on with "
+                    f"the run in {self.run.directory}; the copy is tried again after each checkpoint.",
+                    stacklevel=2,
+                )
+            self.mirror_fails = True
 
-    def _log_training(self, module: Any) -> None:
+    def _log_training(self) -> None:
         """Write one row: the mean loss since the last row, as it was during these steps."""
         loss = self._mean_loss()
         self.progress.pending.clear()
@@ -250,8 +280,10 @@ class RunCallback(pl.Callback):
             {
                 "split": "train",
                 "loss": loss,
-                "learning_rate": module.optimizers().param_groups[0]["lr"],
-                "gradient_norm": float(module.gradient_norm) if module.gradient_norm is not None else math.nan,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "gradient_norm": float(self.module.gradient_norm)
+                if self.module.gradient_norm is not None
+                else math.nan,
                 "samples_per_second": self.row_samples / seconds,
             }
         )
@@ -274,6 +306,20 @@ class RunCallback(pl.Callback):
             )
         return loss
 
+    def _check_gradient(self) -> None:
+        """Keep weights that a gradient without a finite norm has spoiled out of the checkpoints.
+
+        Raises:
+            RunError: The last gradient is not finite. A gradient scaler leaves such a step out by itself.
+        """
+        norm = self.module.gradient_norm
+        if norm is not None and "scaler" not in list(self.parts) and not math.isfinite(float(norm)):
+            raise RunError(
+                f"The gradient's norm is {float(norm)} at step {self.progress.step}.",
+                f"Expected a finite number; the last good state is kept in {self.run.checkpoints.directory}.",
+                "Lower the learning rate, and run utils.validate on the model.",
+            )
+
     def _measure(self, trainer: pl.Trainer) -> None:
         """Write one row of held-out metrics."""
         started = time.monotonic()
@@ -295,6 +341,7 @@ class RunCallback(pl.Callback):
             return
         if self.progress.pending:
             self._mean_loss()
+        self._check_gradient()
         self.progress.seconds = self.seconds_before + time.monotonic() - self.session_start
         try:
             self.run.checkpoints.save(self.progress.step, self.run.model, self.parts.state_dict())
@@ -302,6 +349,7 @@ class RunCallback(pl.Callback):
         except CheckpointError as error:
             self.run.lost_checkpoints += 1
             warnings.warn(f"{error} Training goes on.", stacklevel=2)
+        self._copy()
         self.last_save = time.monotonic()
 
 
@@ -355,16 +403,13 @@ def quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def choose_precision(precision: str) -> str:
-    """Return Lightning's name of the number format: mixed on a GPU (bfloat16 where it is native), float32 on a CPU."""
-    if precision != "auto":
-        return precision
-    if not torch.cuda.is_available():
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.get_device_capability()[0] >= 8 else "16-mixed"
-
-
-def fit(run: Run, resumed: dict[str, Any] | None = None, progress: bool = True, view: View | None = None) -> Run:
+def fit(
+    run: Run,
+    resumed: dict[str, Any] | None = None,
+    progress: bool = True,
+    view: View | None = None,
+    mirror: Path | None = None,
+) -> Run:
     """Train a run from where it stands to its end, its time budget or a signal.
 
     Args:
@@ -372,6 +417,7 @@ def fit(run: Run, resumed: dict[str, Any] | None = None, progress: bool = True, 
         resumed: States of all parts from a checkpoint; empty or None at the very beginning.
         progress: Show a progress bar.
         view: Shows the metrics while they come.
+        mirror: Where a second copy of the run is kept, brought up to date after each checkpoint.
 
     Returns:
         The same run.
@@ -386,7 +432,7 @@ def fit(run: Run, resumed: dict[str, Any] | None = None, progress: bool = True, 
     if resumed:
         stream.load_state_dict(resumed["stream"])
     module = TrainingModule(run.adapter, run.data, config, run.total_steps)
-    callback = RunCallback(run, stream, resumed, view)
+    callback = RunCallback(run, module, stream, resumed, view, mirror)
     remaining = (run.total_steps - done) * config.accumulate
     run.step = done
     with isolated_streams(config.seed, "fit"), quiet_lightning(), callback.stop.listening():
@@ -394,7 +440,7 @@ def fit(run: Run, resumed: dict[str, Any] | None = None, progress: bool = True, 
             max_epochs=1,
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
             devices=1,
-            precision=choose_precision(config.precision),  # type: ignore[arg-type]
+            precision=config.resolved_precision,  # type: ignore[arg-type]
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.clip_norm,
             callbacks=[callback],

@@ -79,11 +79,12 @@ def session_settings(adapter: ModelAdapter, data: str = DETECT, **settings: Any)
     return SessionSettings(chosen, TrainingConfig.from_dict(settings), reason)
 
 
-def run_folder(parent: Path | None, name: str, loaded: LoadedModel, settings: SessionSettings) -> Path:
-    """Return the folder of a run; the same model, data and settings give the same folder, so that cells can be rerun.
+def run_folder(name: str, loaded: LoadedModel, settings: SessionSettings) -> Path:
+    """Return the folder of a run below ``runs/``.
+
+    The same model, data and settings give the same folder, so that cells can be run again.
 
     Args:
-        parent: A folder on Drive, or None for ``runs/`` in the working directory.
         name: The run's name; empty makes one from the model, the data and a short hash of all settings.
         loaded: The model.
         settings: What to train on and how.
@@ -96,4 +97,4 @@ def run_folder(parent: Path | None, name: str, loaded: LoadedModel, settings: Se
         name = f"{loaded.name}-{data[-40:]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     elif Path(name.strip()).name != name.strip() or name.strip() == "..":
         raise ConfigError(f"The run name {name!r} is a path.", "Expected a plain name.", "Leave out slashes.")
-    return (parent or Path("runs")) / name.strip()
+    return Path("runs") / name.strip()

@@ -1,0 +1,103 @@
+import errno
+import shutil
+from pathlib import Path
+
+import pytest
+
+import utils
+from utils.runtime.errors import RunError
+from utils.tier3_training_utilities import train_or_resume
+from utils.training import mirror, training_core
+from utils.training.mirror import mirror_run
+from utils.training.resume import open_run, resume, train
+from utils.training.weights import weights_sha256
+
+TINY_GPT = {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "num_layers": 2, "dropout": 0.1}
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != ".lock" and "__pycache__" not in path.parts
+    }
+
+
+def test_the_copy_is_the_run_and_follows_it(tmp_path, text_file, tiny_gpt, quick):
+    run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", mirror=tmp_path / "drive", progress=False)
+    assert files(tmp_path / "drive") == files(tmp_path / "run")
+    copied, _ = open_run(tmp_path / "drive")
+    assert weights_sha256(copied.model) == weights_sha256(run.model)
+
+
+def test_a_vanished_machine_continues_from_the_copy_bit_for_bit(tmp_path, text_file, tiny_gpt, quick):
+    data = f"file:{text_file}"
+    whole = train(tiny_gpt, data, quick, tmp_path / "whole", progress=False)
+    short = quick.with_changes(time_budget_minutes=1e-9)
+    local, drive = tmp_path / "local", tmp_path / "drive"
+    train_or_resume(utils.load_model("example:gpt", config=TINY_GPT), data, short, local, mirror=drive, progress=False)
+    shutil.rmtree(local)
+    again = utils.load_model("example:gpt", config=TINY_GPT)
+    second = train_or_resume(again, data, short, local, mirror=drive, progress=False)
+    assert second.step == 2
+    shutil.rmtree(local)
+    train_or_resume(again, data, quick.with_changes(time_budget_minutes=60.0), local, mirror=drive, progress=False)
+    rest = resume(local, time_budget_minutes=60, mirror=drive, progress=False)
+    assert rest.finished
+    assert weights_sha256(rest.model) == weights_sha256(whole.model)
+
+
+def test_a_mount_that_fails_for_a_while_costs_one_warning(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
+    calls = []
+
+    def sometimes(directory, target):
+        calls.append(target)
+        if len(calls) in (1, 2, 4):
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        mirror_run(directory, target)
+
+    monkeypatch.setattr(training_core, "mirror_run", sometimes)
+    with pytest.warns(
+        UserWarning, match="cannot be written .Transport endpoint is not connected.*tried again"
+    ) as caught:
+        run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", mirror=tmp_path / "drive", progress=False)
+    assert run.finished
+    assert len([warning for warning in caught if "tried again" in str(warning.message)]) == 2, "once per outage"
+    assert files(tmp_path / "drive") == files(tmp_path / "run")
+
+
+def test_a_copy_that_was_cut_short_leaves_the_older_checkpoint(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
+    train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False)
+    newest = tmp_path / "run/checkpoints/step-00000024"
+    kept = tmp_path / "kept"
+    shutil.move(newest, kept)
+    mirror_run(tmp_path / "run", tmp_path / "drive")
+    shutil.move(kept, newest)
+    original = mirror._copy_file
+
+    def fails_on_the_manifest(path, target):
+        if path.parent.name == newest.name and path.name == "manifest.json":
+            raise OSError(errno.EIO, "Input/output error")
+        original(path, target)
+
+    monkeypatch.setattr(mirror, "_copy_file", fails_on_the_manifest)
+    with pytest.raises(OSError, match="Input/output error"):
+        mirror_run(tmp_path / "run", tmp_path / "drive")
+    names = [path.name for path in (tmp_path / "drive/checkpoints").iterdir()]
+    assert names == ["step-00000020"]
+    assert open_run(tmp_path / "drive")[0].step == 20
+
+
+def test_another_run_in_the_folder_is_refused_with_the_differences(tmp_path, text_file, tiny_gpt, quick):
+    data = f"file:{text_file}"
+    train(tiny_gpt, data, quick.with_changes(max_steps=2), tmp_path / "run", progress=False)
+    same = utils.load_model("example:gpt", config=TINY_GPT)
+    with pytest.raises(RunError, match=r"holds another run: max_steps is 2, not 3"):
+        train_or_resume(same, data, quick.with_changes(max_steps=3), tmp_path / "run", progress=False)
+    with pytest.raises(RunError, match="the model has another config"):
+        wider = utils.load_model("example:gpt", config={**TINY_GPT, "d_model": 64})
+        train_or_resume(wider, data, quick.with_changes(max_steps=2), tmp_path / "run", progress=False)
+    with pytest.raises(RunError, match=r"the model is example:gpt \(GPT\), not example:vit; the data is file:.*digits"):
+        train_or_resume("example:vit", "builtin:digits", quick.with_changes(max_steps=2), tmp_path / "run")
+    again = train_or_resume(same, data, quick.with_changes(max_steps=2), tmp_path / "run", progress=False)
+    assert again.finished

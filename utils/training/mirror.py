@@ -1,0 +1,86 @@
+"""A second copy of a run, on Drive or in any folder: new files under temporary names, renamed when they are whole.
+
+The copy is a run directory like the original: `utils.resume` continues from it, and `mirror_run` with the two exchanged
+brings it back onto a new machine's disk.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from utils.runtime.files import sync_file, write_atomic
+from utils.training.checkpoint_manager import MANIFEST, STEP_NAME
+
+SMALL_FILES = ("metrics.csv", "summary.json", "figures/training.png")
+
+
+def mirror_run(directory: Path, target: Path) -> None:
+    """Bring a copy of a run up to date.
+
+    The newest checkpoint is copied before older ones are removed, and ``run.json``, which makes the copy a run, comes
+    last. Files that never change are taken as the same when their size is; checkpoints are verified when loaded.
+
+    Args:
+        directory: The run.
+        target: Its copy, made when missing.
+
+    Raises:
+        OSError: The target cannot be written; what was whole there still is.
+    """
+    directory, target = Path(directory), Path(target)
+    for part in ("model", "data"):
+        for path in sorted((directory / part).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                _copy_if_new(path, target / path.relative_to(directory))
+    steps = _checkpoints(directory)
+    for name in steps:
+        if not (target / "checkpoints" / name / MANIFEST).exists():
+            _copy_checkpoint(directory / "checkpoints" / name, target / "checkpoints" / name)
+    for name in SMALL_FILES:
+        if (directory / name).exists():
+            write_atomic(target / name, (directory / name).read_bytes())
+    _copy_if_new(directory / "run.json", target / "run.json")
+    if steps:
+        for name in _checkpoints(target):
+            if name not in steps and name < steps[0]:
+                shutil.rmtree(target / "checkpoints" / name, ignore_errors=True)
+
+
+def _checkpoints(directory: Path) -> list[str]:
+    """Return the names of a run's checkpoints, the oldest first."""
+    folder = directory / "checkpoints"
+    return sorted(path.name for path in folder.iterdir() if STEP_NAME.match(path.name)) if folder.is_dir() else []
+
+
+def _copy_if_new(path: Path, target: Path) -> None:
+    """Copy a file that never changes once it is written, unless it is there."""
+    if not target.exists() or target.stat().st_size != path.stat().st_size:
+        _copy_file(path, target)
+
+
+def _copy_file(path: Path, target: Path) -> None:
+    """Copy a file through a temporary name beside the target."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        shutil.copyfile(path, temporary)
+        sync_file(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _copy_checkpoint(directory: Path, target: Path) -> None:
+    """Copy a checkpoint, its manifest last, and give it its name when all is there."""
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        names = sorted((path.name for path in directory.iterdir()), key=lambda name: name == MANIFEST)
+        for name in names:
+            _copy_file(directory / name, temporary / name)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
