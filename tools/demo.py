@@ -17,10 +17,9 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 from tqdm import tqdm
-from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "runs" / "demo"
@@ -40,7 +39,7 @@ def execute(name: str, folder: Path) -> float:
             resources={"metadata": {"path": str(folder)}},
             on_cell_start=lambda cell, cell_index: bar.set_postfix_str(cell.id),
             on_cell_executed=lambda cell, cell_index, execute_reply: bar.update(1),
-            config=Config({"KernelManager": {"transport": "ipc"}}),
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
         try:
             client.execute()
@@ -114,7 +113,7 @@ def main() -> int:
     for name in NOTEBOOKS:
         try:
             seconds[name] = execute(name, DEMO)
-        except CellExecutionError as error:
+        except (CellExecutionError, DeadKernelError, RuntimeError) as error:
             print(f"{name} stopped: {error}", file=sys.stderr)
             return 1
     shutil.copy(DEMO / "run" / "figures" / "training.png", DEMO / "training.png")

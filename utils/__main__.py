@@ -7,6 +7,7 @@ the input cannot be used.
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -105,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
     options = build_parser().parse_args(arguments)
+    warnings.showwarning = _show_warning
     try:
         return {"validate": _validate, "train": _train, "resume": _resume, "export": _export}[options.verb](options)
     except (SeedbedError, OSError) as error:
@@ -113,6 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+
+
+def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
+    """Show a warning's text without the line of code that raised it."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _validate(options: argparse.Namespace) -> int:

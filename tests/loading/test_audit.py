@@ -7,6 +7,7 @@ from utils.loading.audit import audit
 from utils.loading.source import example_names, read_example
 from utils.runtime.errors import AuditError, InstantiationError
 
+PRELUDE = "import warnings\nfrom torch import nn\ndef g(): yield\nclass A:\n    pass\n"
 ATTACKS = [
     "import os",
     "import os as m",
@@ -114,13 +115,196 @@ ATTACKS = [
     "import torch\ndef f():\n    torch = 1\n    class A:\n        global torch\n        torch.load('x')",
     "def f():\n    torch = 1\n    class A:\n        import torch\n        torch.load('x')",
     "import torch\nm = torch.nn\nclass A:\n    m = torch.nn",
+    "class A:\n    def a(self, n): return getattr(self, f'f_{n}')",
+    "class A:\n    def a(self, n): return getattr(self, f'gi_{n}')",
+    "class A:\n    def a(self, n): return getattr(self, f'm{n}')",
+    "class A:\n    def a(self, n): return getattr(self, f'o{n}')",
+    "class A:\n    def a(self, n): return getattr(self, f'_{n}')",
+    "class A:\n    def a(self, n): return getattr(self, '__' + n)",
+    "class A:\n    def a(self, n): return getattr(self, 'tb_%s' % n)",
+    "class A:\n    def a(self, n): return getattr(self, 'cr_{}'.format(n))",
+    "class A:\n    def a(self, n): return getattr(self, 'ag_' + n)",
+    "class A:\n    def a(self, n): return getattr(self, f'func_{n}')",
+    "class A:\n    def a(self, n): return getattr(self, f'save{n}')",
+    "class A:\n    def a(self, n): return getattr(self, n)",
+    "def a(self, n): return getattr(self, f'f_{n}')",
+    "def d(self): return self.__dict__",
+    "class A:\n    def d(self): return self.__dict__",
+    "import warnings; warnings.catch_warnings()._module",
+    "import warnings\nclass A:\n    def f(self):\n        self._module = 1\nwarnings.catch_warnings()._module",
+    "d['__builtins__']",
+    "d[b'__builtins__'.decode()]",
+    "def f():\n    '''__globals__'''",
+    "x = '__subclasses__'",
+    "def put(self, n, v): setattr(self, n, v)",
+    "class A:\n    def put(self, n, v): setattr(self, n, v)",
+    "def put(self, n, v): setattr(self, f'layer_{n}', v)",
+    "class A:\n    @staticmethod\n    def put(self, n, v): setattr(self, f'layer_{n}', v)",
+    "class A:\n    def put(self, n, v):\n        def g(self): setattr(self, f'layer_{n}', v)",
+    "class A:\n    def put(self, n, v):\n        self = n\n        setattr(self, f'layer_{n}', v)",
+    "class A:\n    def put(self, n, v): setattr(self, f'for{n}', v)",
+    "from torch import nn\ndef put(c): c.forward = print\nput(nn.Linear)",
+    "from torch import nn\ndef put(c): setattr(c, 'forward', print)\nput(nn.Linear)",
+    "import torch\ndef put(c): c.matmul = print\nput(torch.Tensor)",
+    "def put(c, d): c.__class__ = d",
+    "type(x).forward = print",
+    "import transformers; transformers.PretrainedConfig().to_json_file('x')",
+    "import transformers; transformers.PretrainedConfig.from_json_file('/etc/passwd')",
+    "import transformers; transformers.PretrainedConfig().save_pretrained('x')",
+    "import transformers; transformers.PretrainedConfig().push_to_hub('x')",
+    "import transformers; transformers.GPT2Model.from_pretrained('/tmp/x')",
+    "import transformers; transformers.GPT2Config.get_config_dict('x')",
+    "import transformers; transformers.GPT2Config._dict_from_json_file('x')",
+    "import transformers; transformers.TrainerState().save_to_json('x')",
+    "import transformers; transformers.GPT2Tokenizer(vocab_file='/etc/passwd')",
+    "from transformers import Trainer",
+    "from transformers import AutoTokenizer",
+    "from transformers import AutoModel; AutoModel.from_config(c, trust_remote_code=True)",
+    "from transformers import PreTrainedTokenizerFast as GPT2Model",
+    "import transformers.models.gpt2.tokenization_gpt2",
+    "from transformers.models.gpt2 import tokenization_gpt2",
+    "from transformers.modeling_utils import load_state_dict",
+    "from transformers.utils import cached_file",
+    "from transformers import GPT2Config; GPT2Config(attn_implementation='owner/kernels')",
+    "def f(m): m.set_attn_implementation('owner/kernels')",
+    "def f(t): t.save_vocabulary('x')",
+    "import torch; torch.from_file('x')",
+    "import torch; torch.ones(1).share_memory_()",
+    "def f(m): m.save('x')",
+    "def f(m): return m.load('x')",
+    "import numpy as np; np.savetxt('x', [])",
+    "import numpy as np; np.genfromtxt('x')",
+    "import numpy as np; np.lib.npyio",
+    "import numpy as np; np.rec.fromfile('x')",
+    "import numpy as np; np.info(np, output=f)",
+    "import dataclasses; dataclasses.inspect",
+    "import enum; enum.sys",
+    "import typing; typing.sys",
+    "import functools; functools.namedtuple",
+    "import collections; collections._sys",
+    "import copy; copy.copyreg",
+    "import copy; copy.dispatch_table",
+    "import re; re.enum.sys",
+    "import random; random._os",
+    "import statistics; statistics.sys",
+    "import logging; logging.os",
+    "import logging.config",
+    "import logging; logging.basicConfig(filename='x')",
+    "import logging; logging.getLogger('x').root.handlers[0].stream",
+    "import logging; logging.lastResort.stream.buffer",
+    "import warnings; warnings.showwarning = print",
+    "import warnings; warnings.linecache.getlines('/etc/passwd')",
+    "import operator",
+    "from operator import attrgetter",
+    "x.__getattribute__('y')",
+    "object.__getattribute__(x, 'y')",
+    "object.__getstate__(x)",
+    "class A:\n    def g(self): return super().__getattribute__('x')",
+    "'{0.__class__.__init__}'.format(x)",
+    "'{0._module}'.format(x)",
+    "'{0[a].gi_frame}'.format(x)",
+    "('{0._' + '_globals_' + '_}').format(x)",
+    "f = '{}'.format_map",
+    "str.format('x', y)",
+    "import string; string.Formatter().get_field('0.x', (print,), {})",
+    "type('A', (), {'__red' + 'uce__': print})",
+    "T = type",
+    "class M(type): pass",
+    "class A(metaclass=M): pass",
+    "from abc import ABCMeta as M; M('A', (), {})",
+    "from abc import ABCMeta\nclass M(ABCMeta): pass",
+    "type[int]('A', (), {})",
+    "x = type(A)",
+    "type(A)('B', (), {})",
+    "type(A)(*x)",
+    "type(A).__call__('B', (), {})",
+    "x = A.__class__\nx('B', (), {})",
+    "vars(x)",
+    "locals()",
+    "dir(x)",
+    "input()",
+    "help()",
+    "print('x', file=f)",
+    "match x:\n    case A(gi_frame=g): pass",
+    "match x:\n    case A(_module=g): pass",
+    "(e := eval)('1')",
+    "f = lambda x=eval: x",
+    "@exec\n@str\nclass A: pass",
+    "def f():\n    from torch import relu as eval\neval('1')",
+    "class A:\n    __annotations__ = {'x=print()': int}",
+    "A.__annotations__['x'] = 1",
+    "A.__dataclass_fields__",
+    "import dataclasses\ndataclasses.fields(A)[0].name = 'x=print()'",
+    "from dataclasses import field\nf = field()\nf.name = 'x=print()'",
+    "from dataclasses import dataclass\ndataclass(A)",
+    "from dataclasses import dataclass\nmake = [dataclass]",
+    "import functools; functools.update_wrapper(a, b, ['x'])",
+    "from functools import wraps\nwraps(f, assigned=['__glo' + 'bals__'])(g)",
+    "from functools import wraps, partial\npartial(wraps, assigned=a)",
+    "from functools import singledispatch",
+    "from torch.nn.modules.module import wraps",
+    "import inspect; inspect.signature(f, eval_str=True)",
+    "import inspect; inspect.Signature.from_callable(f, eval_str=True)",
+    "import inspect; inspect.signature(f, **k)",
+    "import typing; typing.get_args(typing.Optional['print()'])[0]._evaluate(None, None, set())",
+    "import typing; typing.ForwardRef('print()')",
+    "class A:\n    def __reduce__(self): return print, ()",
+    "class A:\n    def __reduce_ex__(self, p): return print, ()",
+    "class A:\n    @property\n    def __dict__(self): return {}",
+    "class A:\n    @property\n    def __array_interface__(self): return {}",
+    "import torch; torch.compile(f, backend=g)",
+    "import torch; torch.compile(f, **k)",
+    "import functools, torch; functools.partial(torch.compile, backend=g)",
+    "class A:\n    def f(self): self.compile(backend=g)",
+    "import torch; torch._dynamo.config",
+    "import torch; torch.fx.Graph()",
+    "import torch; torch.classes.load_library('x')",
+    "import torch; torch.ops.aten.from_file",
+    "import torch; torch.library.infer_schema(f)",
+    "import torch; torch.compiler.disable",
+    "import torch; torch.export.save(1, 'x')",
+    "import torch; torch.autograd.profiler.profile().export_chrome_trace('x')",
+    "from torch.autograd import profiler",
+    "import torch; torch.profiler.profile().export_chrome_trace('x')",
+    "import torch; torch.utils.tensorboard",
+    "import torch; torch.utils.model_zoo.load_url('x')",
+    "import torch; torch.backends.xeon.run_cpu.main()",
+    "import math, warnings\nmath = warnings.catch_warnings()",
+    "import math\nfor math in x: math.y",
+    "import math\nwith x as math: math.y",
+    "def g(): yield\ng().gi_frame.f_builtins",
+    "try: f()\nexcept Exception as e: e.__traceback__.tb_frame",
+    "async def f(): pass\nf().cr_frame",
+    "import torch\ntry: torch.nope\nexcept AttributeError as e: m = e.obj",
+    "match x:\n    case AttributeError(obj=m): pass",
+    "import torch; torch.nn.modules.module.register_module_forward_hook(f)",
+    "import torch; torch.cuda.memory.CUDAPluggableAllocator('x.so', 'a', 'b')",
+    "import torch; torch.cuda.cudart()",
+    "import torch; torch.UntypedStorage._new_shared_filename_cpu",
+    "import einops; einops.parsing.warnings",
+    "from transformers.activations import ACT2FN; ACT2FN['gelu'] = f",
+    "import torch; torch.backends.cuda.sdp_kernel = f",
+    "from transformers import GPT2Config; GPT2Config(**{'attn_implementation': 'owner/kernels'})",
+    "def f(m): m.generate(custom_generate='owner/code')",
+    "def f(config): config._attn_implementation = 'owner/kernels'",
+    "import transformers.models.gpt2.modeling_gpt2 as g; g.os",
+    "import torch\nfor torch.nn.Linear.forward in [f]: pass",
+    "import torch\nwith x as torch.nn.functional.relu: pass",
+    "getattr(f, 'gi' + '_frame')",
+    "class A:\n    x = (lambda s, n: getattr(s, f'{n}'))",
+    PRELUDE + "    def attr(self, n): return getattr(self, f'f_{n}')\nx = A.attr(g(), 'builtins')['exec']",
+    PRELUDE + "    def frame(self): return getattr(self, f\"gi_{'frame'}\")\nA.frame(g())",
+    PRELUDE + "def d(self): return self.__dict__\nd(warnings.catch_warnings()._module)['__builtins__']['exec']",
+    PRELUDE + "def put(self, n, v): setattr(self, n, v)\nput(nn.Linear, 'forward', print)",
 ]
 ORDINARY = '''
 from __future__ import annotations
 import copy, logging, math, warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
+from enum import Enum, auto
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from typing import Any, Optional
 import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -130,6 +314,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
+
+try:
+    from torch.nn import RMSNorm
+except ImportError:
+    RMSNorm = None
 
 logger = logging.getLogger(__name__)
 ACT = {"gelu": F.gelu, "relu": F.relu, "silu": nn.SiLU}
@@ -145,10 +334,15 @@ class Config:
 
 class Old(PretrainedConfig):
     def __init__(self, **kwargs):
-        for key, value in kwargs.items():
-            setattr(self, key, value)
-        self.__dict__.update(kwargs)
-        super().__init__()
+        self.options = dict(kwargs)
+        super().__init__(**kwargs)
+
+class Mixed(ABC):
+    @abstractmethod
+    def width(self) -> int: ...
+
+class Kind(Enum):
+    A = auto()
 
 class Model(nn.Module):
     def __init__(self, config: Config, **kwargs: Any) -> None:
@@ -164,7 +358,34 @@ class Model(nn.Module):
             nn.init.zeros_(m.weight) if hasattr(m, "weight") else None
         print("built", type(self).__name__, self.__class__.__name__)
         assert torch.cuda.is_available() or True
-        warnings.warn("careful")
+        warnings.warn("careful {}".format(type(self)))
+        assert type(self.drop) is float and isinstance(self, (type(self), nn.Module)), f"{type(self)}"
+        self.other = self.__class__(config) if type(self) in () else type(self)(config) if kwargs else None
+        self.half = self._width = config.d_model // 2
+        self.head = getattr(self, "layer_" + str(0)) or getattr(self, "layer_%d" % 0)
+        self.last = getattr(self, "layer_{}".format(1), None)
+        self.head.weight = self.layer_0.weight
+        setattr(self.head, "bias", None)
+        for p in self.parameters():
+            p.data.normal_(0, 0.02 / math.sqrt(self._width))
+        nn.init._calculate_fan_in_and_fan_out(self.head.weight)
+        if type(self.scale) is str:
+            raise TypeError("no number", type(self.scale))
+        np.random.permutation(4)
+        self._attn_implementation = config._attn_implementation
+
+def timed(function):
+    @wraps(function)
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+    return inner
+
+@torch.compile
+def fused(x, kind: type = int): return x.to(torch.float32).type_as(x)
+
+class Rest(nn.Module):
+    @torch.compile(mode="reduce-overhead")
+    def run(self, x): return x
 
     def _init(self, module: nn.Module) -> None:
         pass

@@ -1,6 +1,8 @@
 """Fetching, against a real server on loopback."""
 
+import sys
 import time
+import types
 from typing import Any
 
 import pytest
@@ -30,6 +32,57 @@ def test_a_revision_is_pinned(github: Any) -> None:
     github.gist({"model.py": github.tiny}, revision="a" * 40)
     loaded = load_model(GIST, revision="a" * 40)
     assert loaded.revision == "a" * 40 and github.requests[0][0] == f"{PATH}/{'a' * 40}"
+
+
+@pytest.mark.parametrize(
+    ("reference", "revision", "words"),
+    [
+        (GIST, "../../user/repos?x=", "is not a commit id"),
+        (GIST, "..", "is not a commit id"),
+        (GIST, "main", "is not a commit id"),
+        (GIST, "%2e%2e/%2e%2e/user", "is not a commit id"),
+        (GIST, "a" * 40 + "/../..", "is not a commit id"),
+        (GIST, "a" * 40 + "\nX: y", "is not a commit id"),
+        (GIST, 1234567, "is not a commit id"),
+        ("https://github.com/o/r", "../../../user/repos?x=", "not the name of a branch or tag"),
+        ("https://github.com/o/r", "a..b", "not the name of a branch or tag"),
+        ("https://github.com/o/r", "/main", "not the name of a branch or tag"),
+        ("https://github.com/o/r", "main?x=1", "not the name of a branch or tag"),
+        ("https://github.com/o/r", "ma in", "not the name of a branch or tag"),
+        ("https://github.com/o/r/tree/..%2f..%2fuser/a", None, "not the name of a branch or tag"),
+        ("hub:owner/name", "../x", "not the name of a branch or tag"),
+        ("hub:owner/name@../x", None, "not the name of a branch or tag"),
+    ],
+)
+def test_a_revision_that_could_lead_elsewhere_sends_nothing(
+    github: Any, reference: str, revision: Any, words: str
+) -> None:
+    with pytest.raises(ModelReferenceError, match=words):
+        load_model(reference, revision=revision, token="ghp_secret")
+    assert github.requests == []
+
+
+def test_a_branch_with_a_slash_is_one_part_of_the_path(github: Any) -> None:
+    with pytest.raises(FetchError, match="does not exist or is private"):
+        load_model("https://github.com/o/r", revision="feature/a+b")
+    assert [path for path, _ in github.requests] == ["/repos/o/r/commits/feature%2Fa%2Bb"]
+
+
+def test_the_token_comes_from_colab_before_the_environment(github: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_TOKEN", "ghp_environment")
+    github.gist({"model.py": "x = 1"})
+    fetch()
+    colab = types.ModuleType("google.colab")
+    colab.userdata = types.SimpleNamespace(get={"GITHUB_TOKEN": "ghp_colab"}.get)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    fetch()
+    fetch(token="ghp_given")
+    sent = [headers["Authorization"] for _, headers in github.requests]
+    assert sent == ["Bearer ghp_environment", "Bearer ghp_colab", "Bearer ghp_given"]
+    github.answers[PATH] = (401, {}, b"{}")
+    with pytest.raises(FetchError) as caught:
+        fetch()
+    assert "ghp_" not in str(caught.value)
 
 
 def test_truncated_files_are_fetched_whole_and_others_not_at_all(github: Any) -> None:

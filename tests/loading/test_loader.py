@@ -161,3 +161,21 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FetchError, match=r"The Hub model nobody/nothing cannot be fetched.*loaded by its path"):
         load_model("hub:nobody/nothing")
+
+
+def test_the_hub_token_comes_from_the_secrets_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    seen: list[Any] = []
+
+    def refuse(name: str, **options: Any) -> None:
+        seen.append(options["token"])
+        raise OSError("401 Client Error")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for value, given, expected in ((None, None, None), ("hf_set", None, "hf_set"), ("hf_set", "hf_given", "hf_given")):
+        if value:
+            monkeypatch.setenv("HF_TOKEN", value)
+        with pytest.raises(FetchError, match="set HF_TOKEN, or pass token=") as caught:
+            load_model("hub:owner/name", token=given)
+        assert seen[-1] == expected and "hf_" not in str(caught.value)

@@ -101,7 +101,7 @@ def test_training_inside_the_block_is_an_error_that_names_the_parameter(model):
         model.linear.weight.add_(1)
         model.linear.bias.add_(1)
     text = str(caught.value)
-    assert "changed the values of linear.weight and 1 more parameters" in text
+    assert "changed the values of linear.weight and 1 more parameter." in text
     assert "never its parameters" in text
     assert "in-place operations" in text
 

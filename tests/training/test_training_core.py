@@ -96,6 +96,25 @@ def test_a_full_disk_warns_and_training_goes_on(tmp_path, text_file, tiny_gpt, q
     assert run.checkpoints.latest().step == 24
 
 
+def test_a_disk_that_is_full_at_the_end_is_not_called_finished(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
+    original, armed = checkpoint_manager.save_weights, []
+
+    def full_at_the_end(module, path):
+        if "step-00000024" in str(path) and not armed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(module, path)
+
+    monkeypatch.setattr(checkpoint_manager, "save_weights", full_at_the_end)
+    with pytest.warns(UserWarning, match="disk is full: the checkpoint of step 24"):
+        run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False)
+    assert run.status == "finished, but not saved"
+    assert not run.finished
+    armed.append(True)
+    again = utils.resume(tmp_path / "run", progress=False)
+    assert again.finished
+    assert weights_sha256(again.model) == weights_sha256(run.model)
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, text_file, quick):
     loaded = utils.load_model(
         "example:gpt", config={"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 1}

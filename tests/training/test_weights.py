@@ -32,6 +32,13 @@ def test_tied_tensors_are_stored_once_and_come_back_under_both_names(tmp_path):
     assert other.head.weight is other.embedding.weight
 
 
+def test_equal_weights_are_equal_files(tmp_path):
+    model = Tied()
+    for name in ("a", "b", "c", "d"):
+        save_weights(model, tmp_path / name)
+    assert len({(tmp_path / name).read_bytes() for name in ("a", "b", "c", "d")}) == 1
+
+
 def test_weights_of_another_model_are_refused_with_the_difference(tmp_path):
     save_weights(Tied(), tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"another model .*embedding.weight is \(7, 4\) on disk and \(7, 5\)"):

@@ -1,6 +1,5 @@
 import pytest
 
-from utils.ui import views
 from utils.ui.views import LiveCurve, in_notebook
 
 ROWS = [
@@ -31,7 +30,8 @@ def test_one_picture_is_redrawn_in_place(monkeypatch):
     curve.update(ROWS)
     assert len(shown) == 1
     assert updated == []
-    monkeypatch.setattr(views, "REDRAW_SECONDS", 0.0)
-    curve.update(ROWS)
+    curve.close(ROWS)
     assert len(shown) == len(updated) == 1
+    LiveCurve().close([])
+    assert len(shown) == 1
     assert shown[0].startswith(b"\x89PNG")

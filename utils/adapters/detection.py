@@ -55,8 +55,18 @@ TASK_SUFFIXES = {
     "audio_classification": re.compile(r"ForAudioClassification$"),
 }
 
-CAUSAL_HINT = re.compile(r"gpt|causal|decoder|llama|autoregress|lm_?head|language_?model", re.IGNORECASE)
-MASKED_HINT = re.compile(r"bert|(?<!st)mlm|masked|encoder|bidirectional|electra", re.IGNORECASE)
+NAME_HINTS = (
+    # The first pattern that occurs decides: a masked or bidirectional language model is a language model too, and
+    # "masked" alone may also mean the mask of a decoder.
+    ("masked_lm", re.compile(r"bert|electra|(?<!st)mlm|bidirectional|masked_?(language|lm|token)", re.IGNORECASE)),
+    ("causal_lm", re.compile(r"gpt|causal|llama|autoregress", re.IGNORECASE)),
+    (None, re.compile(r"encoder_?decoder", re.IGNORECASE)),
+    ("causal_lm", re.compile(r"decoder", re.IGNORECASE)),
+    ("masked_lm", re.compile(r"masked|encoder", re.IGNORECASE)),
+    ("causal_lm", re.compile(r"lm_?head|language_?model", re.IGNORECASE)),
+)
+ENCODER_NAME = re.compile(r"encoder|masked|protein|denois|diffusion", re.IGNORECASE)
+MASK_TOKEN_KEYS = ("mask_token_id", "mask_token", "mask_id", "mlm_probability", "type_vocab_size")
 
 DECODER_INPUTS = ("decoder_input_ids", "tgt", "trg", "target_ids", "decoder_inputs", "dec_ids")
 LABEL_INPUTS = ("targets", "labels", "target", "y")
@@ -212,10 +222,20 @@ def language_task_hint(module: nn.Module, config: Mapping[str, Any], names: tupl
     if config.get("causal") is False or config.get("is_causal") is False:
         return Detection("masked_lm", "the config says that it is not causal")
     label = f"{type(module).__name__} {config.get('model_name', '')} {config.get('model_type', '')}"
-    if CAUSAL_HINT.search(label):
-        return Detection("causal_lm", f"the model's name ({label.split()[0]})")
-    if MASKED_HINT.search(label):
-        return Detection("masked_lm", f"the model's name ({label.split()[0]})")
+    for named, pattern in NAME_HINTS:
+        if pattern.search(label):
+            if named is not None:
+                return Detection(named, f"the model's name ({label.split()[0]})")
+            break
     if "token_type_ids" in names:
         return Detection("masked_lm", "forward takes `token_type_ids`, as BERT-style encoders do")
     return None
+
+
+def encoder_sign(module: nn.Module, config: Mapping[str, Any]) -> str | None:
+    """Return what speaks for an encoder that may see every position, too weak to decide by itself; None if nothing."""
+    for key in MASK_TOKEN_KEYS:
+        if config.get(key) is not None and config.get(key) is not False:
+            return f"`{key}` in the config"
+    label = f"{type(module).__name__} {config.get('model_name', '')} {config.get('model_type', '')}"
+    return f"the model's name ({label.split()[0]})" if ENCODER_NAME.search(label) else None

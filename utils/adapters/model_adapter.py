@@ -5,6 +5,7 @@ that no call could run still gets an adapter, and `ModelAdapter.failure` says wh
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
@@ -16,29 +17,27 @@ from torch import Tensor, nn
 from utils.adapters.capture import named_tensors, tensor_at
 from utils.adapters.description import facts_table
 from utils.adapters.detection import (
-    DECODER_INPUTS,
     LABEL_INPUTS,
     Detection,
     EmbeddingUse,
     config_dict,
     config_number,
     embedding_uses,
+    encoder_sign,
     forward_signature,
-    kind_by_name,
-    language_task_hint,
-    task_by_name,
 )
 from utils.adapters.inputs import longest_length, stretched
+from utils.adapters.lengths import Lengths, find_lengths
 from utils.adapters.logits import choose_logits
 from utils.adapters.objectives import random_labels, task_loss
 from utils.adapters.plans import PROBE_LENGTHS, InputPlan, example_plan, input_plans
 from utils.adapters.spec import ModelSource, ModelSpec
+from utils.adapters.tasks import ASSUMED, LANGUAGE_MODELS, find_task
 from utils.adapters.wrapping import unwrapped
 from utils.runtime.errors import AdapterError, SeedbedError
-from utils.runtime.isolation import preserved
+from utils.runtime.isolation import ModelChangedError, preserved
 
 PROBE_BATCH = 2
-LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq")
 
 
 class ModelAdapter:
@@ -52,6 +51,7 @@ class ModelAdapter:
         input_names: Names of the inputs that `example_inputs` makes, the main one first.
         origin: What the adapter was made from: a loaded model or a module.
         failure: Why no forward pass succeeded, or None.
+        changed: How a forward pass changed the model's own parameters, or None.
     """
 
     def __init__(self, model: Any, config: Any = None, spec: ModelSpec | None = None) -> None:
@@ -98,8 +98,8 @@ class ModelAdapter:
         self.input_names: tuple[str, ...] = ()
         self._output: Detection[str | None] = Detection(None, "no forward pass succeeded")
         self._probe_shape: tuple[int, ...] = ()
-        with preserved(self.module, "adapter"), torch.no_grad():
-            self.module.eval()
+        self.changed: ModelChangedError | None = None
+        with self.isolated():
             self._find_inputs()
             if self.failure is None:
                 self._find_output()
@@ -119,6 +119,11 @@ class ModelAdapter:
         """Where the model's first parameter or buffer is; the CPU when it has none."""
         tensors: Iterator[Tensor] = chain(self.module.parameters(), self.module.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    @property
+    def argument_names(self) -> tuple[str, ...]:
+        """All names that forward takes."""
+        return self._signature.names
 
     @property
     def main_input(self) -> str:
@@ -141,7 +146,7 @@ class ModelAdapter:
         """
         generator = torch.Generator().manual_seed(seed)
         if self.spec.example_inputs is not None:
-            size = self._legal_ids(self.main_input) if self.modality == "tokens" and self._ids_known else None
+            size = self.readable_ids(self.main_input) if self.modality == "tokens" and self._ids_known else None
             examples, main = self.spec.example_inputs, self.main_input
             return stretched(examples, main, self.modality, batch_size, length, size, generator, self.device)
         inputs: dict[str, Tensor] = {}
@@ -159,6 +164,12 @@ class ModelAdapter:
                 value = torch.randn((batch_size, *self._shape.value), generator=generator, dtype=self._real_dtype)
             inputs[name] = value.to(self.device)
         return inputs
+
+    def readable_ids(self, name: str | None = None) -> int:
+        """Return how many ids an input (default: the main one) takes: the rows of the table that reads it, if seen."""
+        rows = [use.rows for use in self._embedding_uses if use.reads == (name or self.main_input)]
+        # A config may promise more ids than there are; ids 0 and 1 always exist and serve until the tables are known.
+        return min([self.vocab_size.value or 2, *rows]) if self._ids_known else 2
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         """Call the model on inputs by name and return its raw output."""
@@ -284,33 +295,42 @@ class ModelAdapter:
     @cached_property
     def task(self) -> Detection[str]:
         """What the model is for, one of `utils.adapters.TASKS`."""
-        if self.spec.task is not None:
-            return Detection(self.spec.task, "stated in ModelSpec")
-        second = self.input_names[1] if self.input_names[1:] else ""
-        if second in DECODER_INPUTS and (self.modality == "tokens" or second.endswith("_ids")):
-            return Detection("seq2seq", f"forward takes `{second}` beside the source")
-        if self.modality == "features" and kind_by_name(self.main_input) in ("wave", "frames"):
-            return Detection("audio_classification", f"forward takes sound as `{self.main_input}`")
-        if (named := task_by_name(self.module, self.config)) is not None:
-            return named
-        shape = self._probe_shape
-        if self.failure is not None:
-            assumed = {"image": "image_classification", "features": "tabular_classification", "tokens": "causal_lm"}
-            kind = {"tokens": "token ids"}.get(self.modality, self.modality)
-            return Detection(assumed[self.modality], f"assumed for {kind}, because no forward pass succeeded")
-        if self.modality != "tokens" and len(shape) > 2:
-            return Detection("embedding", f"{self.modality} in, real values of shape {shape[1:]} per sample out")
-        if self.modality == "image":
-            return Detection("image_classification", "images in, one row of scores per image out")
-        if self.modality == "features":
-            if len(shape) < 2 or shape[-1] == 1:
-                return Detection("regression", "features in, one number per sample out")
-            return Detection("tabular_classification", f"features in, {shape[-1]} scores per sample out")
-        if len(shape) == 2:
-            return Detection("text_classification", f"token ids in, one row of {shape[-1]} scores per text out")
-        if len(shape) < 2:
-            return Detection("regression", "token ids in, one number per text out")
-        return self._language_task(shape[-1])
+        return find_task(self, self._probe_shape, self._embedding_uses)
+
+    @property
+    def task_assumed(self) -> bool:
+        """Whether a model counts as causal although no name or setting says so and it sees later tokens."""
+        return self.task.reason.startswith(ASSUMED)
+
+    @cached_property
+    def encoder_sign(self) -> str | None:
+        """What speaks for a model that may see every position, where nothing states its task; None if nothing."""
+        return encoder_sign(self.module, self.config)
+
+    @cached_property
+    def lengths(self) -> Detection[Lengths]:
+        """Which lengths below `max_length` are legal, found by trying."""
+        if self.modality != "tokens" or self.failure is not None:
+            return Detection(Lengths(), "not asked: no sequence of tokens, or no forward pass succeeded")
+        if self.example_inputs(1)[self.main_input].dim() != 2:
+            return Detection(Lengths(), "the token ids have no length")
+        with self.isolated():
+            found = find_lengths(self._run_length, self._probe_length)
+        return Detection(found, "found by trying")
+
+    def legal_length(self, wanted: int) -> int:
+        """Return the longest legal length that is not above `wanted`, or the shortest there is."""
+        return self.lengths.value.legal(wanted)
+
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """Run a block in eval mode without gradients inside `preserved`; `changed` notes what happened to weights."""
+        try:
+            with preserved(self.module, "adapter"), torch.no_grad():
+                self.module.eval()
+                yield
+        except ModelChangedError as error:
+            self.changed = self.changed or error
 
     def describe(self) -> list[dict[str, Any]]:
         """Return every detected fact as a row ``{"name", "value", "reason"}``."""
@@ -323,6 +343,8 @@ class ModelAdapter:
             value = "the output itself" if name == "output" and detection.value == "" else detection.value
             if value is not None:
                 rows.append({"name": name, "value": value, "reason": detection.reason})
+        if self.lengths.value != Lengths():
+            rows.append({"name": "lengths", "value": str(self.lengths.value), "reason": self.lengths.reason})
         return rows
 
     def _repr_html_(self) -> str:
@@ -386,7 +408,7 @@ class ModelAdapter:
                 self._embedding_uses = embedding_uses(self.module, partial(run, inputs), inputs, self.main_input)
             except Exception as error:
                 self.failure = (
-                    f"{self.name} runs, but not with token ids below {self._legal_ids(self.main_input)}: "
+                    f"{self.name} runs, but not with token ids below {self.readable_ids(self.main_input)}: "
                     f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}. "
                     "Correct vocab_size in the config, or pass ModelSpec(vocab_size=...)."
                 )
@@ -428,61 +450,26 @@ class ModelAdapter:
             model=self.name,
         )
 
-    def _language_task(self, width: int) -> Detection[str]:
-        """Decide what a model is for that turns token ids into one vector per position."""
-        table = next((use for use in self._embedding_uses if use.reads_tokens), None)
-        vocabulary = self.vocab_size.value or width
-        # Where a config promises another vocabulary than the table has, scores over either are a language model's.
-        near = any(0.5 <= width / size <= 2 for size in (vocabulary, table.rows if table else vocabulary))
-        hint = language_task_hint(self.module, self.config, self._signature.names)
-        if width != vocabulary and table is not None:
-            embedding_width = self.module.get_submodule(table.name).embedding_dim
-            if width == embedding_width and not near:
-                return Detection("embedding", f"one vector per token, as wide as the token embedding ({width})")
-        if not near and hint is None:
-            return Detection("text_classification", f"token ids in, {width} scores per token out")
-        if hint is not None:
-            return hint
-        with preserved(self.module, "adapter"), torch.no_grad():
-            self.module.eval()
-            inputs = self.example_inputs()
-            before = self.logits(inputs)
-            ids = inputs[self.main_input].clone()
-            ids[:, -1] = (ids[:, -1] + 1) % self._legal_ids(self.main_input)
-            after = self.logits({**inputs, self.main_input: ids})
-        if torch.equal(before[:, :-1], after[:, :-1]):
-            return Detection("causal_lm", "scores over the vocabulary, and earlier positions do not see the last token")
-        return Detection(
-            "causal_lm",
-            "assumed for scores over the vocabulary; if it may see later tokens, say ModelSpec(task='masked_lm')",
-        )
-
     def _longest_that_runs(self) -> Detection[int | None]:
         """Find the longest legal sequence by trying, for models that state no limit."""
         if self.failure is not None:
             return Detection(None, "no forward pass succeeded")
+        with self.isolated():
+            return longest_length(self._run_length, self._probe_length)
 
-        def run(length: int) -> None:
-            with preserved(self.module, "adapter"), torch.no_grad():
-                self.module.eval()
-                self.logits(self.example_inputs(1, length))
-
-        return longest_length(run, self._probe_length)
+    def _run_length(self, length: int) -> None:
+        """Run one sample of a length, as one trial of many."""
+        with self.isolated():
+            self.logits(self.example_inputs(1, length))
 
     @property
     def _real_dtype(self) -> torch.dtype:
         """The dtype of real-valued inputs: that of the model's own parameters."""
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
-    def _legal_ids(self, name: str) -> int:
-        """Return how many token ids an input can take: the rows of the table that reads it, if it was seen."""
-        rows = [use.rows for use in self._embedding_uses if use.reads == name]
-        # A config may promise more ids than there are; ids 0 and 1 always exist and serve until the tables are known.
-        return min([self.vocab_size.value or 2, *rows]) if self._ids_known else 2
-
     def _random_ids(self, name: str, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw token ids that the model can read, and avoid the padding id."""
-        padding, top = self.pad_token_id.value, self._legal_ids(name)
+        padding, top = self.pad_token_id.value, self.readable_ids(name)
         ids = torch.randint(top, shape, generator=generator)
         if padding is not None and top > 1 and self._ids_known:
             ids = torch.where(ids == padding, (ids + 1) % top, ids)

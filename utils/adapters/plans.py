@@ -6,11 +6,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from utils.adapters.detection import DECODER_INPUTS, LABEL_INPUTS, Detection, ForwardSignature, kind_by_name
+from utils.adapters.detection import (
+    DECODER_INPUTS,
+    LABEL_INPUTS,
+    Detection,
+    ForwardSignature,
+    config_number,
+    kind_by_name,
+)
 from utils.adapters.inputs import candidate_kinds, feature_shapes, image_shapes, main_example, sound_shapes
 from utils.runtime.errors import AdapterError
 
 PROBE_LENGTHS = (12, 16, 32, 64, 128)
+LONGEST_STATED = 4096
 FILLABLE = (*DECODER_INPUTS, "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -107,7 +115,10 @@ def input_plans(
     for kind in candidate_kinds(module, config, names[0]):
         if kind == "tokens":
             reason = f"`{names[0]}` takes token ids (batch, seq): a forward pass succeeded"
-            for length in PROBE_LENGTHS:
+            # A model for one fixed length takes only that, and a config may say which.
+            stated = config_number(config, "max_length")
+            lengths = (*PROBE_LENGTHS[:1], stated.value, *PROBE_LENGTHS[1:]) if stated else PROBE_LENGTHS
+            for length in dict.fromkeys(n for n in lengths if n <= LONGEST_STATED):
                 for per_token in (True, False) if labels else (True,):
                     description, shape = f"token ids (2, {length})", Detection[tuple[int, ...]]((), reason)
                     yield InputPlan(description, "tokens", names, shape, length, labels, per_token)

@@ -152,7 +152,8 @@ class _Reader:
             if find_sibling(alias.name, {f"{name}.py" for name in self.bindings}):
                 self.note(node, "import", alias.name, True)
             else:
-                self.note(node, "import", alias.name, rules.module_allowed(alias.name))
+                passes = rules.module_allowed(alias.name) and refused(alias.name) is None
+                self.note(node, "import", alias.name, passes)
 
     def on_importfrom(self, node: ast.ImportFrom) -> None:
         module = node.module or ""
@@ -226,7 +227,7 @@ class _Reader:
             target = ".".join((root, *chain[1:]))
             if (refusal := self.refusal(target)) is not None:
                 self.note(node, *refusal)
-            elif not isinstance(node.ctx, ast.Load) and not target.startswith("torch.backends."):
+            elif not isinstance(node.ctx, ast.Load) and not self.is_switch(node, target):
                 self.note(node, "changes other code", f"assigns to {target}")
             elif isinstance(node.ctx, ast.Load) and self.is_module(target) and not self.is_alias(node):
                 self.note(node, "dynamic code", f"the module {target} as a value")
@@ -236,10 +237,30 @@ class _Reader:
                     self.check_attribute(node, node.attr)
         return True
 
+    def is_switch(self, node: ast.AST, target: str) -> bool:
+        """Whether a constant is assigned to one of torch's switches."""
+        parent = self.context.parent(node)
+        return (
+            target.startswith("torch.backends.")
+            and isinstance(parent, ast.Assign | ast.AugAssign)
+            and isinstance(parent.value, ast.Constant)
+        )
+
+    def on_subscript(self, node: ast.Subscript) -> None:
+        chain = dotted(node.value)
+        if not isinstance(node.ctx, ast.Load) and chain and chain[0] in self.names and not self.is_local(chain[0]):
+            self.note(node, "changes other code", f"changes {'.'.join(chain)}")
+
     def check_store(self, node: ast.AST, name: str, value: ast.expr) -> None:
         """Check an assignment to an attribute, which on a class of torch would change every model."""
         method = callable(getattr(nn.Module, name, None)) or callable(getattr(Tensor, name, None))
-        if name.startswith("__") or name == "forward" or (method and not self.context.is_own(value)):
+        if name.startswith("_attn_implementation"):
+            parent = self.context.parent(node)
+            new = parent.value if isinstance(parent, ast.Assign) else None
+            copied = isinstance(new, ast.Attribute) and new.attr == name
+            if not copied and not (isinstance(new, ast.Constant) and new.value in rules.ATTENTION):
+                self.note(node, "network", f".{name} can name code on the Hub")
+        elif name.startswith("__") or name == "forward" or (method and not self.context.is_own(value)):
             self.note(node, "changes other code", f"assigns to .{name}")
 
     def is_alias(self, node: ast.Attribute) -> bool:
@@ -328,7 +349,7 @@ class _Reader:
         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
         if "file" in keywords:
             self.note(node, "file", "file= of a call")
-        if "eval_str" in keywords or keywords.keys() & {"trust_remote_code", "kernel_config", "use_kernels"}:
+        if keywords.keys() & (rules.DENIED_ARGUMENTS - {"attn_implementation"}):
             self.note(node, "dynamic code", "an argument that runs other code")
         kind = keywords.get("attn_implementation")
         if kind is not None and not (isinstance(kind, ast.Constant) and kind.value in rules.ATTENTION):
@@ -372,6 +393,8 @@ class _Reader:
         if isinstance(text, str):
             for concern in text_concerns(text):
                 self.note(node, "dynamic code", f"{concern} in a text")
+            if text in rules.DENIED_ARGUMENTS:
+                self.note(node, "dynamic code", f"the argument {text} in a text")
 
     def own(self, target: str) -> set[str]:
         """Follow a dotted name that starts in one of the model's own files to what that file imported under it."""

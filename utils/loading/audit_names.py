@@ -105,6 +105,8 @@ def refused(name: str) -> str | None:
         in_module = resolve(prefix)[1]
         if part.startswith("_") and (in_module or (part.startswith("__") and part not in rules.ALLOWED_DUNDERS)):
             return "dynamic code"
+        if part.startswith("_") and not part.startswith("__") and part not in rules.ALLOWED_PRIVATE_ATTRIBUTES:
+            return "dynamic code"
         if in_module and prefix in rules.ONLY and part not in rules.ONLY[prefix]:
             return "dynamic code"
         if in_module and prefix.startswith("transformers") and not _passes_in_transformers(prefix, dotted, part):
@@ -190,7 +192,7 @@ def resolve(name: str) -> tuple[str, bool]:
         # Not in memory: a listed module is what it says, and so is a prefix of one.
         return (name, True) if rules.module_allowed(name) or _is_parent(name) or len(parts) == 1 else ("", False)
     current: Any = sys.modules[parts[0]]
-    for part in parts[1:]:
+    for position, part in enumerate(parts[1:], 2):
         if not isinstance(current, ModuleType):
             return "", False
         dotted = f"{current.__name__}.{part}"
@@ -199,7 +201,9 @@ def resolve(name: str) -> tuple[str, bool]:
         elif dotted in sys.modules:
             current = sys.modules[dotted]
         elif _exists(dotted):
-            return dotted, True
+            # What a module that is not in memory contains is unknown, short of its submodules.
+            whole = ".".join((dotted, *parts[position:]))
+            return (whole, True) if whole == dotted or rules.module_allowed(whole) else ("", False)
         else:
             return "", False
     if isinstance(current, ModuleType):

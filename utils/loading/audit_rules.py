@@ -44,6 +44,7 @@ ALLOWED_MODULES = (
     "torch.autograd",
     "torch.autograd.function",
     "torch.backends.*",
+    "torch.compiler",
     "torch.cuda",
     "torch.cuda.amp",
     "torch.distributions.*",
@@ -79,6 +80,9 @@ ONLY = {
     "contextlib": {"contextmanager", "nullcontext", "suppress", "ExitStack", "AbstractContextManager", "closing"},
     "copy": {"copy", "deepcopy"},
     "dataclasses": {"dataclass", "field", "asdict", "astuple", "replace", "is_dataclass", "KW_ONLY", "InitVar"},
+    "einops": {
+        "rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "asnumpy", "parse_shape", "layers", "__version__",
+    },
     "enum": {"Enum", "IntEnum", "StrEnum", "Flag", "IntFlag", "auto", "unique"},
     "functools": {
         "partial", "partialmethod", "lru_cache", "cache", "wraps", "reduce", "cached_property", "total_ordering",
@@ -90,6 +94,7 @@ ONLY = {
         "CRITICAL",
     },
     "torch.backends": {"cuda", "cudnn", "mps", "mkldnn", "mkl", "openmp", "cpu", "opt_einsum"},
+    "torch.compiler": {"is_compiling", "is_dynamo_compiling", "is_exporting"},
     "torch.jit": {"ignore", "unused", "export", "is_scripting", "is_tracing", "Final", "Ignored"},
     "torch.utils": {"checkpoint", "data"},
     "torch.utils.data": {"Dataset", "IterableDataset", "TensorDataset", "DataLoader", "Subset", "random_split"},
@@ -211,6 +216,12 @@ DENIED_ATTRIBUTES = {
             "get_value", "format_map", "get_type_hints", "singledispatch",
             "_module", "_os", "_sys", "_io", "_evaluate", "_getframe", "_current_frames", "_thread", "_eval_type",
             "set_attn_implementation", "register_for_auto_class", "makeRecord", "showwarning",
+            # An AttributeError carries the module that lacked the attribute.
+            "obj", "register_module_forward_hook", "register_module_forward_pre_hook", "load_custom_generate",
+            "register_module_full_backward_hook", "register_module_full_backward_pre_hook",
+            "register_module_backward_hook", "register_module_buffer_registration_hook",
+            "register_module_module_registration_hook", "register_module_parameter_registration_hook",
+            "CUDAPluggableAllocator", "change_current_allocator", "cudart",
         ),
         "dynamic code",
     ),
@@ -245,7 +256,7 @@ ALLOWED_PRIVATE_ATTRIBUTES = {
     "_modules", "_parameters", "_buffers", "_init_weights", "_is_hf_initialized", "_attn_implementation", "_version",
     "_load_from_state_dict", "_register_load_state_dict_pre_hook", "_register_state_dict_hook", "_replace", "_asdict",
     "_fields", "_gradient_checkpointing_func", "_backward_compatibility_gradient_checkpointing",
-    "_non_persistent_buffers_set", "_no_split_modules", "_tied_weights_keys",
+    "_non_persistent_buffers_set", "_no_split_modules", "_tied_weights_keys", "_get_name", "_from_config",
 }  # fmt: skip
 # Every nn.Module has a method modules(); only as a method call does it pass.
 METHOD_NAMES = {"modules"}
@@ -279,9 +290,17 @@ DENIED_WORDS = (
     "__closure__", "__reduce", "__mro__", "__bases__", "__base__", "__annotations__", "__dataclass_fields__",
     "__array_interface__",
 )  # fmt: skip
+# Arguments that make transformers run code from elsewhere, as texts that are put into a dict of arguments.
+DENIED_ARGUMENTS = {"trust_remote_code", "custom_generate", "attn_implementation", "eval_str", "use_kernels"}
 # A computed name must not begin like one of these.
 UNCLEAR = {*DENIED_ATTRIBUTES, *DENIED_UNLESS_OWN, *METHOD_NAMES, *DENIED_BUILTINS, "forward", "func_"}
-ALLOWED_PRIVATE = {"torch.__version__", "numpy.__version__", "transformers.__version__", "einops.__version__"}
+ALLOWED_PRIVATE = {
+    "torch.__version__", "numpy.__version__", "transformers.__version__", "einops.__version__",
+    "torch.nn.init._calculate_fan_in_and_fan_out", "torch.nn.init._calculate_correct_fan",
+    "torch.nn.modules.batchnorm._BatchNorm", "torch.nn.modules.conv._ConvNd", "torch.nn.modules.utils._pair",
+    "torch.nn.common_types._size_1_t", "torch.nn.common_types._size_2_t", "torch.nn.common_types._size_3_t",
+    "torch.nn.common_types._size_any_t", "torch.optim.lr_scheduler._LRScheduler",
+}  # fmt: skip
 
 
 def module_allowed(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Fetch a model from a Gist through GitHub's API."""
 
 from typing import Any
+from urllib.parse import quote
 
 from utils.loading.github_api import GitHubClient
 from utils.loading.source import MODEL_FILE, Source, collect, decode
@@ -25,7 +26,9 @@ def fetch_gist(identifier: str, revision: str | None, client: GitHubClient) -> S
         ModelReferenceError: It was fetched and is no model.
     """
     what = f"The Gist {identifier}" + (f" at revision {revision}" if revision else "")
-    answer = client.get_json(f"/gists/{identifier}" + (f"/{revision}" if revision else ""), what)
+    answer = client.get_json(
+        f"/gists/{quote(identifier, safe='')}" + (f"/{quote(revision, safe='')}" if revision else ""), what
+    )
     entries = answer.get("files") if isinstance(answer, dict) else None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise FetchError(

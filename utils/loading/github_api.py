@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from utils.loading.source import DEFAULT_MAX_BYTES
 from utils.runtime.errors import FetchError
 from utils.runtime.resources import format_bytes
+from utils.runtime.secrets import find_secret
 
 DEFAULT_API = "https://api.github.com"
 DEFAULT_TIMEOUT = 15.0
@@ -89,7 +90,7 @@ class GitHubClient:
 
         Args:
             api: Base address of the API. Default: the environment's ``SEEDBED_GITHUB_API``, else GitHub's own.
-            token: Access token. Default: the environment's ``GITHUB_TOKEN``, else none.
+            token: Access token. Default: ``GITHUB_TOKEN`` from Colab's secrets, else from the environment, else none.
             timeout: Seconds that one attempt may take in total.
             max_bytes: Most bytes that all answers together may have.
             sleep: Waits between attempts.
@@ -97,7 +98,7 @@ class GitHubClient:
         self.api = (api or os.environ.get("SEEDBED_GITHUB_API") or DEFAULT_API).rstrip("/")
         if _origin(self.api)[0] not in ("http", "https") or not _origin(self.api)[1]:
             raise FetchError(f"The API base {self.api!r} is not an address.", f"Expected something like {DEFAULT_API}.")
-        token = (token if token is not None else os.environ.get("GITHUB_TOKEN", "")).strip()
+        token = (token if token is not None else find_secret("GITHUB_TOKEN").value or "").strip()
         if re.search(r"[^\x21-\x7e]", token):
             raise FetchError(
                 "The GitHub token contains blanks or other characters that no token has.",

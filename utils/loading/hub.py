@@ -15,6 +15,7 @@ from utils.loading.instantiate import Built, check_fits
 from utils.loading.namespace import describe
 from utils.runtime.errors import FetchError, InstantiationError
 from utils.runtime.optional import require
+from utils.runtime.secrets import find_secret
 from utils.runtime.seeding import isolated_streams
 
 
@@ -39,7 +40,8 @@ def load_transformers(
         name: Hub name, or the path of a folder. A folder without weights gets seeded initial ones.
         overrides: Settings that replace those of the model's config.
         revision: Branch, tag or commit id on the Hub.
-        token: Access token for the Hub.
+        token: Access token for the Hub. Default: ``HF_TOKEN`` from Colab's secrets, else from the environment, else
+            what transformers finds by itself.
         seed: Seeds weights that are not loaded.
 
     Returns:
@@ -53,6 +55,7 @@ def load_transformers(
     local = Path(name).is_dir()
     common: dict[str, Any] = {"trust_remote_code": False}
     if not local:
+        token = token or find_secret("HF_TOKEN").value
         common |= {"revision": revision or "main", "token": token}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **common, **overrides)
@@ -109,9 +112,9 @@ def _explain(name: str, error: Exception, local: bool, built: bool = False) -> F
             "Check the file, or update transformers.",
         )
     if "gated" in text.lower() or "401" in text:
-        advice = "It may be private or gated: accept its terms on the Hub and pass token=."
+        advice = "It may be private or gated: accept its terms on the Hub and set HF_TOKEN, or pass token=."
     elif "not a valid model identifier" in text or "RepositoryNotFound" in kind:
-        advice = "Check the spelling of owner/name; a private model needs token=."
+        advice = "Check the spelling of owner/name; a private model needs HF_TOKEN or token=."
     else:
         advice = "Check the network; a folder with the model's files can be loaded by its path."
     return FetchError(f"The Hub model {name} cannot be fetched: {describe(error)}.", "Expected a public model.", advice)

@@ -16,7 +16,7 @@ from utils.loading.hub import is_transformers_folder, load_transformers
 from utils.loading.instantiate import instantiate
 from utils.loading.loaded_model import LoadedModel
 from utils.loading.model_code import ModelCode
-from utils.loading.reference import EXPECTED, Reference, parse_reference
+from utils.loading.reference import EXPECTED, Reference, check_revision, parse_reference
 from utils.loading.repository import fetch_repository
 from utils.loading.source import CONFIG_FILE, DEFAULT_MAX_BYTES, Source, read_example, read_path
 from utils.runtime.errors import ModelReferenceError
@@ -45,7 +45,8 @@ def load_model(
         config: Settings that override those of config.json: a dict, or the path of a JSON file.
         revision: Commit id (Gist), or branch, tag or commit id (GitHub, Hub) to load.
         trust: Run code that the audit does not know to be harmless.
-        token: Access token for GitHub or the Hub. Default: the environment's ``GITHUB_TOKEN`` or ``HF_TOKEN``.
+        token: Access token for GitHub or the Hub. Default: ``GITHUB_TOKEN`` or ``HF_TOKEN`` from Colab's secrets, else
+            from the environment, else none.
         api: Base address of GitHub's API. Default: the environment's ``SEEDBED_GITHUB_API``, else GitHub's own.
         seed: Seeds the initial weights.
         timeout: Seconds that one attempt to fetch may take.
@@ -114,6 +115,8 @@ def read_code(
             "Expected a revision only with a Gist, a GitHub or a Hub reference.",
             "Leave it out.",
         )
+    if revision:
+        revision = check_revision(revision, parsed.kind)
     if parsed.kind == "hub" or (parsed.kind == "path" and is_transformers_folder(Path(parsed.target))):
         return ModelCode(parsed)
     client = GitHubClient(api, token, timeout, max_bytes) if parsed.kind in ("gist", "github") else None

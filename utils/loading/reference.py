@@ -14,6 +14,8 @@ EXPECTED = "Expected a Gist id or link, a GitHub link, the path of a file or fol
 # 32 hexadecimal digits today, 20 some years ago, a plain number before that.
 _GIST_ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{20}|[0-9]{1,10}")
 _REVISION = re.compile(r"[0-9a-f]{7,64}")
+# What Git allows in the name of a branch or tag, less what has a meaning in an address.
+_REF = re.compile(r"(?!.*(?:\.\.|//|@\{|/\.))[A-Za-z0-9_][A-Za-z0-9._/+@-]{0,199}")
 _OWNER = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?")
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]+")
 _HOSTS = (
@@ -80,7 +82,37 @@ def _repository(text: str, owner: str, name: str, revision: str | None, parts: l
         raise _refuse(text, "is not the address of a repository")
     if any(part in (".", "..") or "\\" in part for part in parts):
         raise _refuse(text, "has a path with '..', '.' or a backslash in it")
+    if revision is not None:
+        check_revision(revision, "github")
     return Reference("github", f"{owner}/{name}", revision, "/".join(parts))
+
+
+def check_revision(revision: str, kind: Kind) -> str:
+    """Return a revision in the form it is asked for, or say why it cannot be one.
+
+    Args:
+        revision: Commit id of a Gist; branch, tag or commit id of a GitHub or Hub repository.
+        kind: Where the model comes from.
+
+    Raises:
+        ModelReferenceError: It is no revision; nothing has been sent.
+    """
+    revision = revision.strip() if isinstance(revision, str) else revision
+    if kind == "gist":
+        if not isinstance(revision, str) or not _REVISION.fullmatch(revision.lower()):
+            raise ModelReferenceError(
+                f"The revision {_shown(str(revision))} is not a commit id.",
+                "Expected 7 to 64 hexadecimal digits.",
+                "Copy the id from the address of the Gist's page under Revisions, or leave it out.",
+            )
+        return revision.lower()
+    if not isinstance(revision, str) or not _REF.fullmatch(revision) or revision.endswith(("/", ".", ".lock")):
+        raise ModelReferenceError(
+            f"The revision {_shown(str(revision))} is not the name of a branch or tag, and no commit id.",
+            "Expected letters, digits and . _ / + @ -, without '..'.",
+            "Copy the name from the repository's page, or leave it out.",
+        )
+    return revision
 
 
 def _gist_page(text: str, parts: list[str]) -> Reference:

@@ -1,88 +1,228 @@
-"""A model comes back exactly as it was: modes, gradients, buffers, attributes, random streams."""
+"""A model comes back exactly as it was: modes, parameters, gradients, buffers, attributes, hooks, random streams.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Torch's global settings come back too.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.runtime.errors import SeedbedError
+from utils.runtime.resources import format_bytes
 from utils.runtime.seeding import isolated_streams
+from utils.runtime.snapshot import ObjectState, bits, restore_tensor
+
+COPY_BYTES = 200e6
+"""Parameters up to this size in all are copied and put back; of larger ones a change is only noticed."""
+SAMPLED = 1024
+"""Values per parameter that are kept of a model too large to copy, beside the sum of all."""
 
 
 class ModelChangedError(SeedbedError):
-    """A forward or backward pass changed the parameters themselves."""
+    """A forward or backward pass changed the parameters themselves.
 
+    Attributes:
+        names: The parameters.
+        restored: Whether they have their values back.
+    """
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return a module's plain attributes, containers copied one level deep."""
-    kept = {}
-    for name, value in module.__dict__.items():
-        if name in ("_parameters", "_buffers", "_modules") or name.startswith(("_forward_", "_backward_")):
-            continue
-        kept[name] = value.copy() if type(value) in (dict, list, set) else value
-    return kept
+    def __init__(self, names: tuple[str, ...], restored: bool) -> None:
+        """Name them."""
+        self.names, self.restored = names, restored
+        more = len(names) - 1
+        loss = (
+            f" Models of more than {format_bytes(COPY_BYTES)} are not copied, so the values could not be put back:"
+            " load the model again."
+        )
+        super().__init__(
+            f"A forward or backward pass changed the values of {names[0]}"
+            + (f" and {more} more parameter{'s' if more > 1 else ''}." if more else ".")
+            + ("" if restored else loss),
+            "A model may change its buffers, never its parameters, outside an optimizer step.",
+            "Look for in-place operations on weights in forward().",
+        )
 
 
 @contextmanager
 def preserved(module: nn.Module, *seed: int | str) -> Iterator[nn.Module]:
     """Let a block run the model freely and put everything back afterwards.
 
-    Restored are: the train or eval mode of every submodule, gradients (the very same tensors), ``requires_grad``,
-    buffers, plain attributes (caches, counters), the random streams, the default dtype and the grad mode. Parameters
-    are watched rather than copied, because a copy would double the memory of a large model: training them inside the
-    block is an error.
+    Restored are: the train or eval mode of every submodule, parameters (values, storage, ``requires_grad``), gradients
+    (the very same tensors), buffers, hooks, attributes (caches, counters, plain tensors, nested containers and the
+    model's own simple objects; see `utils.runtime.snapshot`), the random streams, and torch's global settings: default
+    dtype and device, grad mode, threads, determinism, autocast, cuDNN flags, anomaly detection.
+
+    Not restored are: parameter values of models above `COPY_BYTES` (a change is noticed and raised), plain tensors
+    beyond `utils.runtime.snapshot.PLAIN_BYTES`, objects of other libraries that the model holds, iterators and files,
+    globals and class attributes of the model's code, what the model sends elsewhere. Changes through ``.data`` in a
+    large model are noticed at the end of the outermost block around it.
 
     Args:
         module: The model.
         *seed: Coordinates that seed the block's random streams.
 
     Raises:
-        ModelChangedError: The block changed a parameter's values in place.
+        ModelChangedError: The block changed values of parameters.
     """
-    modules = list(module.modules())
-    attributes = [_attributes(child) for child in modules]
-    members = [(dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
-    parameters = [(name, p, p._version, p.requires_grad, p.grad) for name, p in module.named_parameters()]
+    modes = [(child, child.training) for child in module.modules()]
     # Inference tensors have no version counter to watch, and meta tensors no values.
     buffers = [(b, b.detach().clone()) for b in module.buffers() if b.device.type != "meta"]
-    dtype, grad_enabled = torch.get_default_dtype(), torch.is_grad_enabled()
-    for _, parameter, *_ in parameters:
-        parameter.grad = None
-    with isolated_streams(*seed):
+    parameters = list(module.named_parameters())
+    state = ObjectState(module, [*(p for _, p in parameters), *module.buffers()])
+    settings = [(get, put, get()) for get, put in SETTINGS]
+    changed: list[str] = []
+    restored = True
+    with ExitStack() as stack:
+        watch = stack.enter_context(_watching(parameters))
+        for _, parameter in parameters:
+            parameter.grad = None
+        stack.enter_context(isolated_streams(*seed))
         try:
             yield module
         finally:
-            torch.set_default_dtype(dtype)
-            torch.set_grad_enabled(grad_enabled)
-            for child, plain, (own_parameters, own_buffers, own_modules) in zip(
-                modules, attributes, members, strict=True
-            ):
-                for name in _attributes(child).keys() - plain.keys():
-                    del child.__dict__[name]
-                child.__dict__.update(plain)
-                child.__dict__["_parameters"].clear()
-                child.__dict__["_parameters"].update(own_parameters)
-                child.__dict__["_buffers"].clear()
-                child.__dict__["_buffers"].update(own_buffers)
-                child.__dict__["_modules"].clear()
-                child.__dict__["_modules"].update(own_modules)
+            for get, put, value in settings:
+                if get() != value:
+                    put(value)
+            state.restore()
+            for child, training in modes:
+                # A scripted module keeps its mode out of reach of its attributes.
+                if child.training != training:
+                    child.training = training
             with torch.no_grad():
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
-                        buffer.copy_(value)
-            changed = []
-            for name, parameter, version, requires_grad, grad in parameters:
-                if parameter._version != version:
-                    changed.append(name)
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
+                        with torch.inference_mode(buffer.is_inference()):
+                            buffer.copy_(value)
+            changed, restored = watch.restore()
     if changed:
-        raise ModelChangedError(
-            f"A forward or backward pass changed the values of {changed[0]}"
-            + (f" and {len(changed) - 1} more parameters." if len(changed) > 1 else "."),
-            "A model may change its buffers, never its parameters, outside an optimizer step.",
-            "Look for in-place operations on weights in forward().",
-        )
+        raise ModelChangedError(tuple(changed), restored)
+
+
+_COPIES: dict[int, Tensor] = {}
+"""Values of the parameters that blocks in progress have copied, by the parameter's id."""
+_SUMMED: set[int] = set()
+"""Parameters of which a block in progress has a checksum."""
+
+
+class _Watch:
+    """Parameters as they were."""
+
+    def __init__(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
+        self.parameters = [(name, p, _version(p), p.requires_grad, p.grad) for name, p in parameters]
+        self.data = {id(p): p.data for _, p in parameters if _is_plain(p)}
+        new = [p for _, p in parameters if _is_plain(p) and id(p) not in _COPIES and id(p) not in _SUMMED]
+        self.copied: list[int] = []
+        self.sums: dict[int, tuple[int, Tensor]] = {}
+        if sum(p.nbytes for p in new) <= COPY_BYTES:
+            self.copied = [id(p) for p in new]
+            _COPIES.update((id(p), p.detach().to("cpu", copy=True)) for p in new)
+        else:
+            self.sums = {id(p): _checksum(p) for p in new}
+            _SUMMED.update(self.sums)
+
+    def restore(self) -> tuple[list[str], bool]:
+        """Put everything back that can be; return the names whose values had changed, and whether all are back."""
+        changed: list[str] = []
+        restored = True
+        for name, parameter, version, requires_grad, grad in self.parameters:
+            key = id(parameter)
+            if key in _COPIES:
+                if restore_tensor(parameter, self.data[key], _COPIES[key]):
+                    changed.append(name)
+            else:
+                if key in self.data and parameter.data_ptr() != self.data[key].data_ptr():
+                    parameter.data = self.data[key]
+                lost = _version(parameter) != version
+                if key in self.sums and not lost:
+                    now, sample = _checksum(parameter)
+                    lost = now != self.sums[key][0] or not torch.equal(sample, self.sums[key][1])
+                if lost:
+                    changed.append(name)
+                    restored = False
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        return changed, restored
+
+
+@contextmanager
+def _watching(parameters: list[tuple[str, nn.Parameter]]) -> Iterator[_Watch]:
+    watch = _Watch(parameters)
+    try:
+        yield watch
+    finally:
+        for key in watch.copied:
+            del _COPIES[key]
+        _SUMMED.difference_update(watch.sums)
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Tell whether a parameter has values of its own to read: no meta, sparse, sharded or quantised one."""
+    return (
+        type(parameter).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and parameter.layout == torch.strided
+        and parameter.device.type != "meta"
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _checksum(tensor: Tensor) -> tuple[int, Tensor]:
+    """Return the sum over a tensor's bits, which any one change moves, and a sample for changes that cancel in it."""
+    flat = bits(tensor)
+    if flat.nbytes % 8 == 0:
+        # Sums of 64-bit numbers need no widening and are many times faster.
+        flat = flat.view(torch.int64)
+    return int(flat.sum()), flat[:: max(1, flat.numel() // SAMPLED)].clone()
+
+
+def _set_default_device(device: torch.device) -> None:
+    # Stating the CPU would slow every later factory call down.
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def _autocast() -> tuple[Any, ...]:
+    kinds = ("cpu", "cuda")
+    return torch.is_autocast_cache_enabled(), *(
+        (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds
+    )
+
+
+def _set_autocast(value: tuple[Any, ...]) -> None:
+    torch.set_autocast_cache_enabled(value[0])
+    for kind, (enabled, dtype) in zip(("cpu", "cuda"), value[1:], strict=True):
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+
+
+def _set_cudnn(value: tuple[bool, bool, bool]) -> None:
+    cudnn: Any = torch.backends.cudnn
+    cudnn.enabled, cudnn.benchmark, cudnn.deterministic = value
+
+
+SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, _set_default_device),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_num_threads, torch.set_num_threads),
+    (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    ),
+    (_autocast, _set_autocast),
+    (
+        lambda: (
+            torch.backends.cudnn.enabled,
+            torch.backends.cudnn.benchmark,
+            torch.backends.cudnn.deterministic,
+        ),
+        _set_cudnn,
+    ),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+)
+"""Torch's global settings: how each is read and set."""

@@ -26,7 +26,7 @@ VERSION = 1
 TENSORS, TOKENIZER, MANIFEST = "data.safetensors", "tokenizer.json", "data.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PreparedData:
     """Training and validation samples; the first dimension of every tensor counts samples.
 
@@ -85,6 +85,8 @@ class PreparedData:
         rows = self._rows()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    __repr__ = text
 
     def _rows(self) -> list[tuple[str, str]]:
         """Return what a reader wants to know before training."""

@@ -44,7 +44,7 @@ PARTS, UNFINISHED = ("model", "data", "checkpoints"), ".unfinished-run"
 SPEC_FIELDS = ("task", "vocab_size", "max_length", "num_labels", "pad_token_id", "frozen")
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A training run and its directory."""
 
@@ -54,7 +54,8 @@ class Run:
     config: TrainingConfig
     loaded: LoadedModel | None = None
     status: str = "started"
-    """``started``, ``finished``, or how it stopped: ``interrupted``, ``terminated``, ``stopped by its time budget``."""
+    """``started``, ``finished``, or how it stopped: ``interrupted``, ``terminated``, ``stopped by its time budget``;
+    ``, but not saved`` is added when the last state could not be written."""
     step: int = 0
     """Optimizer steps done."""
     total_steps: int = 0
@@ -131,6 +132,8 @@ class Run:
             f"{self.adapter.name} on {self.data.reference}: {self.status} at step {self.step} of {self.total_steps}"
             + (", " + ", ".join(numbers) if numbers else "")
         )
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """Show the summary in a notebook."""

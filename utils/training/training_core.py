@@ -54,7 +54,10 @@ class View(Protocol):
     """Something that shows a run while it trains."""
 
     def update(self, rows: list[dict[str, Any]]) -> None:
-        """Show the metrics so far."""
+        """Show the metrics so far, if it is time."""
+
+    def close(self, rows: list[dict[str, Any]]) -> None:
+        """Show all metrics of the session, which has ended."""
 
 
 class TrainingModule(pl.LightningModule):
@@ -252,7 +255,7 @@ class RunCallback(pl.Callback):
         since_save = (time.monotonic() - self.last_save) / 60
         due = step % self.config.checkpoint_every_steps == 0 or since_save >= self.config.checkpoint_every_minutes
         if last or self.stopped or due:
-            self._save()
+            self.save()
 
     def _copy(self) -> None:
         """Bring the second copy up to date; when that fails, warn once and try again after the next checkpoint."""
@@ -335,9 +338,14 @@ class RunCallback(pl.Callback):
         if self.view is not None:
             self.view.update(self.history.rows)
 
-    def _save(self) -> None:
+    @property
+    def saved(self) -> bool:
+        """Whether the present state is on disk."""
+        return self.saved_step == self.progress.step
+
+    def save(self) -> None:
         """Write a checkpoint; when that fails, warn and go on: the earlier ones are whole."""
-        if self.saved_step == self.progress.step:
+        if self.saved:
             return
         if self.progress.pending:
             self._mean_loss()
@@ -455,8 +463,14 @@ def fit(
         with progress_bar(run.total_steps, f"Training {run.adapter.name}", progress, initial=done) as bar:
             callback.bar = bar
             trainer.fit(module, Batches(stream, remaining, callback))
+            if not callback.saved:
+                callback.save()
     run.adapter.module.eval()
     run.status = "finished" if run.step == run.total_steps else callback.stop.reason or "stopped"
+    if not callback.saved:
+        run.status += ", but not saved"
+    if view is not None:
+        view.close(run.metrics)
     return run
 
 

@@ -52,8 +52,24 @@ def save_weights(module: nn.Module, path: Path) -> None:
     tensors, aliases = distinct_tensors(module)
     # `save` and a plain write keep the operating system's own error, such as "No space left on device".
     content = save(tensors, metadata={ALIASES: json.dumps(aliases), "format": "pt"})
+    header, start = _sorted_header(content)
     with open(path, "wb") as stream:
-        stream.write(content)
+        stream.write(header)
+        stream.write(memoryview(content)[start:])
+
+
+def _sorted_header(content: bytes) -> tuple[bytes, int]:
+    """Return a safetensors file's header with its metadata in order, and where the tensors start.
+
+    The library writes metadata in a random order, and equal weights should be equal files. A header is its length in
+    eight bytes, then JSON padded with spaces; the offsets in it count from its end.
+    """
+    size = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + size])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + size
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

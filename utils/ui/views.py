@@ -33,10 +33,15 @@ class LiveCurve:
     def update(self, rows: list[dict[str, Any]]) -> None:
         """Redraw when enough time has passed since the last picture."""
         if time.monotonic() - self._drawn >= REDRAW_SECONDS:
-            self.draw(rows)
+            self._draw(rows)
 
-    def draw(self, rows: list[dict[str, Any]]) -> None:
-        """Redraw now; a notebook keeps only the newest picture."""
+    def close(self, rows: list[dict[str, Any]]) -> None:
+        """Draw everything at the end of a session."""
+        if rows:
+            self._draw(rows)
+
+    def _draw(self, rows: list[dict[str, Any]]) -> None:
+        """Redraw; a notebook keeps only the newest picture."""
         from IPython.display import Image, display
 
         picture = io.BytesIO()

@@ -37,7 +37,7 @@ def check_causality(adapter: ModelAdapter, budget: Budget) -> Outcome:
     finding = _test_length(adapter, short, cuts, tried)
     if finding is None:
         longest = longest_length(adapter, budget, passes=3)
-        lengths = [n for n in (longest // 4,) if n > 2 * short and longest <= 512]
+        lengths = [n for n in (adapter.legal_length(longest // 4),) if n > 2 * short and longest <= 512]
         for length in [*lengths, longest] if longest > short else []:
             finding = finding or _test_length(adapter, length, (length - 1, length // 2), tried)
     largest = max(entry["change"] for entry in tried)
@@ -79,7 +79,9 @@ def _test_length(
 
 def replace_from(adapter: ModelAdapter, ids: Tensor, cut: int) -> Tensor:
     """Return ids of which those from `cut` on are replaced by others, legal and not padding."""
-    vocabulary, padding = adapter.vocab_size.value or 2, adapter.pad_token_id.value
+    # Ids that the config promises and the table lacks would crash here; shape_robustness reports them.
+    vocabulary = max(2, adapter.readable_ids(content_input(adapter)))
+    padding = adapter.pad_token_id.value
     other = (ids + 1 + torch.arange(ids.shape[1], device=ids.device) % max(1, vocabulary - 1)) % vocabulary
     if padding is not None and vocabulary > 2:
         other = torch.where(other == padding, (other + 1) % vocabulary, other)

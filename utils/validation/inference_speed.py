@@ -47,7 +47,7 @@ def check_inference_speed(adapter: ModelAdapter, budget: Budget) -> Outcome:
     Code: ``slow_python_loop`` (warn).
     """
     sequence = has_length(adapter)
-    length = min(TIMED_LENGTH, adapter.max_length.value or TIMED_LENGTH) if sequence else None
+    length = adapter.legal_length(min(TIMED_LENGTH, adapter.max_length.value or TIMED_LENGTH)) if sequence else None
     counts = _count_operators(adapter, sequence)
     inputs = adapter.example_inputs(1, length)
     logits(adapter, inputs)
@@ -76,7 +76,7 @@ def check_inference_speed(adapter: ModelAdapter, budget: Budget) -> Outcome:
 def _count_operators(adapter: ModelAdapter, sequence: bool) -> dict[str, int]:
     """Count the operators of forward passes that differ in batch size and, for sequences, in length."""
     longest = adapter.max_length.value or COUNTED_LENGTHS[1]
-    short, long = (min(n, longest) for n in COUNTED_LENGTHS)
+    short, long = (adapter.legal_length(min(n, longest)) for n in COUNTED_LENGTHS)
     sizes = [(COUNTED_BATCHES[0], short if sequence else None), (COUNTED_BATCHES[1], short if sequence else None)]
     if sequence and long > short:
         sizes.append((COUNTED_BATCHES[0], long))

@@ -84,7 +84,9 @@ def _activations_at_length(adapter: ModelAdapter, budget: Budget) -> tuple[int |
     budget.reduced[:] = reduced
     if limit is None or length == limit or length < 64:
         return length, saved_bytes(adapter, 1, length), "measured"
-    points = [length // 4, length // 2, length]
+    points = [adapter.legal_length(n) for n in (length // 4, length // 2, length)]
+    if len(set(points)) < len(points):
+        return length, saved_bytes(adapter, 1, length), "measured"
     sizes = [saved_bytes(adapter, 1, n) for n in points]
     budget.reduced.append(f"activations measured at lengths {points}, extended by their quadratic to {limit}")
     return limit, int(_quadratic(points, sizes, limit)), f"measured at {points}, extended to {limit}"

@@ -23,15 +23,16 @@ def check_numerical_stability(adapter: ModelAdapter, budget: Budget) -> Outcome:
     short = short_length(adapter) if has_length(adapter) else None
     cases = list(_cases(adapter, 2, short, "length " + str(short) if short else "batch size 2"))
     if short is not None:
-        one = min(1, short)
-        cases.append(("random tokens, length 1", adapter.example_inputs(2, one)))
+        one = adapter.legal_length(1)
+        cases.append((f"random tokens, length {one}", adapter.example_inputs(2, one)))
     tried: list[dict[str, Any]] = []
     for situation, inputs in cases:
         if problem := _problem(adapter, inputs, situation, tried):
             return _outcome(adapter, inputs, "nan_output", problem, HINT, tried)
     if short is not None:
         longest = longest_length(adapter, budget, passes=1)
-        steps = sorted({n for n in (64, 256, longest) if short < n <= longest}) if longest <= 512 else [longest]
+        steps = [longest] if longest > 512 else [adapter.legal_length(n) for n in (64, 256, longest) if n <= longest]
+        steps = sorted({n for n in steps if n > short})
         for length in steps:
             inputs = adapter.example_inputs(1, length)
             if problem := _problem(adapter, inputs, f"random tokens, length {length}", tried):
@@ -53,7 +54,7 @@ def _cases(
         return {key: torch.full_like(item, value) if key in names else item for key, item in random.items()}
 
     if adapter.modality == "tokens":
-        last = (adapter.vocab_size.value or 1) - 1
+        last = adapter.readable_ids() - 1
         middle = last // 2
         return [
             (f"random tokens, {size}", random),

@@ -118,8 +118,8 @@ def has_length(adapter: ModelAdapter) -> bool:
 
 
 def short_length(adapter: ModelAdapter) -> int:
-    """Return a short odd length within the model's maximum."""
-    return min(SHORT_LENGTH, adapter.max_length.value or SHORT_LENGTH)
+    """Return a short length, odd if possible, that the model takes."""
+    return adapter.legal_length(min(SHORT_LENGTH, adapter.max_length.value or SHORT_LENGTH))
 
 
 def longest_length(adapter: ModelAdapter, budget: Budget, passes: int, batch_size: int = 1) -> int:
@@ -135,6 +135,7 @@ def longest_length(adapter: ModelAdapter, budget: Budget, passes: int, batch_siz
     seconds = forward_seconds(adapter, reference, batch_size)
     while length > 64 and passes * seconds * (length / reference) > budget.remaining():
         length //= 2
+    length = adapter.legal_length(length)
     if stated and length < limit:
         note = f"length {length} stands for the maximum of {limit}"
         if note not in budget.reduced:

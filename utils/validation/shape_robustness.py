@@ -59,13 +59,14 @@ def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
             findings.append(finding)
     if length is not None and not findings:
         findings += _try_lengths(adapter, budget, attempt)
+    if length is not None:
         findings += _check_vocabulary(adapter, reference)
     passed = sum("error" not in entry and entry.get("shape") == entry["expected"] for entry in tried)
     what = "batch sizes, lengths and token ids" if length else "batch sizes"
     return Outcome(
         f"{passed} of {len(tried)}",
         "all",
-        f"every legal shape tried works ({what})",
+        f"every legal shape tried works ({what})" + _only(adapter),
         _distinct(findings),
         {"tried": tried},
     )
@@ -88,16 +89,32 @@ def _try_lengths(
     """Try length 1, an odd one and the maximum."""
     longest = longest_length(adapter, budget, passes=1)
     findings = []
-    lengths = sorted({min(n, longest) for n in (*ODD_LENGTHS, longest)})
-    for length in lengths:
-        words = f"length {length}" + (" (the maximum)" if length == adapter.max_length.value else "") + ", batch size 1"
+    declared = adapter.max_length.value
+    lengths = adapter.lengths.value
+    short = [adapter.legal_length(min(n, longest)) for n in ODD_LENGTHS]
+    # A model for a single length must at least take the one that it declares.
+    longest = declared if lengths.fixed and declared else longest
+    for length in sorted({*short, longest}):
+        words = f"length {length}" + (" (the maximum)" if length == declared else "") + ", batch size 1"
         if finding := attempt(words, adapter.example_inputs(1, length)):
             findings.append(finding)
-    # A model that is not causal may be made for one fixed length (a mixer over time); generation needs all lengths.
-    fixed = len(findings) >= len(lengths) - 1 and len(lengths) > 1 and adapter.task.value != "causal_lm"
-    if fixed and all("maximum" not in finding.message for finding in findings):
-        return []
+    if not findings and (lengths.shortest > 1 or lengths.fixed) and (not lengths.fixed or _generates(adapter)):
+        needed = "generation starts from any length" if _generates(adapter) else "shorter texts crash"
+        message = f"legal lengths are {lengths} ({adapter.lengths.reason}); {needed}"
+        hint = "Pad shorter texts to a legal length, in the data or in forward()."
+        findings.append(Finding("shape_limit", "warn", adapter.name, message, hint))
     return findings
+
+
+def _generates(adapter: ModelAdapter) -> bool:
+    """Tell whether the model is asked for texts of every length, one token after another."""
+    return adapter.task.value in ("causal_lm", "seq2seq")
+
+
+def _only(adapter: ModelAdapter) -> str:
+    """Say which lengths are legal, where not all are."""
+    lengths = str(adapter.lengths.value)
+    return "" if lengths == "all" else f"; legal lengths: {lengths}"
 
 
 def _check_vocabulary(adapter: ModelAdapter, reference: tuple[int, ...]) -> list[Finding]:
@@ -126,7 +143,9 @@ def _check_vocabulary(adapter: ModelAdapter, reference: tuple[int, ...]) -> list
         try:
             logits(adapter, inputs, f"token id {token}")
         except ModelCrash as crash:
-            message = f"the legal id {token} of a vocabulary of {vocabulary} crashes: {crash}"
+            rows = adapter.readable_ids()
+            table = f"; the embedding has {rows} rows" if rows < vocabulary else ""
+            message = f"the legal id {token} of a vocabulary of {vocabulary} crashes{table}: {crash}"
             hint = f"The embedding needs {vocabulary} rows (vocab_size: {adapter.vocab_size.reason})."
             findings.append(Finding("vocab_mismatch", "fail", crash.where, message, hint))
     return findings

@@ -1,0 +1,92 @@
+"""What a model is for: by what is stated, by its inputs and output, by names, and last by what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from utils.adapters.detection import (
+    DECODER_INPUTS,
+    Detection,
+    EmbeddingUse,
+    kind_by_name,
+    language_task_hint,
+    task_by_name,
+)
+
+if TYPE_CHECKING:
+    from utils.adapters.model_adapter import ModelAdapter
+
+LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq")
+ASSUMED = "assumed for scores over the vocabulary"
+"""How the reason starts when a model that sees later tokens counts as causal for want of any word about it."""
+
+
+def find_task(adapter: ModelAdapter, shape: tuple[int, ...], uses: Sequence[EmbeddingUse]) -> Detection[str]:
+    """Decide what a model is for.
+
+    Args:
+        adapter: The model.
+        shape: Shape of its main output for a batch of two; empty when no forward pass succeeded.
+        uses: The embedding tables seen at work.
+
+    Returns:
+        One of `utils.adapters.TASKS` with its reason.
+    """
+    if adapter.spec.task is not None:
+        return Detection(adapter.spec.task, "stated in ModelSpec")
+    modality = adapter.modality
+    second = adapter.input_names[1] if adapter.input_names[1:] else ""
+    if second in DECODER_INPUTS and (modality == "tokens" or second.endswith("_ids")):
+        return Detection("seq2seq", f"forward takes `{second}` beside the source")
+    if modality == "features" and kind_by_name(adapter.main_input) in ("wave", "frames"):
+        return Detection("audio_classification", f"forward takes sound as `{adapter.main_input}`")
+    if (named := task_by_name(adapter.module, adapter.config)) is not None:
+        return named
+    if adapter.failure is not None:
+        assumed = {"image": "image_classification", "features": "tabular_classification", "tokens": "causal_lm"}
+        kind = {"tokens": "token ids"}.get(modality, modality)
+        return Detection(assumed[modality], f"assumed for {kind}, because no forward pass succeeded")
+    if modality != "tokens" and len(shape) > 2:
+        return Detection("embedding", f"{modality} in, real values of shape {shape[1:]} per sample out")
+    if modality == "image":
+        return Detection("image_classification", "images in, one row of scores per image out")
+    if modality == "features":
+        if len(shape) < 2 or shape[-1] == 1:
+            return Detection("regression", "features in, one number per sample out")
+        return Detection("tabular_classification", f"features in, {shape[-1]} scores per sample out")
+    if len(shape) == 2:
+        return Detection("text_classification", f"token ids in, one row of {shape[-1]} scores per text out")
+    if len(shape) < 2:
+        return Detection("regression", "token ids in, one number per text out")
+    return _language_task(adapter, shape[-1], uses)
+
+
+def _language_task(adapter: ModelAdapter, width: int, uses: Sequence[EmbeddingUse]) -> Detection[str]:
+    """Decide what a model is for that turns token ids into one vector per position."""
+    table = next((use for use in uses if use.reads_tokens), None)
+    vocabulary = adapter.vocab_size.value or width
+    # Where a config promises another vocabulary than the table has, scores over either are a language model's.
+    near = any(0.5 <= width / size <= 2 for size in (vocabulary, table.rows if table else vocabulary))
+    hint = language_task_hint(adapter.module, adapter.config, adapter.argument_names)
+    if width != vocabulary and table is not None:
+        embedding_width = adapter.module.get_submodule(table.name).embedding_dim
+        if width == embedding_width and not near:
+            return Detection("embedding", f"one vector per token, as wide as the token embedding ({width})")
+    if not near and hint is None:
+        return Detection("text_classification", f"token ids in, {width} scores per token out")
+    if hint is not None:
+        return hint
+    sees_later = True
+    with adapter.isolated():
+        inputs = adapter.example_inputs()
+        before = adapter.logits(inputs)
+        ids = inputs[adapter.main_input].clone()
+        ids[:, -1] = (ids[:, -1] + 1) % adapter.readable_ids()
+        after = adapter.logits({**inputs, adapter.main_input: ids})
+        sees_later = not torch.equal(before[:, :-1], after[:, :-1])
+    if not sees_later:
+        return Detection("causal_lm", "scores over the vocabulary, and earlier positions do not see the last token")
+    return Detection("causal_lm", f"{ASSUMED}; if it may see later tokens, say ModelSpec(task='masked_lm')")
