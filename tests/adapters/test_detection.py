@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from utils.adapters import ModelAdapter
-from utils.adapters.detection import config_dict, config_number, forward_signature, kind_by_name, language_task_hint
+from utils.adapters import ModelAdapter, ModelSpec
+from utils.adapters.detection import (
+    config_dict,
+    config_number,
+    encoder_sign,
+    forward_signature,
+    kind_by_name,
+    language_task_hint,
+)
 from utils.runtime.errors import AdapterError
 
 
@@ -125,3 +132,47 @@ def test_only_positional_arguments_and_required_labels() -> None:
     adapter = ModelAdapter(Labelled())
     assert (adapter.main_input, adapter.task.value) == ("input_ids", "text_classification")
     assert tuple(adapter.logits(adapter.example_inputs(4, 5)).shape) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("MaskedLanguageModel", "masked_lm"),
+        ("BidirectionalLanguageModel", "masked_lm"),
+        ("ProteinMLMHead", "masked_lm"),
+        ("MaskedLMHead", "masked_lm"),
+        ("TextEncoder", "masked_lm"),
+        ("LanguageModel", "causal_lm"),
+        ("CausalLanguageModel", "causal_lm"),
+        ("MaskedCausalAttentionLM", "causal_lm"),
+        ("TransformerDecoder", "causal_lm"),
+        ("MaskedDecoder", "causal_lm"),
+        ("TextEncoderDecoder", None),
+        ("CustomTransformer", None),
+    ],
+)
+def test_masked_names_come_before_language_model(name: str, task: str | None) -> None:
+    hint = language_task_hint(type(name, (nn.Module,), {})(), {}, ())
+    assert (hint.value if hint else None) == task
+
+
+def test_signs_of_an_encoder() -> None:
+    assert encoder_sign(nn.Identity(), {"mask_token_id": 4}) == "`mask_token_id` in the config"
+    assert encoder_sign(nn.Identity(), {"mask_token_id": None}) is None
+    assert encoder_sign(nn.Identity(), {"model_name": "ProteinNet"}) == "the model's name (Identity)"
+
+
+def test_a_task_that_is_only_assumed() -> None:
+    class Model(nn.Module):
+        def __init__(self, sees_all: bool) -> None:
+            super().__init__()
+            self.emb, self.head, self.sees_all = nn.Embedding(30, 8), nn.Linear(8, 30), sees_all
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            hidden = self.emb(input_ids)
+            return self.head(hidden + hidden.mean(1, keepdim=True) if self.sees_all else hidden)
+
+    assumed, known = ModelAdapter(Model(True)), ModelAdapter(Model(False))
+    assert (assumed.task.value, assumed.task_assumed) == ("causal_lm", True)
+    assert (known.task.value, known.task_assumed) == ("causal_lm", False)
+    assert not ModelAdapter(Model(True), spec=ModelSpec(task="causal_lm")).task_assumed

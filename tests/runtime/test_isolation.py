@@ -1,9 +1,15 @@
 """Inside the block anything may happen to the model; afterwards it is as it was."""
 
+import random
+from collections import OrderedDict, defaultdict, deque
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from utils.runtime import isolation
 from utils.runtime.isolation import ModelChangedError, preserved
 
 
@@ -110,3 +116,161 @@ def test_one_changed_parameter_reads_as_one(model):
     with pytest.raises(ModelChangedError, match=r"the values of linear\.bias\. A model may"), preserved(model):
         model.linear.bias.data.add_(0)
         model.linear.bias.detach().add_(1)
+
+
+class Own:
+    """A simple object of the model's own code."""
+
+    def __init__(self):
+        self.count = 0
+
+
+class Everything(nn.Module):
+    """State of every kind that `preserved` promises to put back."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.tensor, self.array = torch.zeros(2), np.zeros(2)
+        self.nested = {"list": [], "inner": {"set": {1}}, "tuple": ([],)}
+        self.queue, self.names, self.own = deque([1], maxlen=3), SimpleNamespace(k=[0]), Own()
+        self.ordered, self.default = OrderedDict(a=1, b=2), defaultdict(list)
+        self.stream, self.dice = torch.Generator().manual_seed(1), random.Random(1)
+
+    def forward(self, x):
+        self.tensor += 1
+        self.array += 1
+        self.nested["list"].append(1)
+        self.nested["inner"]["set"].add(2)
+        self.nested["tuple"][0].append(1)
+        self.queue.append(2)
+        self.names.k.append(1)
+        self.names.late = 1
+        self.own.count += 1
+        self.ordered.move_to_end("a")
+        self.default["x"].append(1)
+        torch.rand(1, generator=self.stream)
+        self.dice.random()
+        self.linear.register_forward_hook(lambda *_: None)
+        self.linear.register_forward_pre_hook(lambda *_: None)
+        self.linear.register_full_backward_hook(lambda *_: None)
+        return self.linear(x)
+
+
+def test_state_of_every_kind_comes_back():
+    model = Everything()
+    kept = {name: id(value) for name, value in vars(model).items()}
+    stream, dice = model.stream.get_state(), model.dice.getstate()
+    with preserved(model, 0):
+        model(torch.randn(2, 4))
+        assert model.own.count == 1
+    assert {name: id(value) for name, value in vars(model).items()} == kept, "the very same objects"
+    assert (model.tensor.tolist(), model.array.tolist()) == ([0, 0], [0, 0])
+    assert model.nested == {"list": [], "inner": {"set": {1}}, "tuple": ([],)}
+    assert (list(model.queue), vars(model.names), model.own.count) == ([1], {"k": [0]}, 0)
+    assert (list(model.ordered), dict(model.default)) == (["a", "b"], {})
+    assert torch.equal(model.stream.get_state(), stream)
+    assert model.dice.getstate() == dice
+    assert not model.linear._forward_hooks
+    assert not model.linear._forward_pre_hooks
+    assert not model.linear._backward_hooks
+
+
+def test_hooks_that_were_there_stay(model):
+    seen = []
+    handle = model.linear.register_forward_hook(lambda *_: seen.append(1))
+    with preserved(model):
+        handle.remove()
+        model(torch.randn(3, 4))
+    assert seen == []
+    model.linear(torch.randn(3, 4))
+    assert seen == [1]
+
+
+def test_global_settings_come_back(model):
+    def settings():
+        return (
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_default_device(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.backends.cudnn.benchmark,
+            torch.is_anomaly_enabled(),
+        )
+
+    before = settings()
+    with preserved(model):
+        torch.set_num_threads(before[0] + 1)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_default_device("meta")
+        torch.set_autocast_enabled("cpu", True)
+        torch.set_autocast_dtype("cpu", torch.float16)
+        torch.backends.cudnn.benchmark = not before[5]
+        torch.autograd.set_detect_anomaly(True)
+    assert settings() == before
+    assert torch.zeros(1).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.data.mul_(0.5),
+        lambda p: p.data.neg_(),
+        lambda p: p.detach().add_(1),
+        lambda p: setattr(p, "data", p.data * 2),
+        lambda p: setattr(p, "data", p.data.double()),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_changed_parameters_get_their_values_back(model, change, nested):
+    before = snapshot(model)
+    with pytest.raises(ModelChangedError, match=r"the values of linear\.weight") as caught:  # noqa: SIM117
+        with preserved(model):
+            if nested:
+                with pytest.raises(ModelChangedError), preserved(model):
+                    change(model.linear.weight)
+                assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
+            change(model.linear.weight)
+    assert (caught.value.names, caught.value.restored) == (("linear.weight",), True)
+    assert model.linear.weight.dtype == torch.float32
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
+
+
+def test_nan_and_unchanged_writes_are_no_change(model):
+    with torch.no_grad():
+        model.linear.weight[0, 0] = float("nan")
+    with preserved(model), torch.no_grad():
+        model.linear.weight.mul_(1)
+
+
+@pytest.mark.parametrize("change", [lambda p: p.data.mul_(0.5), lambda p: p.data.neg_(), lambda p: p.detach().add_(1)])
+def test_a_large_model_is_watched_and_the_error_says_that_values_are_lost(model, change, monkeypatch):
+    monkeypatch.setattr(isolation, "COPY_BYTES", 10)
+    with preserved(model):
+        model(torch.randn(3, 4))
+    with (
+        pytest.raises(ModelChangedError, match="could not be put back: load the model again") as caught,
+        preserved(model),
+    ):
+        change(model.linear.weight)
+    assert (caught.value.names, caught.value.restored) == (("linear.weight",), False)
+    assert not isolation._COPIES
+    assert not isolation._SUMMED
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Converting a tensor")
+def test_scripted_and_inference_models():
+    scripted = torch.jit.trace(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.randn(3, 2))
+    scripted.train()
+    before = snapshot(scripted)
+    with preserved(scripted):
+        scripted.eval()
+        scripted(torch.randn(3, 2)).sum().backward()
+    assert scripted.training
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(scripted).items())
+    assert all(parameter.grad is None for parameter in scripted.parameters())
+    with torch.inference_mode():
+        frozen = nn.Linear(2, 2)
+    with preserved(frozen), torch.inference_mode():
+        frozen(torch.randn(1, 2))

@@ -84,3 +84,43 @@ def test_decoder_of_seq2seq(tiny):
     assert ModelAdapter(sound).task.value == "seq2seq"
     assert check_causality(sound).status == "pass"
     assert check_causality(broken).findings[0].where == "decoder.blocks.1.attn"
+
+
+def unmasked(name, tiny, **settings):
+    """A model without any mask under a class name."""
+    settings = {"mask": "none", **settings}
+    return type(
+        name, (tiny.GPT,), {"__init__": lambda self: tiny.GPT.__init__(self, layers=1, fault_at=0, **settings)}
+    )()
+
+
+@pytest.mark.parametrize("name", ["Model", "CustomTransformer"])
+def test_a_forgotten_mask_is_a_fault(tiny, name):
+    """Nothing says encoder: the commonest silent fault, and the way out is in the hint."""
+    result = check_causality(unmasked(name, tiny))
+    assert result.status == "fail" and result.findings[0].code == "future_leakage"
+    assert "say ModelSpec(task='masked_lm')" in result.findings[0].hint
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("TextEncoderDecoder", {}), ("ProteinModel", {}), ("Model", {"mask_token_id": 3}), ("Model", {"mask_token": "x"})],
+)
+def test_a_sign_of_an_encoder_makes_it_a_warning(tiny, name, config):
+    """Full sight and a sign: the task was assumed, and the message says so."""
+    model = unmasked(name, tiny)
+    result = check_causality(model, config)
+    assert [(f.code, f.severity) for f in result.findings] == [("future_leakage", "warn")]
+    assert "only assumed to be causal" in result.why
+    assert "ModelSpec(task='causal_lm')" in result.findings[0].hint
+
+
+@pytest.mark.parametrize("settings", [{"mask": "off_by_one"}, {"mask": "until_32"}])
+def test_a_partial_leak_is_no_encoders(tiny, settings):
+    """One token ahead, or only beyond a length: a fault despite the sign."""
+    assert check_causality(unmasked("ProteinModel", tiny, **settings)).status == "fail"
+
+
+def test_stated_task_is_not_softened(tiny):
+    """Whoever says causal means it."""
+    assert check_causality(unmasked("ProteinModel", tiny), spec=CAUSAL).status == "fail"

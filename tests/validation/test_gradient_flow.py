@@ -93,6 +93,7 @@ def test_frozen_on_purpose(tiny, purpose):
     parts[purpose].requires_grad_(False)
     if purpose == "all_but_head":
         model.tok.requires_grad_(False)
+        model.pos.requires_grad_(False)
     assert check_gradient_flow(model).findings == ()
 
 
@@ -134,3 +135,173 @@ def test_no_parameters():
     """Nothing to check is a skip with a reason."""
     result = check_gradient_flow(nn.Softmax(dim=-1))
     assert result.status == "skip" and result.why == "the model has no parameters"
+
+
+def test_most_of_the_model_frozen(tiny):
+    """Frozen blocks under trained embeddings are no usual plan; adapters on a frozen model are; none at all fails."""
+    model = tiny.GPT(layers=4)
+    model.blocks.requires_grad_(False)
+    result = check_gradient_flow(model)
+    assert codes(result) == [("frozen_parameter", "blocks.0.mlp.0.weight")] and result.status == "warn"
+    assert "only tok, pos, norm, head train" in result.why
+    assert check_gradient_flow(model, spec=ModelSpec(frozen=("blocks",))).findings == ()
+    model.requires_grad_(False)
+    assert codes(check_gradient_flow(model)) == [("frozen_parameter", "TinyGPT")]
+    assert check_gradient_flow(model).status == "fail"
+
+    class Adapted(tiny.GPT):
+        def __init__(self):
+            super().__init__()
+            self.requires_grad_(False)
+            self.lora_a, self.lora_b = nn.Linear(16, 2, bias=False), nn.Linear(2, 16, bias=False)
+
+        def forward(self, input_ids):
+            hidden = self.tok(input_ids)
+            return super().forward(input_ids) + self.head(self.lora_b(self.lora_a(hidden)))
+
+    assert check_gradient_flow(Adapted()).findings == ()
+
+
+class Modes(nn.Module):
+    """A classifier that does something else in train mode."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.body, self.drop, self.head = nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 3)
+        self.change = change
+
+    def forward(self, x, targets=None):
+        x = self.drop(self.body(x))
+        return self.head(self.change(x, targets) if self.training else x)
+
+
+def test_crash_in_train_mode_only():
+    """Eval works, training cannot take its first step."""
+
+    def crash(x, targets):
+        raise ValueError("deliberate")
+
+    result = check_gradient_flow(Modes(crash))
+    assert codes(result) == [("backward_crash", "Modes")] and result.status == "fail"
+    assert "a forward pass in train mode raises ValueError: deliberate; in eval mode it works" in result.why
+
+
+def test_nan_in_train_mode_only():
+    """A division by zero that eval mode never meets."""
+    result = check_gradient_flow(Modes(lambda x, targets: x / 0))
+    assert codes(result) == [("nan_output", "head")] or codes(result) == [("nan_output", "Modes")]
+    assert "not finite in train mode" in result.why
+
+
+def test_gradient_not_finite_in_train_mode_only():
+    """The root of zero again, in train mode."""
+    result = check_gradient_flow(Modes(lambda x, targets: x + (x - x.detach()).square().sum().sqrt()))
+    assert [finding.code for finding in result.findings] == ["exploding_gradient"]
+    assert "not finite in train mode" in result.why
+
+
+def test_train_mode_that_wants_targets_or_returns_more():
+    """Labels are given where forward insists on them; another structure of the output is no fault."""
+
+    def wants(x, targets):
+        assert targets is not None, "targets should not be none in training"
+        return x
+
+    assert check_gradient_flow(Modes(wants)).findings == ()
+
+    class More(Modes):
+        def forward(self, x):
+            result = super().forward(x)
+            return {"logits": result, "side": result * 2} if self.training else result
+
+    assert check_gradient_flow(More(lambda x, targets: x)).findings == ()
+
+
+def test_backward_that_only_eval_mode_breaks():
+    """A cache filled in place in eval mode, as RWKV has: worth a warning, no fault."""
+
+    class Cached(Modes):
+        def forward(self, x):
+            hidden = torch.exp(self.body(x))
+            result = self.head(hidden)
+            if not self.training:
+                hidden.zero_()
+            return result
+
+    result = check_gradient_flow(Cached(None))
+    assert result.status == "warn" and [finding.code for finding in result.findings] == ["backward_crash"]
+    assert "in train mode it works" in result.why and result.value > 0
+
+
+def test_all_gradients_zero(tiny):
+    """Logits times zero."""
+
+    class Zero(tiny.GPT):
+        def forward(self, input_ids):
+            return super().forward(input_ids) * 0
+
+    result = check_gradient_flow(Zero())
+    assert codes(result) == [("zero_gradient", "Zero")] and "gradients are exactly zero" in result.why
+
+
+def rectified(shift, functional):
+    """Two hidden layers with ReLU, the first shifted."""
+
+    class Rectified(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+            self.relu = torch.relu if functional else nn.ReLU(inplace=True)
+            nn.init.constant_(self.a.bias, shift[0])
+            nn.init.constant_(self.b.bias, shift[1])
+
+        def forward(self, x):
+            x = self.a(x)
+            x = x + self.relu(x)
+            return self.c(x + self.relu(self.b(x)))
+
+    return Rectified()
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_dead_relu(functional):
+    """All dead is a fault; a bias below zero that leaves some units alive is none."""
+    result = check_gradient_flow(rectified((-1e3, -1e6), functional))
+    assert result.status == "fail" and [finding.code for finding in result.findings] == ["dead_relu"]
+    assert "1 of 1 ReLUs give zero for every unit" in result.why
+    assert check_gradient_flow(rectified((-0.1, -0.1), functional)).findings == ()
+
+
+def test_one_dead_relu_of_two_warns():
+    """The residual path still carries the signal."""
+    model = tiny_residual()
+    result = check_gradient_flow(model)
+    assert [(f.code, f.where, f.severity) for f in result.findings] == [("dead_relu", "second.1", "warn")]
+
+
+def tiny_residual():
+    """Two branches with a ReLU each, the second dead."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+            self.second = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+            self.head = nn.Linear(8, 3)
+            nn.init.constant_(self.second[0].bias, -100.0)
+
+        def forward(self, x):
+            x = x + self.first(x)
+            return self.head(x + self.second(x))
+
+    return Residual()
+
+
+def test_relu_modules_are_named():
+    """A dead ReLU module is reported under its own name; zeros out of a zero layer are no dead ReLU."""
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    nn.init.constant_(model[0].bias, -100.0)
+    assert ("dead_relu", "1") in codes(check_gradient_flow(model))
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    assert "dead_relu" not in [code for code, _ in codes(check_gradient_flow(model))]

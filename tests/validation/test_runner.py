@@ -185,3 +185,36 @@ def test_same_verdict_for_a_copy(tiny):
     first, second = (validate(m, progress=False).to_dict() for m in (model, copy.deepcopy(model)))
     for one, two in zip(first["results"][:5], second["results"][:5], strict=True):
         assert one["value"] == two["value"] and one["status"] == two["status"]
+
+
+@pytest.mark.parametrize("how", ["data", "no_grad"])
+def test_forward_that_changes_its_parameters_from_the_start(tiny, how):
+    """No traceback from the adapter, one fault with the parameter's name, and the values are back."""
+
+    class Drifting(tiny.GPT):
+        def forward(self, input_ids):
+            weight = self.head.weight.data if how == "data" else self.head.weight
+            with torch.no_grad():
+                weight.mul_(0.99)
+            return super().forward(input_ids)
+
+    model = Drifting()
+    before = fingerprint(model)
+    report = validate(model, progress=False)
+    same(before, fingerprint(model))
+    assert report.verdict == "NOT READY"
+    assert [(f.code, f.where, f.severity) for f in report.findings] == [("state_across_calls", "head.weight", "fail")]
+
+
+def test_rwkv_rescales_its_weights_in_eval_mode():
+    """It ends as a finding, with the weights as they were."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RwkvConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=4, rescale_every=2, context_length=32
+    )
+    model = transformers.RwkvForCausalLM(config)
+    before = fingerprint(model)
+    report = validate(model, progress=False)
+    same(before, fingerprint(model))
+    assert "state_across_calls" in [finding.code for finding in report.findings]
+    assert not report.incomplete

@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from utils.adapters import ModelSpec
 from utils.test_functions import (
     check_output_stability,
     check_parameter_initialization,
     check_shape_robustness,
 )
+from utils.tier1_critical_validation import validate
+from utils.validation import shape_robustness
 
 
 def codes(result):
@@ -46,13 +49,101 @@ def test_padded_head_only_warns(tiny):
 
 
 def test_embedding_smaller_than_vocabulary(tiny):
-    """The last legal id has no row."""
+    """The last legal id has no row: one fault in the report, with the numbers."""
     model = tiny.GPT(vocab=40, head_width=50)
     model.config["vocab_size"] = 50
-    # Random ids below 40 only, so that the plain calls succeed.
-    result = check_shape_robustness(model)
-    assert result.status == "fail"
-    assert {finding.code for finding in result.findings} <= {"vocab_mismatch", "shape_crash"}
+    report = validate(model, progress=False)
+    assert [(f.code, f.where, f.severity) for f in report.findings] == [("vocab_mismatch", "tok", "fail")]
+    assert "the legal id 49 of a vocabulary of 50 crashes; the embedding has 40 rows" in report.findings[0].message
+
+
+class Mixer(nn.Module):
+    """Mixes over time with a weight of one length."""
+
+    def __init__(self, longest=12, labels=3):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(64, 32), nn.Linear(longest, longest), nn.Linear(32, labels)
+
+    def forward(self, input_ids):
+        mixed = self.mix(self.embed(input_ids).transpose(1, 2)).transpose(1, 2)
+        return self.head(mixed.mean(1)) if self.head.out_features < 64 else self.head(mixed)
+
+
+class TextCNN(nn.Module):
+    """Kim's: convolutions over time and a maximum, so texts shorter than the kernel crash."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 16)
+        self.convs = nn.ModuleList(nn.Conv1d(16, 8, size) for size in (3, 5))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids).transpose(1, 2)
+        return self.head(torch.cat([conv(x).relu().amax(2) for conv in self.convs], dim=1))
+
+
+@pytest.mark.parametrize(("longest", "config"), [(12, None), (20, {"max_seq_len": 20})])
+def test_fixed_length(longest, config):
+    """Every check uses the one legal length, and the report says which it is."""
+    report = validate(Mixer(longest), config=config, progress=False)
+    assert (report.verdict, report.findings) == ("READY", ())
+    assert report.results[0].value == "4 of 4" and f"legal lengths: {longest} only" in report.results[0].why
+
+
+def test_fixed_length_for_generation_is_worth_a_look():
+    """Logits per token from a mixer: the length limit is a warning of its own."""
+    result = check_shape_robustness(Mixer(labels=64), spec=ModelSpec(task="causal_lm"))
+    assert [(f.code, f.severity) for f in result.findings] == [("shape_limit", "warn")]
+    assert "legal lengths are 12 only" in result.why
+
+
+def test_declared_length_that_crashes_stays_a_fault():
+    """A mixer of 12 whose config promises 64."""
+    result = check_shape_robustness(Mixer(), config={"max_seq_len": 64})
+    assert result.status == "fail" and "length 64 (the maximum)" in result.why
+
+
+def test_shortest_length_only_warns():
+    """Kernel 5: the number is in the warning, and no other check fails."""
+    report = validate(TextCNN(), progress=False)
+    assert report.verdict == "READY"
+    assert [(f.code, f.severity) for f in report.findings] == [("shape_limit", "warn")]
+    assert "legal lengths are from 5 on" in report.findings[0].message
+
+
+@pytest.mark.parametrize(
+    ("code", "output"),
+    [
+        ("constant_output", lambda model, x: model.head(x) * 0),
+        ("constant_output", lambda model, x: model.head(x).clamp(5.0, 5.0)),
+        ("ignored_input", lambda model, x: model.head(torch.ones_like(x).cumsum(-1))),
+        ("ignored_input", lambda model, x: model.head(model.pos(torch.arange(x.shape[1])).expand_as(x))),
+    ],
+)
+def test_input_that_changes_nothing(tiny, code, output):
+    """The output is a constant, or depends on the position alone."""
+
+    class Deaf(tiny.GPT):
+        def forward(self, input_ids):
+            return output(self, self.tok(input_ids))
+
+    result = check_parameter_initialization(Deaf())
+    assert codes(result) == [(code, "Deaf")] and result.status == "fail"
+
+
+def test_zero_head_and_gate_do_not_ignore_the_input(tiny):
+    """A head, or a scalar gate on it, that starts at zero moves with the first step."""
+
+    class Gated(tiny.GPT):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids):
+            return super().forward(input_ids) * self.gate
+
+    assert check_parameter_initialization(Gated()).findings == ()
 
 
 def test_model_that_never_runs(tiny):
@@ -166,3 +257,14 @@ def test_zero_that_is_legitimate(tiny, where):
     model = tiny.GPT()
     nn.init.zeros_(model.get_parameter(where))
     assert check_parameter_initialization(model).findings == ()
+
+
+def test_true_maximum_is_tried_where_one_pass_fits(tiny, monkeypatch):
+    """A shorter length stands in for the maximum in other checks; here the table's end itself is read."""
+    model = tiny.GPT(longest=2000)
+    model.config["max_position_embeddings"] = 2048
+    monkeypatch.setattr(shape_robustness, "longest_length", lambda adapter, budget, passes: 256)
+    result = check_shape_robustness(model)
+    assert codes(result) == [("shape_crash", "pos")] and "length 2048 (the maximum)" in result.why
+    model.config["max_position_embeddings"] = 2000
+    assert check_shape_robustness(model).value == "7 of 7"

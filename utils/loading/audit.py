@@ -12,17 +12,30 @@ whose name is computed must begin in a way that none of these does.
 """
 
 import ast
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
 from utils.loading import audit_rules as rules
+from utils.loading.audit_attributes import plain_constructors, reaches_numpy
 from utils.loading.audit_context import Context, constant_start, definitions, is_clear, text_concerns
-from utils.loading.audit_names import COMPREHENSIONS, FUNCTIONS, dotted, imported_names, local_names, refused, resolve
+from utils.loading.audit_names import (
+    COMPREHENSIONS,
+    FUNCTIONS,
+    dotted,
+    hides_module,
+    imported_names,
+    is_installed,
+    local_names,
+    refused,
+    resolve,
+)
 from utils.loading.audit_names import origin as find_origin
 from utils.loading.audit_names import sibling as find_sibling
 from utils.loading.audit_report import AuditItem, AuditReport
+from utils.loading.source import MODEL_FILE
 from utils.runtime.errors import InstantiationError
 
 
@@ -61,8 +74,12 @@ def audit(files: Mapping[str, str]) -> AuditReport:
     bindings = {name.removesuffix(".py"): imported_names(tree, set(trees)) for name, tree in trees.items()}
     items: list[AuditItem] = []
     defined = set().union(*(definitions(tree) for tree in trees.values()))
+    numpy = reaches_numpy(trees, bindings)
+    plain = set() if numpy else plain_constructors(trees, next(iter(bindings.values()), {}))
     for name, tree in trees.items():
-        reader = _Reader(name, sources[name], bindings, defined, Context(tree))
+        reader = _Reader(name, sources[name], bindings, defined, Context(tree), numpy, plain)
+        if name != MODEL_FILE and hides_module(name.removesuffix(".py")):
+            reader.note(tree, "import", f"this file stands before the module {name.removesuffix('.py')}: rename it")
         reader.read(tree)
         items += reader.items
     items.sort(key=lambda item: (item.file, item.line))
@@ -79,9 +96,11 @@ class _Reader:
         bindings: Mapping[str, Mapping[str, set[str]]],
         defined: set[str],
         context: Context,
+        numpy: bool,
+        plain: set[int],
     ) -> None:
         self.file, self.lines, self.bindings = file, text.splitlines() or [""], bindings
-        self.defined, self.context = defined, context
+        self.defined, self.context, self.numpy, self.plain = defined, context, numpy, plain
         self.names = bindings[file.removesuffix(".py")]
         self.scopes: list[tuple[set[str], set[str]]] = []
         self.items: list[AuditItem] = []
@@ -147,15 +166,34 @@ class _Reader:
                 return name in local
         return False
 
+    def note_import(self, node: ast.Import | ast.ImportFrom, module: str, passes: bool) -> None:
+        """Note an import, telling a package that nobody has judged from a module known to reach further."""
+        if passes or module.split(".")[0] in sys.stdlib_module_names or rules.module_allowed(module.split(".")[0]):
+            self.note(node, "import", module, passes)
+        elif is_installed(module):
+            self.note(node, "unknown import", f"{module} is not known to be harmless")
+        else:
+            self.note(node, "unknown import", f"{module} is not known to be harmless, and is not installed")
+
     def on_import(self, node: ast.Import) -> None:
+        self.check_place(node)
         for alias in node.names:
-            if find_sibling(alias.name, {f"{name}.py" for name in self.bindings}):
-                self.note(node, "import", alias.name, True)
-            else:
-                passes = rules.module_allowed(alias.name) and refused(alias.name) is None
-                self.note(node, "import", alias.name, passes)
+            own = find_sibling(alias.name, {f"{name}.py" for name in self.bindings}) is not None
+            self.note_import(
+                node, alias.name, own or (rules.module_allowed(alias.name) and refused(alias.name) is None)
+            )
+
+    def check_place(self, node: ast.Import | ast.ImportFrom) -> None:
+        """Check that an import does not make a module an attribute of a class, through which it could travel."""
+        scope = self.context.parent(node)
+        while scope is not None and not isinstance(scope, FUNCTIONS):
+            if isinstance(scope, ast.ClassDef):
+                self.note(node, "dynamic code", "an import in the body of a class")
+                return
+            scope = self.context.parent(scope)
 
     def on_importfrom(self, node: ast.ImportFrom) -> None:
+        self.check_place(node)
         module = node.module or ""
         own = node.level > 0 or find_sibling(module, {f"{name}.py" for name in self.bindings}) is not None
         if any(alias.name == "*" for alias in node.names):
@@ -167,7 +205,7 @@ class _Reader:
         if own:
             self.note(node, "import", module or ".", True)
         elif not rules.module_allowed(module):
-            self.note(node, "import", module)
+            self.note_import(node, module, False)
             return
         else:
             self.note(node, "import", module, True)
@@ -211,8 +249,9 @@ class _Reader:
     def check_limits(self, node: ast.expr, target: str) -> None:
         """Check the uses of a function that is harmless in some of them only."""
         for name in sorted(self.own(target)):
-            for known in {name, find_origin(name)} & rules.LIMITED.keys():
-                if not self.context.is_limited_use(node, rules.LIMITED[known]):
+            limits = rules.LIMITED | (rules.LIMITED_WITH_NUMPY if self.numpy else {})
+            for known in {name, find_origin(name)} & limits.keys():
+                if not self.context.is_limited_use(node, limits[known]):
                     self.note(node, "dynamic code", f"{known} used in an unusual way")
                     return
 
@@ -334,6 +373,8 @@ class _Reader:
                         self.check_store(node, name.value, value)
                 for concern in text_concerns(name.value):
                     self.note(node, "dynamic code", f"{concern} in a text")
+            elif function == "setattr" and self.context.is_own(value) and self.context.function(node) in self.plain:
+                pass
             elif modules or not is_clear(constant_start(name)):
                 self.note(node, "dynamic code", f"{function} with a computed name")
             elif function != "getattr" and not self.context.is_own(value):
@@ -379,11 +420,16 @@ class _Reader:
     def check_definition(self, node: ast.AST, name: str) -> None:
         if name.startswith("__") and name.endswith("__") and name not in rules.DEFINABLE_DUNDERS:
             self.note(node, "dynamic code", f"defines {name}")
+        elif name == "__getattr__" and self.numpy:
+            self.note(node, "dynamic code", f"defines {name}, which can answer to any name, beside numpy")
 
     def on_alias(self, node: ast.alias) -> None:
         self.check_definition(node, node.asname or "")
 
     def on_matchclass(self, node: ast.MatchClass) -> None:
+        if node.patterns:
+            # What they match is said by the class, in a list of names that may be computed.
+            self.note(node, "dynamic code", "a class pattern without the names of its attributes")
         for name in node.kwd_attrs:
             self.check_attribute(node, name)
 

@@ -85,6 +85,13 @@ class Context:
                      for n in ast.walk(scope))  # fmt: skip
         return bool(first) and first[0].arg == value.id and not scope.decorator_list and not stored
 
+    def function(self, node: ast.AST) -> int | None:
+        """Return the id of the innermost function around a node."""
+        scope = self.parent(node)
+        while scope is not None and not isinstance(scope, FUNCTIONS):
+            scope = self.parent(scope)
+        return None if scope is None else id(scope)
+
     def in_annotation(self, node: ast.AST) -> bool:
         """Whether an expression is part of an annotation."""
         parent = self.parent(node)

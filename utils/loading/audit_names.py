@@ -1,8 +1,10 @@
 """What the names in a source text stand for, found out without executing it."""
 
 import ast
+import importlib.machinery
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +35,8 @@ def imported_names(tree: ast.Module, files: set[str]) -> dict[str, set[str]]:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 target = alias.name if alias.asname else alias.name.split(".")[0]
-                bind(alias.asname or target, sibling(target, files) or target)
+                # `import torch.nn` binds torch itself, even beside a file torch.py.
+                bind(alias.asname or target, sibling(alias.name, files) or target)
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             base = "." + module if node.level else (sibling(module, files) or module)
@@ -96,13 +99,15 @@ def refused(name: str) -> str | None:
     if name in rules.ALLOWED_PRIVATE:
         return None
     for end in range(1, len(parts)):
+        # The module that a prefix leads to decides, as `torch.nn.functional.torch` is torch.
         prefix, part = ".".join(parts[:end]), parts[end]
+        real_prefix, in_module = resolve(prefix)
+        prefix = real_prefix if in_module else prefix
         dotted = f"{prefix}.{part}"
         if dotted in rules.DENIED_NAMES:
             return rules.DENIED_NAMES[dotted]
         if part in rules.DENIED_ATTRIBUTES:
             return rules.DENIED_ATTRIBUTES[part]
-        in_module = resolve(prefix)[1]
         if part.startswith("_") and (in_module or (part.startswith("__") and part not in rules.ALLOWED_DUNDERS)):
             return "dynamic code"
         if part.startswith("_") and not part.startswith("__") and part not in rules.ALLOWED_PRIVATE_ATTRIBUTES:
@@ -210,6 +215,23 @@ def resolve(name: str) -> tuple[str, bool]:
         return str(vars(current).get("__name__", name)), True
     home = getattr(current, "__module__", None) if isinstance(current, type) or callable(current) else None
     return (home if isinstance(home, str) else ""), False
+
+
+def hides_module(name: str) -> bool:
+    """Whether a file of this name stands before a module of Python or of an installed package."""
+    if name in sys.stdlib_module_names or name in {allowed.split(".")[0] for allowed in rules.ALLOWED_MODULES}:
+        return True
+    if name == __name__.partition(".")[0]:
+        # Seedbed's own package; a model may well have a file of that name, and cannot import the package.
+        return False
+    installed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    return importlib.machinery.PathFinder.find_spec(name, installed) is not None
+
+
+def is_installed(module: str) -> bool:
+    """Whether the package that a module belongs to can be found; nothing is executed by asking."""
+    top = module.split(".")[0]
+    return top in sys.modules or _exists(top)
 
 
 def _exists(module: str) -> bool:

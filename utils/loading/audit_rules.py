@@ -147,6 +147,13 @@ LIMITED = {
     "inspect.signature": Limit(1, frozenset({"obj"})),
     "torch.compile": Limit(1, frozenset({"mode", "fullgraph", "dynamic", "disable"}), bare=True),
 }
+# Where arrays of numpy are in reach, nothing may set an attribute whose name cannot be seen: an object that answers
+# to `__array_interface__` opens the memory of the process.
+LIMITED_WITH_NUMPY = {
+    "types.SimpleNamespace": Limit(),
+    "torch.nn.modules.container.ParameterDict": Limit(),
+}
+NUMPY_ATTRIBUTES = {"numpy", "np", "asnumpy"}
 LIMITED_METHODS = {"compile": LIMITED["torch.compile"]}
 ATTENTION = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None}
 
@@ -165,7 +172,8 @@ DENIED_NAMES = {
         for name in (
             "load", "save", "savez", "savez_compressed", "loadtxt", "savetxt", "genfromtxt", "fromfile", "fromregex",
             "memmap", "DataSource", "source", "info", "lookfor", "safe_eval", "recfromcsv", "recfromtxt", "ctypeslib",
-            "f2py", "distutils", "lib", "testing", "compat", "show_config",
+            "f2py", "distutils", "lib", "testing", "compat", "show_config", "test", "random.test", "fft.test",
+            "linalg.test",
         )
     },
     "string.Formatter": "dynamic code",
@@ -248,7 +256,7 @@ DENIED_ATTRIBUTES = {
 }  # fmt: skip
 # Refused on any value unless the model's own source defines an attribute of that name.
 DENIED_UNLESS_OWN = {
-    **dict.fromkeys(("load", "save", "open"), "file"),
+    **dict.fromkeys(("load", "save", "open", "raw", "stream", "stdout", "stderr"), "file"),
     **dict.fromkeys(("gc", "io", "nt", "operator", "manager"), "dynamic code"),
 }
 # Private attributes that models share with their base classes; others pass where the model's own source defines them.
@@ -293,7 +301,7 @@ DENIED_WORDS = (
 # Arguments that make transformers run code from elsewhere, as texts that are put into a dict of arguments.
 DENIED_ARGUMENTS = {"trust_remote_code", "custom_generate", "attn_implementation", "eval_str", "use_kernels"}
 # A computed name must not begin like one of these.
-UNCLEAR = {*DENIED_ATTRIBUTES, *DENIED_UNLESS_OWN, *METHOD_NAMES, *DENIED_BUILTINS, "forward", "func_"}
+UNCLEAR = {*NUMPY_ATTRIBUTES, *DENIED_ATTRIBUTES, *DENIED_UNLESS_OWN, *METHOD_NAMES, *DENIED_BUILTINS, "forward", "func_"}
 ALLOWED_PRIVATE = {
     "torch.__version__", "numpy.__version__", "transformers.__version__", "einops.__version__",
     "torch.nn.init._calculate_fan_in_and_fan_out", "torch.nn.init._calculate_correct_fan",

@@ -1,6 +1,7 @@
 """Can a position see later tokens? Proof by perturbation: change the suffix, and nothing before it may change."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.probing import content_input, has_length, logits, longest_length, short_length
 
+SIGHT_LENGTH = 12
 HINT = (
     "Mask the future where positions mix: scaled_dot_product_attention(..., is_causal=True) or a triangular mask; "
     "pad convolutions on the left only; never normalise or pool over time."
@@ -41,9 +43,61 @@ def check_causality(adapter: ModelAdapter, budget: Budget) -> Outcome:
         for length in [*lengths, longest] if longest > short else []:
             finding = finding or _test_length(adapter, length, (length - 1, length // 2), tried)
     largest = max(entry["change"] for entry in tried)
+    if finding is not None and adapter.task_assumed:
+        finding = _weigh(adapter, finding)
     findings = [finding] if finding else []
     why = f"no token changes an earlier logit, up to length {max(entry['length'] for entry in tried)}"
     return Outcome(largest, tried[-1]["tolerance"], why, findings, {"tried": tried})
+
+
+def _weigh(adapter: ModelAdapter, finding: Finding) -> Finding:
+    """Soften a leak where the task is only assumed and the model may well be an encoder.
+
+    A decoder whose mask was forgotten is the commonest silent fault, and without a mask it looks exactly like an
+    encoder: scores over the vocabulary, every position sees every other. So full sight alone excuses nothing. Only
+    together with a sign of its own (a mask token in the config, an encoder's name) does it make an encoder the likelier
+    reading; and a partial leak (one token ahead, from some length on, weak beside the past) is no encoder's doing.
+    """
+    if adapter.encoder_sign is None or not sees_everything(adapter):
+        hint = f"{finding.hint} If it is meant to see later tokens, say ModelSpec(task='masked_lm')."
+        return replace(finding, hint=hint)
+    message = (
+        f"every position sees every other; the task is only assumed to be causal, and {adapter.encoder_sign} "
+        f"speaks for an encoder: {finding.message}"
+    )
+    hint = "State the task: ModelSpec(task='masked_lm') if it may see later tokens, ModelSpec(task='causal_lm') if not."
+    return replace(finding, severity="warn", message=message, hint=hint)
+
+
+def sees_everything(adapter: ModelAdapter) -> bool:
+    """Tell whether every position is influenced by later tokens as it is by earlier ones."""
+    matrix = influence(adapter, adapter.legal_length(min(SIGHT_LENGTH, adapter.max_length.value or SIGHT_LENGTH)))
+    rows, columns = torch.triu_indices(len(matrix), len(matrix), 1)
+    future, past = matrix[rows, columns], matrix[columns, rows]
+    if not future.numel():
+        return False
+    seen = float((future > 1e-6 * matrix.max()).float().mean())
+    return seen > 0.95 and float(future.median()) > 0.1 * float(past.median())
+
+
+def influence(adapter: ModelAdapter, length: int) -> Tensor:
+    """Return how much changing each token changes each position's logits.
+
+    Returns:
+        ``(seq, seq)`` on the CPU; entry ``[i, j]`` is the largest change of the logits at position i when token j is
+        replaced.
+    """
+    inputs = adapter.example_inputs(1, length)
+    name = content_input(adapter)
+    base = logits(adapter, inputs)
+    replaced = replace_from(adapter, inputs[name], 0)
+    columns = []
+    for token in range(length):
+        changed = inputs[name].clone()
+        changed[:, token] = replaced[:, token]
+        difference = (logits(adapter, {**inputs, name: changed}) - base).abs()
+        columns.append(difference.amax(dim=(0, *range(2, difference.dim()))).float())
+    return torch.stack(columns, dim=1).cpu()
 
 
 def _test_length(

@@ -1,11 +1,13 @@
 """Does every trainable parameter get a finite gradient from the task's loss?
 
-One forward and backward pass in eval mode, so that dropout and stochastic depth cannot hide a part. A gradient of zero
-is no fault here: key biases have none by arithmetic, and neither have parts behind a zero-initialised branch or gate.
+One forward and backward pass in eval mode, so that dropout and stochastic depth cannot hide a part, and one in train
+mode. A gradient of zero is no fault here: key biases have none by arithmetic, and neither have parts behind a
+zero-initialised branch or gate. Only when all are zero is it one.
 """
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +27,14 @@ from utils.validation.probing import (
     logits,
     short_length,
 )
+from utils.validation.rectifiers import dead_rectifiers, watch_rectifiers
+from utils.validation.train_mode import check_train_mode
 
 LARGEST_NORM = 1e6
 LARGEST_BLOCK_RATIO = 1e4
 SHOWN = 6
+ADAPTER_NAME = re.compile(r"lora|adapter|ia3|prompt|prefix|(^|[._])(lm_)?(head|classifier|fc|score|out)s?[._]", re.I)
+ZERO_HINT = "Look for a multiplication by zero, round(), sign() or a clamp that cuts everything off before the loss."
 DETACHED_HINT = "Remove detach(), .data, no_grad(), argmax or numpy from the path between this part and the loss."
 UNUSED_HINT = (
     "Call it in forward(), or delete it: it takes memory, confuses the optimizer and breaks DistributedDataParallel."
@@ -39,26 +45,42 @@ FROZEN_HINT = "Set requires_grad = True, or list its prefix in ModelSpec(frozen=
 def check_gradient_flow(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """Run one forward and backward pass on random labels and look at every parameter's gradient.
 
+    A second pass runs in train mode, which is the mode that counts; see `utils.validation.train_mode`.
+
     Codes: ``detached_submodule``, ``unused_parameter``, ``frozen_parameter``, ``backward_crash``,
-    ``exploding_gradient``.
+    ``exploding_gradient``, ``zero_gradient``, ``dead_relu``, ``nan_output``.
     """
     parameters = dict(adapter.module.named_parameters())
     if not parameters:
         raise Skipped("the model has no parameters")
     ran: dict[str, int] = {}
+    in_eval: list[Finding] = []
     try:
-        loss = _backward(adapter, ran)
+        with watch_rectifiers(adapter.module) as rectified:
+            loss = _backward(adapter, ran)
     except _BackwardError as error:
         hint = "Avoid in-place operations on tensors that autograd needs, and outputs that carry no gradient."
-        return Outcome("crash", "a gradient", "", [Finding("backward_crash", "fail", error.where, str(error), hint)])
+        findings = [Finding("backward_crash", "fail", error.where, str(error), hint)]
+        if check_train_mode(adapter, training_inputs(adapter)):
+            return Outcome("crash", "a gradient", "", findings)
+        # Caches that eval mode fills in place break its backward pass; training is none the worse for it.
+        message = f"in eval mode {error}; in train mode it works"
+        in_eval = [replace(findings[0], severity="warn", message=message)]
+        loss = None
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     norms = {name: float(p.grad.float().norm()) for name, p in trainable.items() if p.grad is not None}
-    findings = _explosions(adapter, trainable, norms, loss)
+    findings = in_eval + _explosions(adapter, trainable, norms, loss)
+    findings += dead_rectifiers(adapter, rectified)
+    if norms and not any(norms.values()):
+        findings.append(Finding("zero_gradient", "fail", adapter.name, _all_zero(norms), ZERO_HINT))
     missing = [name for name, p in trainable.items() if p.grad is None]
     if missing:
         missing = _still_missing(adapter, missing)
     findings += _without_gradient(adapter, missing, ran, norms)
     findings += _frozen(adapter, parameters)
+    # A loss that is not finite, or a graph that is cut, would only be found a second time.
+    if loss is not None and math.isfinite(loss) and not any(f.code == "exploding_gradient" for f in findings):
+        findings += check_train_mode(adapter, training_inputs(adapter))
     total = math.sqrt(sum(norm**2 for norm in norms.values()))
     zero = [name for name, norm in norms.items() if norm == 0]
     details: dict[str, Any] = {
@@ -265,6 +287,20 @@ def _frozen(adapter: ModelAdapter, parameters: dict[str, nn.Parameter]) -> list[
         for name, p in parameters.items()
         if not p.requires_grad and not name.startswith(tuple(adapter.spec.frozen)) and p.is_floating_point()
     ]
+    fixed = sum(parameters[name].numel() for name in frozen)
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    rest = sum(p.numel() for p in trainable.values())
+    if fixed and not trainable:
+        message = f"requires_grad is False for all {fixed:,} numbers: there is nothing to train"
+        return [Finding("frozen_parameter", "fail", adapter.name, message, FROZEN_HINT)]
+    if fixed > rest and not _is_adapter(adapter, trainable):
+        largest = max(frozen, key=lambda name: parameters[name].numel())
+        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in trainable))
+        message = (
+            f"{fixed:,} of {fixed + rest:,} numbers are frozen, this the largest tensor of them; "
+            f"only {parts} train, and that is no adapter and no head"
+        )
+        return [Finding("frozen_parameter", "warn", largest, message, FROZEN_HINT)]
     stray = [name for name in frozen if not _frozen_on_purpose(adapter, name, parameters)]
     findings = []
     for index, name in enumerate(stray[:SHOWN]):
@@ -273,6 +309,33 @@ def _frozen(adapter: ModelAdapter, parameters: dict[str, nn.Parameter]) -> list[
         message = f"requires_grad is False for {count:,} numbers while the rest of the model trains{more}"
         findings.append(Finding("frozen_parameter", "warn", name, message, FROZEN_HINT))
     return findings
+
+
+def _is_adapter(adapter: ModelAdapter, trainable: dict[str, nn.Parameter]) -> bool:
+    """Tell whether what trains is what one trains on top of a frozen model: adapters, prompts, vectors, the head."""
+    head = last_wide_module(adapter)
+    return all(
+        ADAPTER_NAME.search(name) or p.dim() < 2 or (head and name.startswith(f"{head}."))
+        for name, p in trainable.items()
+    )
+
+
+def last_wide_module(adapter: ModelAdapter) -> str | None:
+    """Return the last module to finish whose output is as wide as the logits and that has no parts."""
+    found: list[str] = []
+    width = logits(adapter, training_inputs(adapter)).shape[-1:]
+
+    def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.shape[-1:] == width and next(child.children(), None) is None:
+            found.append(name)
+
+    with observe(adapter.module, note):
+        logits(adapter, training_inputs(adapter))
+    return found[-1] if found else None
+
+
+def _all_zero(norms: dict[str, float]) -> str:
+    return f"all {len(norms)} gradients are exactly zero"
 
 
 def _frozen_on_purpose(adapter: ModelAdapter, name: str, parameters: dict[str, nn.Parameter]) -> bool:

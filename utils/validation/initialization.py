@@ -5,6 +5,8 @@ A model whose normalisation layers and biases have left their starting values co
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 from utils.adapters.capture import first_tensor, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.structure import blocks
+from utils.validation.causality import replace_from
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.gradient_flow import training_inputs
-from utils.validation.probing import logits
+from utils.validation.probing import content_input, logits
 
 EXPLODING_HINT = (
     "Initialise with a standard deviation near 1/sqrt(fan-in) (0.02 is usual), residual outputs smaller still."
@@ -25,6 +28,7 @@ SYMMETRIC_HINT = (
     "Initialise with random numbers: units that start equal stay equal, so the layer has the power of one unit."
 )
 ZERO_HINT = "Initialise with small random numbers; zero is right only on a branch that a residual path bypasses."
+IGNORED_HINT = "Follow the input through forward(): it is overwritten, multiplied by zero, or never used."
 CLASSIFYING = ("causal_lm", "masked_lm", "seq2seq", "text_classification", "image_classification",
                "audio_classification", "tabular_classification")  # fmt: skip
 
@@ -32,7 +36,8 @@ CLASSIFYING = ("causal_lm", "masked_lm", "seq2seq", "text_classification", "imag
 def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """Compare the first loss with chance, follow the signal through the blocks, look for equal and zero weights.
 
-    Codes: ``exploding_init``, ``vanishing_init``, ``symmetric_init``, ``zero_init``.
+    Codes: ``exploding_init``, ``vanishing_init``, ``symmetric_init``, ``zero_init``, ``constant_output``,
+    ``ignored_input``.
     """
     if not any(True for _ in adapter.module.parameters()):
         raise Skipped("the model has no parameters")
@@ -76,6 +81,8 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
     findings += _zeros(adapter, inputs, head)
     if not findings:
         findings += _lost_input(scales, variations, result, fresh)
+    if not findings:
+        findings += _ignored_input(adapter, inputs, result)
     details = {
         "loss": loss,
         "chance": chance,
@@ -145,6 +152,28 @@ def _lost_input(scales: dict[str, float], variations: dict[str, float], result: 
     return []
 
 
+def _ignored_input(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> list[Finding]:
+    """Find a model whose output is the same whatever goes in, and not only because a head starts at zero."""
+    other = {**inputs}
+    for name in {adapter.main_input, content_input(adapter)}:
+        ids = adapter.modality == "tokens" or not inputs[name].is_floating_point()
+        other[name] = replace_from(adapter, inputs[name], 0) if ids else torch.randn_like(inputs[name]) + inputs[name]
+    if (adapter.modality == "tokens" and adapter.readable_ids() < 2) or not bool(
+        (logits(adapter, other) == result).all()
+    ):
+        return []
+    # Zeros that a first step moves are replaced by noise: a head or a gate that starts there hides nothing for long.
+    zeros = [n for n, p in adapter.module.named_parameters() if p.is_floating_point() and not bool(p.detach().any())]
+    with noise_instead(adapter, zeros):
+        first, second = logits(adapter, inputs), logits(adapter, other)
+    if bool((first != second).any()):
+        return []
+    constant = bool((result == result.flatten()[0]).all())
+    what = f"the output is {float(result.flatten()[0]):.3g} everywhere" if constant else "replacing all of the input"
+    message = f"{what}, for any input" if constant else f"{what} (`{adapter.main_input}`) leaves the output as it is"
+    return [Finding("constant_output" if constant else "ignored_input", "fail", adapter.name, message, IGNORED_HINT)]
+
+
 def _thinned(values: list[float], count: int = 8) -> list[float]:
     """Return at most `count` values, evenly spaced, the last included."""
     step = max(1, math.ceil(len(values) / count))
@@ -158,7 +187,8 @@ def _first_loss(
     if explained:
         return []
     spread = float(result.float().std())
-    # Default N(0, 1) embeddings tied to the head reach about sqrt(width) * sqrt(2 ln V) and still train: those warn.
+    # Default N(0, 1) embeddings tied to the head reach about sqrt(width) * sqrt(2 ln V) and still train: those warn. So
+    # does a head or an embedding scaled thirtyfold: the first steps undo it; only beyond the limit training breaks.
     limit = max(20 * chance, 100.0)
     message = (
         f"the first loss is {loss:.1f}, chance is ln({result.shape[-1]}) = {chance:.2f} (logits spread {spread:.2g})"
@@ -231,9 +261,10 @@ def _zeros(adapter: ModelAdapter, inputs: dict[str, Tensor], head: str | None) -
     return findings
 
 
-def _tells_apart(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str], keep: list[str]) -> bool:
-    """Tell whether the logits differ between samples when all `zeros` but `keep` hold noise instead."""
-    replaced = {id(adapter.module.get_parameter(name)) for name in zeros if name not in keep}
+@contextmanager
+def noise_instead(adapter: ModelAdapter, names: list[str]) -> Iterator[None]:
+    """Let these parameters hold noise inside the block; their own tensors are not touched."""
+    replaced = {id(adapter.module.get_parameter(name)) for name in names}
     swapped: list[tuple[dict[str, Any], str, Any]] = []
     for module in adapter.module.modules():
         for key, parameter in module._parameters.items():
@@ -241,10 +272,16 @@ def _tells_apart(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[s
                 swapped.append((module._parameters, key, parameter))
                 module._parameters[key] = nn.Parameter(torch.randn_like(parameter) * 0.1, requires_grad=False)
     try:
-        result = logits(adapter, inputs).float()
+        yield
     finally:
         for owner, key, parameter in swapped:
             owner[key] = parameter
+
+
+def _tells_apart(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str], keep: list[str]) -> bool:
+    """Tell whether the logits differ between samples when all `zeros` but `keep` hold noise instead."""
+    with noise_instead(adapter, [name for name in zeros if name not in keep]):
+        result = logits(adapter, inputs).float()
     scale = float(result.abs().max())
     # Positions alone can make a row of logits vary, so samples are compared at equal positions.
     return float((result[0] - result[-1]).abs().max()) > 1e-6 * max(scale, 1e-12)

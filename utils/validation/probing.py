@@ -131,16 +131,29 @@ def longest_length(adapter: ModelAdapter, budget: Budget, passes: int, batch_siz
     limit = stated or UNBOUNDED_LENGTH
     width = adapter.vocab_size.value or 1
     length = max(1, min(limit, LONGEST_LENGTH, int(LARGEST_LOGITS / (4 * width * batch_size))))
-    reference = min(32, length)
+    reference = adapter.legal_length(min(32, length))
     seconds = forward_seconds(adapter, reference, batch_size)
+    if (
+        length >= 512
+        and budget.remaining() / 4 > 8 * seconds
+        and passes * seconds * length / reference > (budget.remaining())
+    ):
+        # A token of a longer text costs less; where the first guess says no, a better one is worth its time.
+        reference *= 4
+        seconds = forward_seconds(adapter, reference, batch_size)
     while length > 64 and passes * seconds * (length / reference) > budget.remaining():
         length //= 2
     length = adapter.legal_length(length)
     if stated and length < limit:
-        note = f"length {length} stands for the maximum of {limit}"
+        note = stand_in(length, limit)
         if note not in budget.reduced:
             budget.reduced.append(note)
     return length
+
+
+def stand_in(length: int, limit: int) -> str:
+    """Return the note that a shorter length was tried instead of the maximum."""
+    return f"length {length} stands for the maximum of {limit}"
 
 
 def forward_seconds(adapter: ModelAdapter, length: int | None, batch_size: int = 1) -> float:

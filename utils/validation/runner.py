@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from utils.validation.check import Budget, Check, CheckResult, Finding, Outcome,
 from utils.validation.probing import ModelCrash, first_line, is_out_of_memory
 from utils.validation.report import ValidationReport
 
+CHANGED = "state_across_calls"
 LARGE_MODEL = 20_000_000
 DEFAULT_SECONDS = {1: 22.0, 2: 150.0}
 
@@ -41,13 +43,21 @@ def run_checks(
     started = time.perf_counter()
     total = time_budget if time_budget is not None else sum(DEFAULT_SECONDS[tier] for tier in {c.tier for c in checks})
     results: list[CheckResult] = []
+    changed = adapter.changed
     with progress_bar(len(checks), "validating", enabled=progress) as bar:
-        for index, check in enumerate(checks):
-            bar.set_description_str(check.title)
-            left = max(0.0, total - (time.perf_counter() - started))
-            share = check.share / sum(later.share for later in checks[index:])
-            results.append(run_check(adapter, check, left * share, seed))
-            bar.update()
+        try:
+            # One outermost block, so that the parameters are copied once and not by every check.
+            with preserved(adapter.module, seed, "checks"):
+                for index, check in enumerate(checks):
+                    bar.set_description_str(check.title)
+                    left = max(0.0, total - (time.perf_counter() - started))
+                    share = check.share / sum(later.share for later in checks[index:])
+                    results.append(run_check(adapter, check, left * share, seed))
+                    bar.update()
+        except ModelChangedError as error:
+            changed = changed or error
+    if changed is not None and results and not any(f.code == CHANGED for r in results for f in r.findings):
+        results[0] = _with_finding(results[0], _changed_finding(adapter, changed))
     return ValidationReport(
         results=tuple(results),
         model=adapter.name,
@@ -71,8 +81,10 @@ def run_check(adapter: ModelAdapter, check: Check, seconds: float, seed: int = 0
     except Skipped as reason:
         skipped = str(reason)
     except ModelChangedError as error:
-        finding = Finding("state_across_calls", "fail", adapter.name, str(error), error.action)
-        outcome = Outcome("changed", "unchanged", str(error), (finding,))
+        # It is raised at the end of the block, when the check has its answer.
+        finding = _changed_finding(adapter, error)
+        known = outcome or Outcome("changed", "unchanged", "")
+        outcome = Outcome(known.value, known.threshold, known.why, (finding, *known.findings), known.details)
     except ModelCrash as crash:
         hint = "Make the model take every legal input; shape_robustness lists what was tried."
         finding = Finding("shape_crash", "fail", crash.where, str(crash), hint)
@@ -96,6 +108,17 @@ def run_check(adapter: ModelAdapter, check: Check, seconds: float, seed: int = 0
     return CheckResult(
         check.id, check.tier, status, outcome.value, outcome.threshold, why, budget.spent(), details, findings
     )
+
+
+def _changed_finding(adapter: ModelAdapter, error: ModelChangedError) -> Finding:
+    """Describe a forward pass that changes parameters."""
+    return Finding(CHANGED, "fail", error.names[0], str(error), error.action)
+
+
+def _with_finding(result: CheckResult, finding: Finding) -> CheckResult:
+    """Add a fault to a result."""
+    findings = (finding, *result.findings)
+    return replace(result, status=finding.severity, why=finding.message, findings=findings)
 
 
 def _release() -> None:

@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.spec import ModelSpec
 from utils.runtime.errors import ConfigError
 from utils.runtime.isolation import preserved
 from utils.runtime.optional import require
-from utils.validation.causality import replace_from
+from utils.validation.causality import influence
 from utils.validation.check import Budget, json_safe
 from utils.validation.initialization import check_initialization
-from utils.validation.probing import content_input, has_length, logits
+from utils.validation.probing import has_length
 
 MATRIX_LENGTH = 24
 
@@ -81,8 +80,8 @@ def _influence(adapter: ModelAdapter, figure_class: Any) -> Shown:
             f"{adapter.name} gives no logit per token ({adapter.task.value}).",
             "Influence between positions needs a language model.",
         )
-    matrix = influence_matrix(adapter, min(MATRIX_LENGTH, adapter.max_length.value or MATRIX_LENGTH))
-    length = len(matrix)
+    length = adapter.legal_length(min(MATRIX_LENGTH, adapter.max_length.value or MATRIX_LENGTH))
+    matrix = influence(adapter, length).numpy()
     future = matrix[np.triu_indices(length, 1)]
     figure = figure_class(figsize=(5.6, 4.8))
     axes = figure.add_subplot()
@@ -97,25 +96,6 @@ def _influence(adapter: ModelAdapter, figure_class: Any) -> Shown:
         "In a causal model everything above the white line is dark."
     )
     return Shown("future_leakage", figure, {"influence": matrix.tolist(), "largest_from_future": largest}, text)
-
-
-def influence_matrix(adapter: ModelAdapter, length: int) -> np.ndarray:
-    """Return how much changing each token changes each position's logits.
-
-    Returns:
-        ``(seq, seq)``; entry ``[i, j]`` is the largest change of the logits at position i when token j is replaced.
-    """
-    inputs = adapter.example_inputs(1, length)
-    name = content_input(adapter)
-    base = logits(adapter, inputs)
-    replaced = replace_from(adapter, inputs[name], 0)
-    columns = []
-    for token in range(length):
-        changed = inputs[name].clone()
-        changed[:, token] = replaced[:, token]
-        difference = (logits(adapter, {**inputs, name: changed}) - base).abs()
-        columns.append(difference.amax(dim=(0, *range(2, difference.dim()))).float())
-    return torch.stack(columns, dim=1).cpu().numpy()
 
 
 def _scale(adapter: ModelAdapter, figure_class: Any, code: str) -> Shown:

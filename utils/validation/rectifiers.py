@@ -1,0 +1,75 @@
+"""Rectifiers that let nothing through: every unit of every sample is zero, so no gradient passes either."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from utils.adapters.model_adapter import ModelAdapter
+from utils.validation.check import Finding
+
+HINT = "Check the bias and the scale of the layer before it; initialise biases at zero, or use GELU or LeakyReLU."
+RECTIFIERS = {functional.relu, functional.relu_, functional.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+FEWEST_VALUES = 32
+"""Fewer values than this may all be negative by chance."""
+
+
+class Rectified(TorchFunctionMode):
+    """Notes what each rectifier lets through, by the module that called it.
+
+    Attributes:
+        alive: Whether any value of any call was above zero, by name of the module.
+    """
+
+    def __init__(self) -> None:
+        """Start with none seen."""
+        super().__init__()
+        self.alive: dict[str, bool] = {}
+        self.running: list[str] = [""]
+
+    def leave(self) -> None:
+        """Note that the innermost module is done."""
+        self.running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call and look at the result of rectifiers."""
+        # In place, the input would be gone afterwards.
+        weighed = func in RECTIFIERS and args and args[0].requires_grad and args[0].numel() >= FEWEST_VALUES
+        # Exact zeros come from layers that start at zero on purpose.
+        weighed = weighed and bool(args[0].any())
+        result = func(*args, **(kwargs or {}))
+        if weighed:
+            name = self.running[-1]
+            self.alive[name] = self.alive.get(name, False) or bool(result.any())
+        return result
+
+
+@contextmanager
+def watch_rectifiers(module: nn.Module) -> Iterator[Rectified]:
+    """Watch the rectifiers of all passes inside the block."""
+    seen = Rectified()
+    handles = []
+    for name, child in module.named_modules():
+        handles.append(child.register_forward_pre_hook(lambda *_, name=name: seen.running.append(name)))
+        handles.append(child.register_forward_hook(lambda *_: seen.leave()))
+    try:
+        with seen:
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def dead_rectifiers(adapter: ModelAdapter, seen: Rectified) -> list[Finding]:
+    """Judge: all dead is a fault, some dead in a model whose other paths work is worth a look."""
+    dead = [name for name, alive in seen.alive.items() if not alive]
+    if not dead:
+        return []
+    every = len(dead) == len(seen.alive)
+    places = dead[0] or adapter.name
+    message = f"{len(dead)} of {len(seen.alive)} ReLUs give zero for every unit of every sample, this one first"
+    return [Finding("dead_relu", "fail" if every else "warn", places, message, HINT)]
