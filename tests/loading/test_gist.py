@@ -187,6 +187,39 @@ def test_a_slow_server_times_out(github: Any) -> None:
     assert time.monotonic() - start < 3
 
 
+def trickle(handler: Any) -> None:
+    """Send a header that never ends, one byte at a time."""
+    try:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        for _ in range(30):
+            handler.wfile.write(b"a")
+            time.sleep(0.05)
+    except OSError:
+        pass
+
+
+def silent(handler: Any) -> None:
+    time.sleep(1.5)
+
+
+@pytest.mark.parametrize("answer", [trickle, silent])
+def test_all_attempts_together_have_a_deadline(github: Any, answer: Any) -> None:
+    github.answers[PATH] = answer
+    start = time.monotonic()
+    with pytest.raises(FetchError, match=r"did not answer within 0\.\d+ s. Tried 2 times.*longer timeout="):
+        fetch(timeout=0.3, deadline=0.5)
+    assert time.monotonic() - start < 1.2
+
+
+def test_the_deadline_is_half_a_minute_or_the_time_of_one_attempt(github: Any) -> None:
+    assert GitHubClient().deadline == 30 and GitHubClient(timeout=90).deadline == 90
+    github.answers[PATH] = silent
+    start = time.monotonic()
+    with pytest.raises(FetchError, match="Tried 1 time[.]"):
+        load_model(GIST, timeout=0.3, deadline=0.3)
+    assert time.monotonic() - start < 1
+
+
 def test_no_server() -> None:
     with pytest.raises(FetchError, match=r"no connection to 127\.0\.0\.1:9.*local copy"):
         fetch(api="http://127.0.0.1:9")

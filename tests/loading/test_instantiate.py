@@ -1,5 +1,6 @@
 """Source becomes a model, or an error with the reason and the line."""
 
+import html
 import inspect
 import json
 import pickle
@@ -125,6 +126,41 @@ def test_refused_with_the_reason(
         load_model(write(tmp_path, source, config, blocks=HEAD + model("Inner")))
     assert all(word in str(caught.value) for word in words), caught.value
     assert not [name for name in set(sys.modules) - before if name.startswith("seedbed_model")]
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "used"),
+    [
+        (model("Foo"), {"model_name": "Bar"}, "Foo"),
+        (model("Foo"), {"model_name": "My GPT"}, "Foo"),
+        (model("Model"), {"model_name": "GPT"}, "Model"),
+        (model("Foo") + "def build_model():\n    return Foo()\n", {"model_name": "x"}, "build_model"),
+    ],
+)
+def test_a_title_in_model_name_is_noted(tmp_path: Path, source: str, config: Any, used: str) -> None:
+    loaded = load_model(write(tmp_path, source, config))
+    note = f'config.json names the model "{config["model_name"]}"; model.py has no class of that name: {used} was used.'
+    assert loaded.notes == (note,) and loaded.to_dict()["notes"] == [note]
+    assert html.escape(note) in loaded._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from torch.nn import Linear as Bar\n" + model("Foo", body="self.lin = Bar(4, 4)"),
+        "class Bar:\n    pass\n" + model("Foo"),
+        model("Foo") + "    class Bar(nn.Module):\n        pass\n",
+    ],
+)
+def test_model_name_does_not_name_something_else(tmp_path: Path, source: str) -> None:
+    with pytest.raises(InstantiationError, match='config.json names the class "Bar", and model.py defines Foo'):
+        load_model(write(tmp_path, source, {"model_name": "Bar"}))
+
+
+def test_a_part_that_model_name_names_is_loaded(tmp_path: Path) -> None:
+    source = model("Part") + model("Whole", body="self.lin = Part()")
+    loaded = load_model(write(tmp_path, source, {"model_name": "Part"}))
+    assert loaded.name == "Part" and loaded.notes == ()
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.loading import example_names, load_model
+from utils.loading import example_names, load_model, read_code
 from utils.runtime.errors import ConfigError, FetchError, InstantiationError
 
 
@@ -64,6 +64,13 @@ def test_a_loaded_model_describes_itself() -> None:
     assert described["audit"]["harmless"] is True and len(described["sha256"]) == 64
     page = loaded._repr_html_()
     assert "1.1M parameters" in page and "harmless" in page and "<b>&quot;" not in page and "&lt;b&gt;" in page
+
+
+def test_a_representation_is_one_short_line() -> None:
+    assert repr(load_model("example:gpt")) == "LoadedModel(GPT, 1.1M parameters, from example:gpt)"
+    assert repr(load_model(nn.Linear(2, 2))) == "LoadedModel(Linear, 6 parameters, from a module)"
+    assert repr(read_code("example:gpt")) == "ModelCode(example:gpt, 2 files, harmless)"
+    assert repr(read_code("hub:owner/name")) == "ModelCode(hub:owner/name, built by transformers)"
 
 
 def test_gpt_is_causal_and_reads_positions() -> None:

@@ -99,6 +99,16 @@ def test_refused(text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("exmaple:gpt", "example:gpt"), ("Example:gpt", "example:gpt"), ("examples:gpt", "example:gpt"),
+     ("hubs:gpt2", "hub:gpt2"), ("gists:" + ID, "gist:" + ID)],
+)  # fmt: skip
+def test_a_misspelt_place_is_corrected(text: str, meant: str) -> None:
+    with pytest.raises(ModelReferenceError, match=f"Did you mean {meant}\\?"):
+        parse_reference(text)
+
+
 def test_an_error_shows_no_secret() -> None:
     with pytest.raises(ModelReferenceError) as caught:
         parse_reference("https://me:hunter2@example.org/x?token=SECRET")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from utils.loading import audit_rules as rules
 from utils.loading.audit_attributes import plain_constructors, reaches_numpy
-from utils.loading.audit_context import Context, constant_start, definitions, is_clear, text_concerns
+from utils.loading.audit_context import Context, constant_start, definitions, is_clear, is_main_guard, text_concerns
 from utils.loading.audit_names import (
     COMPREHENSIONS,
     FUNCTIONS,
@@ -107,10 +107,10 @@ class _Reader:
         self.aliases: set[int] = set()
         self.top: set[int] = set()
 
-    def note(self, node: ast.AST, category: str, what: str, harmless: bool = False) -> None:
+    def note(self, node: ast.AST, category: str, what: str, harmless: bool = False, *, missing: bool = False) -> None:
         line = getattr(node, "lineno", 1)
         source = self.lines[line - 1] if line <= len(self.lines) else ""
-        self.items.append(AuditItem(category, self.file, line, source, what, harmless))
+        self.items.append(AuditItem(category, self.file, line, source, what, harmless, missing))
 
     def read(self, tree: ast.Module) -> None:
         self.top = {id(statement) for statement in tree.body}
@@ -122,7 +122,7 @@ class _Reader:
             for name in (getattr(node, "arg", None), getattr(node, "name", None), getattr(node, "asname", None))
         } | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
         for statement in tree.body:
-            if "__name__" not in bound and _is_main_guard(statement):
+            if "__name__" not in bound and is_main_guard(statement):
                 for alternative in statement.orelse:  # type: ignore[attr-defined]
                     self.visit(alternative)
             else:
@@ -170,10 +170,10 @@ class _Reader:
         """Note an import, telling a package that nobody has judged from a module known to reach further."""
         if passes or module.split(".")[0] in sys.stdlib_module_names or rules.module_allowed(module.split(".")[0]):
             self.note(node, "import", module, passes)
-        elif is_installed(module):
-            self.note(node, "unknown import", f"{module} is not known to be harmless")
         else:
-            self.note(node, "unknown import", f"{module} is not known to be harmless, and is not installed")
+            missing = not is_installed(module)
+            what = f"{module} is not known to be harmless" + (", and is not installed" if missing else "")
+            self.note(node, "unknown import", what, missing=missing)
 
     def on_import(self, node: ast.Import) -> None:
         self.check_place(node)
@@ -320,6 +320,8 @@ class _Reader:
             ) or (isinstance(value, ast.Name) and value.id == "object")
             if name not in rules.ALLOWED_DUNDERS and not (name in rules.SUPER_DUNDERS and on_super):
                 self.note(node, "dynamic code", f".{name}")
+            elif name == "__setattr__" and self.numpy:
+                self.note(node, "dynamic code", f".{name}, which can set any name, beside numpy")
             elif name == "__class__" and not self.context.is_harmless_type(node):
                 self.note(node, "dynamic code", ".__class__ as a value")
         elif name in rules.DENIED_ATTRIBUTES and not (called and name in rules.METHOD_NAMES):
@@ -486,17 +488,3 @@ class _Reader:
 
 def _is_stored(node: ast.AST) -> TypeGuard[ast.Name]:
     return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-
-
-def _is_main_guard(node: ast.stmt) -> bool:
-    if not isinstance(node, ast.If) or not isinstance(node.test, ast.Compare):
-        return False
-    test = node.test
-    return (
-        isinstance(test.left, ast.Name)
-        and test.left.id == "__name__"
-        and len(test.ops) == 1
-        and isinstance(test.ops[0], ast.Eq)
-        and isinstance(test.comparators[0], ast.Constant)
-        and test.comparators[0].value == "__main__"
-    )

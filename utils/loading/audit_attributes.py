@@ -1,6 +1,7 @@
 """When model code may set or answer for attributes whose names are computed."""
 
 import ast
+import builtins
 from collections.abc import Mapping
 
 from utils.loading import audit_rules as rules
@@ -12,7 +13,9 @@ def reaches_numpy(trees: Mapping[str, ast.Module], bindings: Mapping[str, Mappin
 
     To numpy an object with one certain attribute is a piece of memory at an address of the object's choice.
     """
-    if any(target.split(".")[0] == "numpy" for names in bindings.values() for found in names.values() for target in found):
+    if any(
+        target.split(".")[0] == "numpy" for names in bindings.values() for found in names.values() for target in found
+    ):
         return True
     return any(
         (isinstance(node, ast.Attribute) and node.attr in rules.NUMPY_ATTRIBUTES)
@@ -42,12 +45,15 @@ def plain_constructors(trees: Mapping[str, ast.Module], imported: Mapping[str, s
     if {"super", "object"} & set(bound) or any(map(_mentions_init, nodes)):
         return set()
     classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    builtin = {(name,) for name in vars(builtins)}
     bases: set[str] = set()
     for base in (base.value if isinstance(base, ast.Subscript) else base for node in classes for base in node.bases):
         chain = dotted(base)
         if chain == ("object",):
             continue
-        if not chain or (chain[0] not in imported and (len(chain) > 1 or bound.count(chain[0]) != 1)):
+        if not chain or bound.count(chain[0]) != (0 if chain in builtin else 1):
+            return set()
+        if chain[0] not in {*imported, *(kind.name for kind in classes)} and chain not in builtin:
             return set()
         bases.add(chain[0])
     return {

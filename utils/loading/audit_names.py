@@ -194,7 +194,9 @@ def resolve(name: str) -> tuple[str, bool]:
     """
     parts = name.split(".")
     if parts[0] not in sys.modules:
-        # Not in memory: a listed module is what it says, and so is a prefix of one.
+        # Not in memory: a listed module is what it says, and so is a prefix of one. A name in capitals is a class.
+        if parts[-1][:1].isupper():
+            return "", False
         return (name, True) if rules.module_allowed(name) or _is_parent(name) or len(parts) == 1 else ("", False)
     current: Any = sys.modules[parts[0]]
     for position, part in enumerate(parts[1:], 2):
@@ -208,7 +210,8 @@ def resolve(name: str) -> tuple[str, bool]:
         elif _exists(dotted):
             # What a module that is not in memory contains is unknown, short of its submodules.
             whole = ".".join((dotted, *parts[position:]))
-            return (whole, True) if whole == dotted or rules.module_allowed(whole) else ("", False)
+            listed = rules.module_allowed(whole) and not parts[-1][:1].isupper()
+            return (whole, True) if whole == dotted or listed else ("", False)
         else:
             return "", False
     if isinstance(current, ModuleType):

@@ -14,7 +14,7 @@ class AuditItem:
     """One thing the source does."""
 
     category: str
-    """"import", "file", "network", "process", "dynamic code" or "changes other code"."""
+    """"import", "unknown import", "file", "network", "process", "dynamic code" or "changes other code"."""
     file: str
     """Name of the file."""
     line: int
@@ -25,6 +25,8 @@ class AuditItem:
     """What it touches."""
     harmless: bool
     """Whether it passes without the user's consent."""
+    missing: bool = False
+    """Whether it imports a package that is not installed."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,18 @@ class AuditReport:
 
     def require_harmless(self) -> None:
         """Raise an `AuditError` that shows the lines unless the code is harmless."""
-        if not self.harmless:
-            raise AuditError(
-                "The model's code does more than model code needs:\n" + "\n".join(self._listing()) + "\n",
-                "Expected only imports and calls known to be harmless.",
-                "Read these lines; if you trust them, load again with trust=True.",
-            )
+        if self.harmless:
+            return
+        unknown = all(item.category == "unknown import" for item in self.concerns)
+        found = "imports a package that is not known to be harmless" if unknown else "does more than model code needs"
+        action = "Read these lines; if you trust them, load again with trust=True."
+        if missing := sorted({item.what.split()[0].split(".")[0] for item in self.concerns if item.missing}):
+            action += f" That alone will not help: install {', '.join(missing)} first."
+        raise AuditError(
+            f"The model's code {found}:\n" + "\n".join(self._listing()) + "\n",
+            "Expected only imports and calls known to be harmless.",
+            action,
+        )
 
     def _repr_html_(self) -> str:
         verdict = "harmless" if self.harmless else f"{len(self.concerns)} lines to read before this runs"

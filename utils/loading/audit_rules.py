@@ -301,7 +301,15 @@ DENIED_WORDS = (
 # Arguments that make transformers run code from elsewhere, as texts that are put into a dict of arguments.
 DENIED_ARGUMENTS = {"trust_remote_code", "custom_generate", "attn_implementation", "eval_str", "use_kernels"}
 # A computed name must not begin like one of these.
-UNCLEAR = {*NUMPY_ATTRIBUTES, *DENIED_ATTRIBUTES, *DENIED_UNLESS_OWN, *METHOD_NAMES, *DENIED_BUILTINS, "forward", "func_"}
+UNCLEAR = {
+    *NUMPY_ATTRIBUTES,
+    *DENIED_ATTRIBUTES,
+    *DENIED_UNLESS_OWN,
+    *METHOD_NAMES,
+    *DENIED_BUILTINS,
+    "forward",
+    "func_",
+}
 ALLOWED_PRIVATE = {
     "torch.__version__", "numpy.__version__", "transformers.__version__", "einops.__version__",
     "torch.nn.init._calculate_fan_in_and_fan_out", "torch.nn.init._calculate_correct_fan",

@@ -7,7 +7,9 @@ redirect. Only http and https are spoken, so no answer can make the client read 
 import http.client
 import json
 import os
+import queue
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +24,7 @@ from utils.runtime.secrets import find_secret
 
 DEFAULT_API = "https://api.github.com"
 DEFAULT_TIMEOUT = 15.0
+DEFAULT_DEADLINE = 30.0
 _ATTEMPTS = 4
 _FIRST_DELAY = 0.5
 
@@ -68,11 +71,11 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 class _Retry(Exception):
-    """A failure that may pass; carries the error to raise when it does not."""
+    """A failure that may pass; carries what was found, and what to do when it does not pass."""
 
-    def __init__(self, error: FetchError) -> None:
-        self.error = error
-        super().__init__(str(error))
+    def __init__(self, found: str, action: str) -> None:
+        self.found, self.action = found, action
+        super().__init__(found)
 
 
 class GitHubClient:
@@ -85,6 +88,7 @@ class GitHubClient:
         timeout: float = DEFAULT_TIMEOUT,
         max_bytes: int = DEFAULT_MAX_BYTES,
         sleep: Callable[[float], None] = time.sleep,
+        deadline: float | None = None,
     ) -> None:
         """Set up a client; nothing is sent yet.
 
@@ -94,6 +98,7 @@ class GitHubClient:
             timeout: Seconds that one attempt may take in total.
             max_bytes: Most bytes that all answers together may have.
             sleep: Waits between attempts.
+            deadline: Seconds that all attempts for one address may take together. Default: 30, or `timeout` if larger.
         """
         self.api = (api or os.environ.get("SEEDBED_GITHUB_API") or DEFAULT_API).rstrip("/")
         if _origin(self.api)[0] not in ("http", "https") or not _origin(self.api)[1]:
@@ -107,6 +112,7 @@ class GitHubClient:
             )
         self._token = token
         self.timeout, self.max_bytes, self._sleep = timeout, max_bytes, sleep
+        self.deadline = max(DEFAULT_DEADLINE, timeout) if deadline is None else deadline
         self.received = 0
         self._open = _opener()
 
@@ -133,17 +139,43 @@ class GitHubClient:
                 f"{what}: the answer points to {url[:80]!r}.", "Expected an https address.", "Nothing was loaded."
             )
         headers = {"Accept": accept, "User-Agent": "seedbed", "X-GitHub-Api-Version": "2022-11-28"}
-        for attempt in range(_ATTEMPTS):
+        end = time.monotonic() + self.deadline
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
                 request = urllib.request.Request(url, headers=headers)
                 if self._token and _origin(url) == _origin(self.api):
                     request.add_unredirected_header("Authorization", f"Bearer {self._token}")
-                return self._attempt(request, what)
+                return self._within(min(self.timeout, end - time.monotonic()), request, what)
             except _Retry as failure:
-                if attempt == _ATTEMPTS - 1:
-                    raise failure.error from None
-                self._sleep(_FIRST_DELAY * 2**attempt)
+                pause = _FIRST_DELAY * 2 ** (attempt - 1)
+                # Another attempt needs a moment to connect in.
+                if attempt == _ATTEMPTS or time.monotonic() + pause + self.timeout / 10 > end:
+                    tried = f"Tried {attempt} time{'s' if attempt > 1 else ''}."
+                    raise FetchError(failure.found, tried, failure.action) from None
+                self._sleep(pause)
         raise AssertionError("unreachable")
+
+    def _within(self, seconds: float, request: urllib.request.Request, what: str) -> bytes:
+        """Make one attempt, and give up on it in time even when every byte of the answer is late.
+
+        A socket's own time-out starts again with each byte, so the attempt runs in a thread that can be left.
+        """
+        answer: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+
+        def attempt() -> None:
+            try:
+                answer.put(self._attempt(request, what, seconds))
+            except BaseException as error:  # handed to the caller's thread
+                answer.put(error)
+
+        threading.Thread(target=attempt, daemon=True, name="seedbed-fetch").start()
+        try:
+            result = answer.get(timeout=seconds + 0.05)
+        except queue.Empty:
+            raise self._timed_out(what, urlsplit(request.full_url).netloc, seconds) from None
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def refuse_size(self, what: str, size: int | None) -> FetchError:
         """Return the error for something larger than the cap."""
@@ -154,27 +186,24 @@ class GitHubClient:
             "Keep weights and data out of it, or pass max_bytes= to allow more.",
         )
 
-    def _attempt(self, request: urllib.request.Request, what: str) -> bytes:
+    def _attempt(self, request: urllib.request.Request, what: str, seconds: float) -> bytes:
         host = urlsplit(request.full_url).netloc
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + seconds
         try:
-            with self._open.open(request, timeout=self.timeout) as response:
+            with self._open.open(request, timeout=seconds) as response:
                 return self._read(response, what, deadline)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._explain(error, what, host) from None
         except TimeoutError:
-            raise _Retry(self._timed_out(what, host)) from None
+            raise self._timed_out(what, host, seconds) from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
-                raise _Retry(self._timed_out(what, host)) from None
+                raise self._timed_out(what, host, seconds) from None
             raise _Retry(
-                FetchError(
-                    f"{what} cannot be fetched: no connection to {host} ({reason}).",
-                    f"Tried {_ATTEMPTS} times.",
-                    "Check the network; a local copy of the files can be loaded by its path.",
-                )
+                f"{what} cannot be fetched: no connection to {host} ({reason}).",
+                "Check the network; a local copy of the files can be loaded by its path.",
             ) from None
 
     def _read(self, response: Any, what: str, deadline: float) -> bytes:
@@ -196,10 +225,9 @@ class GitHubClient:
             raise http.client.IncompleteRead(data, size - len(data))
         return data
 
-    def _timed_out(self, what: str, host: str) -> FetchError:
-        return FetchError(
-            f"{what} cannot be fetched: {host} did not answer within {self.timeout:g} s.",
-            f"Tried {_ATTEMPTS} times.",
+    def _timed_out(self, what: str, host: str, seconds: float) -> _Retry:
+        return _Retry(
+            f"{what} cannot be fetched: {host} did not answer within {max(seconds, 0):.3g} s.",
             "Try again later, or pass a longer timeout=.",
         )
 
@@ -207,11 +235,8 @@ class GitHubClient:
         """Turn an HTTP error into advice."""
         if error.code >= 500:
             return _Retry(
-                FetchError(
-                    f"{what} cannot be fetched: {host} answered with the server error {error.code}.",
-                    f"Tried {_ATTEMPTS} times.",
-                    "Try again in a few minutes.",
-                )
+                f"{what} cannot be fetched: {host} answered with the server error {error.code}.",
+                "Try again in a few minutes.",
             )
         if error.code in (403, 429) and (until := self._limited_until(error)) is not None:
             return FetchError(

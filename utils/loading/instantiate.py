@@ -105,7 +105,7 @@ def instantiate(source: Source, config: Mapping[str, Any], seed: int = 0) -> Bui
         entry = execute(source)
     package = entry.__name__.partition(".")[0]
     try:
-        maker = choose(entry, source.files, config)
+        maker, said = choose(entry, source.files, config)
         name = maker.__name__
         settings = constructor_settings(config)
 
@@ -119,7 +119,7 @@ def instantiate(source: Source, config: Mapping[str, Any], seed: int = 0) -> Bui
         if isinstance(maker, type):
             _check_inputs(maker)
         _guarded(lambda: bind(maker, settings, entry), name, package)
-        notes = probe_on_meta(build, name)
+        notes = said + probe_on_meta(build, name)
         module = _guarded(build, name, package)
         if not isinstance(module, nn.Module):
             raise InstantiationError(

@@ -18,7 +18,7 @@ from utils.runtime.files import write_atomic
 from utils.runtime.resources import format_count
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoadedModel:
     """A model, and everything there is to know about where it came from."""
 
@@ -40,8 +40,13 @@ class LoadedModel:
     """What the source would touch; None where no source was run."""
     notes: tuple[str, ...] = ()
     """What the user should know about how it was loaded."""
-    build: Callable[[], nn.Module] | None = field(default=None, repr=False)
+    build: Callable[[], nn.Module] | None = None
     """Builds another instance; None for a module given directly."""
+
+    def __repr__(self) -> str:
+        """Return class, size and origin in one line."""
+        reference = self.reference or "a module"
+        return f"LoadedModel({self.name}, {format_count(self.num_parameters)} parameters, from {reference[:80]})"
 
     @property
     def name(self) -> str:

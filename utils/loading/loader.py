@@ -32,6 +32,7 @@ def load_model(
     api: str | None = None,
     seed: int = 0,
     timeout: float = DEFAULT_TIMEOUT,
+    deadline: float | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> LoadedModel:
     """Load a model from a link, a path, the Hub, an example, or a module.
@@ -50,6 +51,7 @@ def load_model(
         api: Base address of GitHub's API. Default: the environment's ``SEEDBED_GITHUB_API``, else GitHub's own.
         seed: Seeds the initial weights.
         timeout: Seconds that one attempt to fetch may take.
+        deadline: Seconds that all attempts to fetch one file may take together. Default: 30, or `timeout` if larger.
         max_bytes: Largest size of the source, in bytes.
 
     Raises:
@@ -65,7 +67,9 @@ def load_model(
     if isinstance(reference, ModelCode):
         code = reference
     else:
-        code = read_code(reference, revision, token=token, api=api, timeout=timeout, max_bytes=max_bytes)
+        code = read_code(
+            reference, revision, token=token, api=api, timeout=timeout, deadline=deadline, max_bytes=max_bytes
+        )
     if code.source is None or code.audit is None:
         return _through_transformers(code.reference, overrides, revision or code.reference.revision, token, seed)
     files = code.source.files
@@ -94,6 +98,7 @@ def read_code(
     token: str | None = None,
     api: str | None = None,
     timeout: float = DEFAULT_TIMEOUT,
+    deadline: float | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> ModelCode:
     """Fetch and audit a model's code without running it; see `load_model` for the arguments.
@@ -119,7 +124,9 @@ def read_code(
         revision = check_revision(revision, parsed.kind)
     if parsed.kind == "hub" or (parsed.kind == "path" and is_transformers_folder(Path(parsed.target))):
         return ModelCode(parsed)
-    client = GitHubClient(api, token, timeout, max_bytes) if parsed.kind in ("gist", "github") else None
+    client = (
+        GitHubClient(api, token, timeout, max_bytes, deadline=deadline) if parsed.kind in ("gist", "github") else None
+    )
     source = _read(parsed, revision, client, max_bytes)
     return ModelCode(parsed, source, audit(source.files))
 

@@ -9,7 +9,7 @@ from utils.loading.reference import Reference
 from utils.loading.source import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelCode:
     """The source behind a reference. `utils.load_model` takes it and runs exactly this text."""
 
@@ -19,6 +19,13 @@ class ModelCode:
     """The files; None where transformers builds the model and no code of the author runs."""
     audit: AuditReport | None = None
     """What the source would touch."""
+
+    def __repr__(self) -> str:
+        """Return origin, size and verdict in one line."""
+        if self.source is None or self.audit is None:
+            return f"ModelCode({self.reference.text[:80]}, built by transformers)"
+        verdict = "harmless" if self.audit.harmless else f"{len(self.audit.concerns)} lines to read"
+        return f"ModelCode({self.reference.text[:80]}, {len(self.source.files)} files, {verdict})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""

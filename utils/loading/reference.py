@@ -1,5 +1,6 @@
 """Understand what the user pasted: a Gist, a link, a path, a Hub name or an example. Nothing is opened here."""
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -194,6 +195,13 @@ def _hub(text: str, name: str, revision: str | None = None) -> Reference:
     return Reference("hub", name, pinned or revision)
 
 
+def _meant(prefix: str) -> str | None:
+    """Return the place whose name was misspelt, if any; a drive's letter and an address's scheme are none."""
+    if not re.fullmatch(r"[A-Za-z]{3,12}", prefix) or prefix.lower() in ("http", "https", "ssh", "git"):
+        return None
+    return next(iter(difflib.get_close_matches(prefix.lower(), ("hub", "example", "gist"), 1, 0.7)), None)
+
+
 def parse_reference(text: str) -> Reference:
     """Parse what a user pastes to say which model is meant.
 
@@ -220,6 +228,8 @@ def parse_reference(text: str) -> Reference:
         if not _NAME.fullmatch(rest):
             raise _refuse(text, "does not name an example")
         return Reference("example", rest)
+    if separator and rest and (meant := _meant(prefix)):
+        raise _refuse(text, f"begins with {prefix!r}, which is no place", f"Did you mean {meant}:{rest}?")
     if "://" in text or text.startswith("//"):
         return _url(text)
     if text.removeprefix("www.").split("/")[0].split("?")[0].lower() in _HOSTS:

@@ -1,30 +1,68 @@
 """Which of the classes in a model's source is the model."""
 
 import ast
+import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from utils.loading.source import MODEL_FILE
+from utils.loading.source import CONFIG_FILE, MODEL_FILE
 from utils.runtime.errors import InstantiationError
 
+_CLASS_NAME = re.compile(r"[A-Z]\w*", re.ASCII)
 
-def choose(module: ModuleType, files: Mapping[str, str], config: Mapping[str, Any]) -> Callable[..., nn.Module]:
+
+def choose(
+    module: ModuleType, files: Mapping[str, str], config: Mapping[str, Any]
+) -> tuple[Callable[..., nn.Module], tuple[str, ...]]:
     """Return the class, or the function ``build_model``, that makes the model.
 
     In this order: the class that ``model_name`` in the config names exactly, ``build_model()``, ``Model``,
     ``CustomTransformer``, and the one root class, which is a class of ``model.py`` that no other class there uses.
 
+    Returns:
+        The maker, and a note when ``model_name`` in the config names no class, as a title such as "My GPT" does.
+
     Raises:
-        InstantiationError: There is no model class, or more than one could be meant; the message lists them.
+        InstantiationError: There is no model class, or more than one could be meant; the message lists them. Or
+            ``model_name`` names something in the source that is not one of its models.
     """
+    name = config.get("model_name")
+    package = module.__name__.partition(".")[0]
+    if isinstance(name, str) and _is_model(vars(module).get(name), package):
+        return vars(module)[name], ()
+    maker = _by_convention(module, files)
+    if name is None:
+        return maker, ()
+    where = CONFIG_FILE if CONFIG_FILE in files else "The config"
+    if isinstance(name, str) and _CLASS_NAME.fullmatch(name) and _exists(name, module, files):
+        raise InstantiationError(
+            f'{where} names the class "{name}", and {MODEL_FILE} defines {maker.__name__}.',
+            f"Expected model_name to be a class derived from torch.nn.Module that {MODEL_FILE} defines, or a title.",
+            f'Set model_name to "{maker.__name__}" if that is the model, or leave it out.',
+        )
+    shown = name if isinstance(name, str) else repr(name)
+    return maker, (
+        f'{where} names the model "{shown[:80]}"; {MODEL_FILE} has no class of that name: {maker.__name__} was used.',
+    )
+
+
+def _exists(name: str, module: ModuleType, files: Mapping[str, str]) -> bool:
+    """Whether the source imports or defines something of this name, at whatever depth."""
+    return name in vars(module) or any(
+        isinstance(node, ast.ClassDef) and node.name == name
+        for file, text in files.items()
+        if file.endswith(".py")
+        for node in ast.walk(ast.parse(text))
+    )
+
+
+def _by_convention(module: ModuleType, files: Mapping[str, str]) -> Callable[..., nn.Module]:
+    """Return what makes the model when the config does not say."""
     namespace = vars(module)
     package = module.__name__.partition(".")[0]
-    name = config.get("model_name")
-    if isinstance(name, str) and _is_model(namespace.get(name), package):
-        return namespace[name]
     build = namespace.get("build_model")
     if callable(build) and not isinstance(build, type) and getattr(build, "__module__", "").startswith(package + "."):
         return build
