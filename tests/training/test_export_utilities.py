@@ -244,12 +244,14 @@ def test_altered_files_are_found_and_not_published(name, file, tmp_path, monkeyp
     write = export_formats.FORMATS[name]
 
     def altered(candidate, directory):
+        bias = candidate.adapter.module.output.bias
+        original = bias.detach().clone()
         with torch.no_grad():
-            candidate.adapter.module.output.bias.data += 0.5  # `data` is not watched
+            bias += 0.5
             try:
                 return write(candidate, directory)
             finally:
-                candidate.adapter.module.output.bias.data -= 0.5
+                bias.copy_(original)
 
     monkeypatch.setitem(export_formats.FORMATS, name, altered)
     report = export(Scores(), tmp_path, [name], progress=False)
@@ -272,6 +274,17 @@ def test_missing_onnx_runtime_gives_the_install_line(tmp_path, monkeypatch):
     report = export(Scores(), tmp_path, ["onnx", "safetensors"], progress=False)
     assert [result.status for result in report.results] == ["failed", "ok"]
     assert "pip install onnxruntime" in report["onnx"].why
+
+
+def test_files_that_no_export_wrote_are_never_replaced(tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    report = export(Scores(), tmp_path, ["safetensors"], progress=False)
+    assert report["safetensors"].status == "failed"
+    assert "holds config.json already, and no export wrote that" in report["safetensors"].why
+    assert (tmp_path / "config.json").read_text() == "mine"
+    (tmp_path / "config.json").unlink()
+    assert export(Scores(), tmp_path, ["safetensors"], progress=False).passed
+    assert export(Scores(), tmp_path, ["safetensors"], progress=False).passed, "its own files it may replace"
 
 
 def test_full_disk_fails_the_format_and_keeps_the_earlier_export(tmp_path, monkeypatch):
