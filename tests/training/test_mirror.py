@@ -88,6 +88,33 @@ def test_a_copy_that_was_cut_short_leaves_the_older_checkpoint(tmp_path, text_fi
     assert open_run(tmp_path / "drive")[0].step == 20
 
 
+def test_the_copy_of_another_run_is_never_mixed_with_this_one(tmp_path, text_file, tiny_gpt, quick):
+    data = f"file:{text_file}"
+    train(tiny_gpt, data, quick.with_changes(max_steps=2), tmp_path / "a", mirror=tmp_path / "drive", progress=False)
+    before = files(tmp_path / "drive")
+    other = utils.load_model("example:gpt", config=TINY_GPT)
+    with pytest.raises(RunError, match="drive holds a copy of another run"):
+        train(other, data, quick.with_changes(seed=1), tmp_path / "b", mirror=tmp_path / "drive", progress=False)
+    assert files(tmp_path / "drive") == before
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "data").mkdir()
+    with pytest.raises(RunError, match="thesis is not empty and holds no run"):
+        resume(tmp_path / "b", mirror=tmp_path / "thesis", progress=False)
+
+
+def test_a_half_made_copy_is_no_run_and_is_made_anew(tmp_path, text_file, tiny_gpt, quick):
+    run = train(tiny_gpt, f"file:{text_file}", quick.with_changes(max_steps=2), tmp_path / "run", progress=False)
+    mirror_run(run.directory, tmp_path / "drive")
+    (tmp_path / "drive/run.json").unlink()
+    (tmp_path / "drive/.unfinished-run").touch()
+    (tmp_path / "drive/model/model.py").write_text("# half")
+    with pytest.raises(RunError, match=r"without run.json"):
+        open_run(tmp_path / "drive")
+    (tmp_path / "drive/.metrics.csv.tmp-77").write_text("torn")
+    mirror_run(run.directory, tmp_path / "drive")
+    assert files(tmp_path / "drive") == files(tmp_path / "run")
+
+
 def test_another_run_in_the_folder_is_refused_with_the_differences(tmp_path, text_file, tiny_gpt, quick):
     data = f"file:{text_file}"
     train(tiny_gpt, data, quick.with_changes(max_steps=2), tmp_path / "run", progress=False)

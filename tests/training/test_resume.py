@@ -201,6 +201,9 @@ def test_directories_that_hold_no_run(tmp_path):
     (tmp_path / "half" / RECORD).write_text('{"format_version": 1')
     with pytest.raises(RunError, match="cannot be read .*Restore"):
         resume(tmp_path / "half")
+    (tmp_path / "half" / RECORD).write_text('{"format_version": 1, "config": {}}')
+    with pytest.raises(RunError, match="cannot be read .KeyError"):
+        resume(tmp_path / "half")
     (tmp_path / "half" / RECORD).write_text('{"format_version": 99}')
     with pytest.raises(RunError, match="format version 99.*reads 1"):
         resume(tmp_path / "half")

@@ -8,10 +8,12 @@ import os
 import shutil
 from pathlib import Path
 
+from utils.runtime.errors import RunError
 from utils.runtime.files import sync_file, write_atomic
 from utils.training.checkpoint_manager import MANIFEST, STEP_NAME
+from utils.training.run import FIGURE, METRICS, RECORD, SUMMARY, UNFINISHED, make_empty
 
-SMALL_FILES = ("metrics.csv", "summary.json", "figures/training.png")
+SMALL_FILES = (METRICS, SUMMARY, FIGURE)
 
 
 def mirror_run(directory: Path, target: Path) -> None:
@@ -25,9 +27,11 @@ def mirror_run(directory: Path, target: Path) -> None:
         target: Its copy, made when missing.
 
     Raises:
+        RunError: The target holds another run, or something that is no run.
         OSError: The target cannot be written; what was whole there still is.
     """
     directory, target = Path(directory), Path(target)
+    claim(directory, target)
     for part in ("model", "data"):
         for path in sorted((directory / part).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
@@ -39,11 +43,33 @@ def mirror_run(directory: Path, target: Path) -> None:
     for name in SMALL_FILES:
         if (directory / name).exists():
             write_atomic(target / name, (directory / name).read_bytes())
-    _copy_if_new(directory / "run.json", target / "run.json")
+    _copy_if_new(directory / RECORD, target / RECORD)
+    (target / UNFINISHED).unlink(missing_ok=True)
     if steps:
         for name in _checkpoints(target):
             if name not in steps and name < steps[0]:
                 shutil.rmtree(target / "checkpoints" / name, ignore_errors=True)
+
+
+def claim(directory: Path, target: Path) -> None:
+    """Make sure that a folder is the copy of this run, or can become it.
+
+    Raises:
+        RunError: It holds another run, or something that is no run: nothing is ever mixed or overwritten.
+        OSError: It cannot be read or made.
+    """
+    record = Path(target) / RECORD
+    if record.exists():
+        if record.read_bytes() != (Path(directory) / RECORD).read_bytes():
+            raise RunError(
+                f"{target} holds a copy of another run than {directory}.",
+                "Expected a new or empty folder, or the copy of this very run.",
+                "Choose another folder for the copy.",
+            )
+        return
+    make_empty(Path(target))
+    Path(target).mkdir(parents=True, exist_ok=True)
+    (Path(target) / UNFINISHED).touch()
 
 
 def _checkpoints(directory: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import prepare_data
 from utils.training.figures import save_training_figure
 from utils.training.metrics import read_metrics
-from utils.training.mirror import mirror_run
+from utils.training.mirror import claim, mirror_run
 from utils.training.module_memory import freeze
 from utils.training.prepared_data import PreparedData, load_prepared
 from utils.training.run import (
@@ -75,7 +76,8 @@ def train(
     _check_trainable(adapter)
     prepared = data if isinstance(data, PreparedData) else prepare_data(adapter, data, config)
     run = create_run(Path(run_dir), adapter, loaded, prepared, config)
-    return _session(run, {}, mirror, progress, view)
+    with session_lock(run.directory):
+        return _session(run, {}, mirror, progress, view)
 
 
 def resume(
@@ -110,15 +112,17 @@ def resume(
         CheckpointError: No checkpoint verifies.
     """
     _require_packages()
-    run, state = open_run(run_dir, model=model, trust=trust)
-    if time_budget_minutes is not None:
-        run.config = run.config.with_changes(time_budget_minutes=time_budget_minutes)
-    if run.finished:
-        if _summary_step(run) != run.step:
-            _conclude(run, mirror)
-        return run
-    warn_if_elsewhere(read_record(run.directory), run.config)
-    return _session(run, state, mirror, progress, view)
+    record = read_record(Path(run_dir))
+    with session_lock(Path(run_dir)):
+        run, state = open_run(run_dir, model=model, trust=trust)
+        if time_budget_minutes is not None:
+            run.config = run.config.with_changes(time_budget_minutes=time_budget_minutes)
+        if run.finished:
+            if _summary_step(run) != run.step:
+                _conclude(run, mirror)
+            return run
+        warn_if_elsewhere(record, run.config)
+        return _session(run, state, mirror, progress, view)
 
 
 def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool = False) -> tuple[Run, dict[str, Any]]:
@@ -216,13 +220,15 @@ def check_same(
 
 
 def _session(run: Run, state: dict[str, Any], mirror: str | Path | None, progress: bool, view: "View | None") -> Run:
-    """Train until the run ends or stops, as the only process that does."""
+    """Train until the run ends or stops."""
     from utils.training.training_core import fit
 
     target = Path(mirror) if mirror is not None else None
-    with session_lock(run.directory):
-        fit(run, state, progress, view, target)
-        return _conclude(run, target)
+    if target is not None:
+        # Another run in that folder is an error now; a mount that fails now may work at the first checkpoint.
+        with suppress(OSError):
+            claim(run.directory, target)
+    return _conclude(fit(run, state, progress, view, target), target)
 
 
 def _loaded_of(model: Any) -> LoadedModel | None:

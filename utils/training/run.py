@@ -40,7 +40,7 @@ from utils.training.weights import weights_sha256
 FORMAT_VERSION = 1
 RECORD, SUMMARY, METRICS, FIGURE = "run.json", "summary.json", "metrics.csv", "figures/training.png"
 LOCK = ".lock"
-PARTS, UNFINISHED = ("model", "data", "checkpoints"), ".unfinished-run"
+PARTS, UNFINISHED = ("model", "data", "checkpoints", "figures"), ".unfinished-run"
 SPEC_FIELDS = ("task", "vocab_size", "max_length", "num_labels", "pad_token_id", "frozen")
 
 
@@ -169,7 +169,7 @@ def create_run(
             "Expected a new or empty directory.",
             f"Continue it with utils.resume({str(directory)!r}), or choose another run_dir.",
         )
-    _make_empty(directory)
+    make_empty(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / UNFINISHED).touch()
@@ -210,8 +210,8 @@ def create_run(
     return run
 
 
-def _make_empty(directory: Path) -> None:
-    """Remove what a killed `create_run` left; anything else in the way is the user's and stays.
+def make_empty(directory: Path) -> None:
+    """Remove what a start or a copy that was killed left; anything else in the way is the user's and stays.
 
     Raises:
         RunError: There is something else.
@@ -219,9 +219,10 @@ def _make_empty(directory: Path) -> None:
     if (directory / UNFINISHED).exists():
         for name in PARTS:
             shutil.rmtree(directory / name, ignore_errors=True)
-        for torn in directory.glob(f".{RECORD}.tmp-*"):
-            torn.unlink()
-    if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - {UNFINISHED}):
+        for file in (directory / METRICS, directory / SUMMARY, *directory.glob(".*.tmp-*")):
+            file.unlink(missing_ok=True)
+    harmless = {UNFINISHED, LOCK}
+    if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - harmless):
         raise RunError(
             f"{directory} is not empty and holds no run.",
             "Expected a new or empty directory: nothing of yours is ever overwritten.",
@@ -250,6 +251,9 @@ def read_record(directory: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["format_version"]
+        if version == FORMAT_VERSION:
+            _ = [record[name] for name in ("machine", "spec", "data", "config")]
+            _ = [record["model"][name] for name in ("class", "kind", "sha256", "config", "files", "frozen")]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} cannot be read ({type(error).__name__}).",

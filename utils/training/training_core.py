@@ -53,6 +53,9 @@ QUIET_WARNINGS = (
 class View(Protocol):
     """Something that shows a run while it trains."""
 
+    zlib_bits_per_byte: float | None
+    """Baseline of the held-out text, set before the first rows come."""
+
     def update(self, rows: list[dict[str, Any]]) -> None:
         """Show the metrics so far, if it is time."""
 
@@ -440,6 +443,8 @@ def fit(
     if resumed:
         stream.load_state_dict(resumed["stream"])
     module = TrainingModule(run.adapter, run.data, config, run.total_steps)
+    if view is not None:
+        view.zlib_bits_per_byte = run.data.facts.get("zlib_bits_per_byte")
     callback = RunCallback(run, module, stream, resumed, view, mirror)
     remaining = (run.total_steps - done) * config.accumulate
     run.step = done

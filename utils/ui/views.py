@@ -20,13 +20,9 @@ def in_notebook() -> bool:
 class LiveCurve:
     """Shows the training curves in the output of the running cell, at most every few seconds."""
 
-    def __init__(self, zlib_bits_per_byte: float | None = None) -> None:
-        """Show nothing until there are rows.
-
-        Args:
-            zlib_bits_per_byte: Baseline of a language model's text.
-        """
-        self.zlib_bits_per_byte = zlib_bits_per_byte
+    def __init__(self) -> None:
+        """Show nothing until there are rows."""
+        self.zlib_bits_per_byte: float | None = None
         self._handle: Any = None
         self._drawn = 0.0
 
