@@ -17,7 +17,7 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 from tqdm import tqdm
 
@@ -113,7 +113,7 @@ def main() -> int:
     for name in NOTEBOOKS:
         try:
             seconds[name] = execute(name, DEMO)
-        except (CellExecutionError, DeadKernelError, RuntimeError) as error:
+        except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError) as error:
             print(f"{name} stopped: {error}", file=sys.stderr)
             return 1
     shutil.copy(DEMO / "run" / "figures" / "training.png", DEMO / "training.png")

@@ -3,6 +3,7 @@
 The verbs of `utils.training` with a live view; `fine_tune` is the historical name of `train`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,7 @@ def train_or_resume(
     """Start a run, or continue it: a notebook's cell that can be run again and again.
 
     The run is continued when the directory holds it, or when its second copy does: then that is brought back first.
+    A new run starts from the model as it was loaded, not from what an earlier cell trained.
 
     Args:
         model: As for `train`.
@@ -105,16 +107,19 @@ def train_or_resume(
     Raises:
         RunError: The directory holds a run of another model, other data or other settings.
     """
-    from utils.training.mirror import mirror_run
+    from utils.training.mirror import restore_run
     from utils.training.resume import check_same
 
     config = config or TrainingConfig()
-    if not (Path(run_dir) / "run.json").exists() and mirror is not None and (Path(mirror) / "run.json").exists():
-        mirror_run(Path(mirror), Path(run_dir))
-    if not (Path(run_dir) / "run.json").exists():
-        return train(model, data, config, run_dir, mirror=mirror, progress=progress)
     if isinstance(model, str):
         model = load_model(model, trust=trust)
+    if mirror is not None:
+        restore_run(Path(mirror), Path(run_dir))
+    if not (Path(run_dir) / "run.json").exists():
+        if isinstance(model, LoadedModel) and model.can_rebuild:
+            # The cell may run a second time with other settings, and a new run must not begin with trained weights.
+            model = replace(model, module=model.factory())
+        return train(model, data, config, run_dir, mirror=mirror, progress=progress)
     check_same(run_dir, model, data, config)
     module = None if (Path(run_dir) / "model").is_dir() else ModelAdapter(model).module
     return resume(run_dir, model=module, trust=trust, mirror=mirror, progress=progress)

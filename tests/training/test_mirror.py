@@ -8,7 +8,7 @@ import utils
 from utils.runtime.errors import RunError
 from utils.tier3_training_utilities import train_or_resume
 from utils.training import mirror, training_core
-from utils.training.mirror import mirror_run
+from utils.training.mirror import mirror_run, newest_step
 from utils.training.resume import open_run, resume, train
 from utils.training.weights import weights_sha256
 
@@ -45,6 +45,48 @@ def test_a_vanished_machine_continues_from_the_copy_bit_for_bit(tmp_path, text_f
     rest = resume(local, time_budget_minutes=60, mirror=drive, progress=False)
     assert rest.finished
     assert weights_sha256(rest.model) == weights_sha256(whole.model)
+
+
+def test_an_older_run_goes_on_from_a_copy_that_is_farther(tmp_path, text_file, tiny_gpt, quick):
+    data, local, drive = f"file:{text_file}", tmp_path / "local", tmp_path / "drive"
+    short = quick.with_changes(time_budget_minutes=1e-9)
+    train_or_resume(tiny_gpt, data, short, local, mirror=drive, progress=False)
+    shutil.copytree(local, tmp_path / "old")
+    resume(local, mirror=drive, progress=False)
+    shutil.rmtree(local)
+    shutil.move(tmp_path / "old", local)
+    mirror_run(local, drive)
+    assert newest_step(drive) == 2, "a copy that is farther is not turned back"
+    run = train_or_resume(tiny_gpt, data, short, local, mirror=drive, progress=False)
+    assert run.step == 3
+
+
+def test_a_finished_run_is_copied_when_a_folder_is_given_later(tmp_path, text_file, tiny_gpt, quick):
+    data = f"file:{text_file}"
+    train(tiny_gpt, data, quick.with_changes(max_steps=2), tmp_path / "run", progress=False)
+    resume(tmp_path / "run", mirror=tmp_path / "drive", progress=False)
+    assert files(tmp_path / "drive") == files(tmp_path / "run")
+
+
+def test_no_folders_are_made_where_a_mount_vanished(tmp_path, text_file, tiny_gpt, quick):
+    gone = tmp_path / "drive" / "MyDrive" / "run"
+    with pytest.warns(UserWarning, match="cannot be written"):
+        train(
+            tiny_gpt,
+            f"file:{text_file}",
+            quick.with_changes(max_steps=2),
+            tmp_path / "run",
+            mirror=gone,
+            progress=False,
+        )
+    assert not (tmp_path / "drive").exists()
+
+
+def test_a_second_run_of_the_cell_starts_from_the_model_as_it_was_loaded(tmp_path, text_file, tiny_gpt, quick):
+    data = f"file:{text_file}"
+    first = train_or_resume(tiny_gpt, data, quick.with_changes(max_steps=3), tmp_path / "a", progress=False)
+    second = train_or_resume(tiny_gpt, data, quick.with_changes(max_steps=3, seed=0), tmp_path / "b", progress=False)
+    assert weights_sha256(first.model) == weights_sha256(second.model)
 
 
 def test_a_mount_that_fails_for_a_while_costs_one_warning(tmp_path, text_file, tiny_gpt, quick, monkeypatch):

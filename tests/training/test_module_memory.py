@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from utils.training.module_memory import ModuleMemory, freeze, frozen_names
-from utils.training.resume import resume, train
+from utils.training.resume import open_run, resume, train
 from utils.training.weights import weights_sha256
 
 
@@ -70,6 +71,43 @@ def test_frozen_parameters_stay_frozen_after_a_restart(tmp_path, text_file, quic
     rest = resume(tmp_path / "run", time_budget_minutes=60, progress=False)
     assert frozen_names(rest.model) == names
     assert torch.equal(rest.model.blocks[0].mlp[0].weight, frozen)
+
+
+class Odd(nn.Module):
+    """Holds what a checkpoint must not choke on, and a tensor that is seen under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(300, 16)
+        self.head = nn.Linear(16, 300)
+        self.alias = self.embed.weight.data
+        self.scale = np.sqrt(4.0)
+        self.kind = "odd"
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids)) / self.scale + self.alias.mean()
+
+
+def test_numpy_numbers_and_aliases_survive_a_restart(tmp_path, text_file, quick):
+    def odd():
+        torch.manual_seed(0)
+        return Odd()
+
+    data = f"file:{text_file}"
+    whole = train(odd(), data, quick.with_changes(max_steps=6), tmp_path / "whole", progress=False)
+    short = quick.with_changes(max_steps=6, time_budget_minutes=1e-9)
+    train(odd(), data, short, tmp_path / "parts", progress=False)
+    resume(tmp_path / "parts", model=odd(), progress=False)
+    rest = resume(tmp_path / "parts", model=odd(), time_budget_minutes=60, progress=False)
+    assert weights_sha256(rest.model) == weights_sha256(whole.model)
+    assert rest.model.alias.data_ptr() == rest.model.embed.weight.data_ptr()
+
+
+def test_an_opened_run_gives_the_answers_of_the_trained_one(tmp_path, text_file, quick):
+    run = train(model(), f"file:{text_file}", quick.with_changes(max_steps=3), tmp_path / "run", progress=False)
+    opened, _ = open_run(tmp_path / "run", model=model())
+    ids = torch.arange(12).view(3, 4)
+    assert torch.equal(opened.model(ids), run.model(ids))
 
 
 def test_freezing_names_exactly_those():

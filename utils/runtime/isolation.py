@@ -69,7 +69,7 @@ def preserved(module: nn.Module, *seed: int | str) -> Iterator[nn.Module]:
     """
     modes = [(child, child.training) for child in module.modules()]
     # Inference tensors have no version counter to watch, and meta tensors no values.
-    buffers = [(b, b.detach().clone()) for b in module.buffers() if b.device.type != "meta"]
+    buffers = [(b, b.data, b.detach().clone()) for b in module.buffers() if b.device.type != "meta"]
     parameters = list(module.named_parameters())
     state = ObjectState(module, [*(p for _, p in parameters), *module.buffers()])
     settings = [(get, put, get()) for get, put in SETTINGS]
@@ -91,11 +91,8 @@ def preserved(module: nn.Module, *seed: int | str) -> Iterator[nn.Module]:
                 # A scripted module keeps its mode out of reach of its attributes.
                 if child.training != training:
                     child.training = training
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        with torch.inference_mode(buffer.is_inference()):
-                            buffer.copy_(value)
+            for buffer, data, value in buffers:
+                restore_tensor(buffer, data, value)
             changed, restored = watch.restore()
     if changed:
         raise ModelChangedError(tuple(changed), restored)

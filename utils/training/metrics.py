@@ -64,6 +64,12 @@ class MetricsLog:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Cut off what was logged after the checkpoint; the resumed run logs it again."""
+        if len(self.rows) < state["rows"]:
+            warnings.warn(
+                f"{self.path.name} has {len(self.rows)} rows, and the checkpoint was made after {state['rows']}: "
+                "some numbers of earlier sessions are lost; the training itself is not affected.",
+                stacklevel=2,
+            )
         self.rows = self.rows[: state["rows"]]
         self._rewrite()
 

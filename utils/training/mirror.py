@@ -37,18 +37,42 @@ def mirror_run(directory: Path, target: Path) -> None:
             if path.is_file() and "__pycache__" not in path.parts:
                 _copy_if_new(path, target / path.relative_to(directory))
     steps = _checkpoints(directory)
-    for name in steps:
-        if not (target / "checkpoints" / name / MANIFEST).exists():
-            _copy_checkpoint(directory / "checkpoints" / name, target / "checkpoints" / name)
+    if newest_step(target) > newest_step(directory):
+        # The copy is farther than this run, which was brought back from an older state: it catches up by itself.
+        return
     for name in SMALL_FILES:
         if (directory / name).exists():
             write_atomic(target / name, (directory / name).read_bytes())
+    for torn in (target / "checkpoints").glob(".step-*.tmp-*"):
+        shutil.rmtree(torn, ignore_errors=True)
+    for name in steps:
+        if not _is_copied(directory / "checkpoints" / name, target / "checkpoints" / name):
+            _copy_checkpoint(directory / "checkpoints" / name, target / "checkpoints" / name)
     _copy_if_new(directory / RECORD, target / RECORD)
     (target / UNFINISHED).unlink(missing_ok=True)
     if steps:
         for name in _checkpoints(target):
             if name not in steps and name < steps[0]:
                 shutil.rmtree(target / "checkpoints" / name, ignore_errors=True)
+
+
+def restore_run(copy: Path, directory: Path) -> None:
+    """Bring a run back from its copy when the copy is farther, as on a new machine; otherwise do nothing.
+
+    Raises:
+        RunError: The directory holds another run, or the copy cannot be read.
+    """
+    if not (copy / RECORD).exists() or newest_step(copy) <= newest_step(directory):
+        return
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        mirror_run(copy, directory)
+    except OSError as error:
+        raise RunError(
+            f"The run in {copy} cannot be brought to {directory}: {error}.",
+            "Expected a readable copy and a disk with some space.",
+            "Copy the folder by hand, or continue it in place with utils.resume.",
+        ) from error
 
 
 def claim(directory: Path, target: Path) -> None:
@@ -68,7 +92,8 @@ def claim(directory: Path, target: Path) -> None:
             )
         return
     make_empty(Path(target))
-    Path(target).mkdir(parents=True, exist_ok=True)
+    # Its parent must be there: below a mount that vanished, folders would be made on the wrong disk.
+    Path(target).mkdir(exist_ok=True)
     (Path(target) / UNFINISHED).touch()
 
 
@@ -76,6 +101,20 @@ def _checkpoints(directory: Path) -> list[str]:
     """Return the names of a run's checkpoints, the oldest first."""
     folder = directory / "checkpoints"
     return sorted(path.name for path in folder.iterdir() if STEP_NAME.match(path.name)) if folder.is_dir() else []
+
+
+def newest_step(directory: Path) -> int:
+    """Return the step of a run's newest checkpoint, -1 when there is none."""
+    names = _checkpoints(directory)
+    return int(names[-1].split("-")[1]) if names else -1
+
+
+def _is_copied(directory: Path, target: Path) -> bool:
+    """Tell whether all files of a checkpoint are in its copy, whole."""
+    return all(
+        (target / path.name).exists() and (target / path.name).stat().st_size == path.stat().st_size
+        for path in directory.iterdir()
+    )
 
 
 def _copy_if_new(path: Path, target: Path) -> None:

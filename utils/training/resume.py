@@ -17,7 +17,7 @@ from utils.training.dataset_utilities import prepare_data
 from utils.training.figures import save_training_figure
 from utils.training.metrics import read_metrics
 from utils.training.mirror import claim, mirror_run
-from utils.training.module_memory import freeze
+from utils.training.module_memory import ModuleMemory, freeze
 from utils.training.prepared_data import PreparedData, load_prepared
 from utils.training.run import (
     FIGURE,
@@ -25,6 +25,7 @@ from utils.training.run import (
     RECORD,
     SUMMARY,
     Run,
+    check_free,
     create_run,
     read_record,
     session_lock,
@@ -75,8 +76,9 @@ def train(
     adapter = ModelAdapter(model, spec=spec)
     _check_trainable(adapter)
     prepared = data if isinstance(data, PreparedData) else prepare_data(adapter, data, config)
-    run = create_run(Path(run_dir), adapter, loaded, prepared, config)
-    with session_lock(run.directory):
+    check_free(Path(run_dir))
+    with session_lock(Path(run_dir)):
+        run = create_run(Path(run_dir), adapter, loaded, prepared, config)
         return _session(run, {}, mirror, progress, view)
 
 
@@ -118,7 +120,7 @@ def resume(
         if time_budget_minutes is not None:
             run.config = run.config.with_changes(time_budget_minutes=time_budget_minutes)
         if run.finished:
-            if _summary_step(run) != run.step:
+            if mirror is not None or _summary_step(run) != run.step:
                 _conclude(run, mirror)
             return run
         warn_if_elsewhere(record, run.config)
@@ -166,16 +168,25 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
     checkpoint = run.checkpoints.latest()
     state = checkpoint.load_into(adapter.module)
     try:
-        run.step, run.sessions = (state["progress"]["step"], state["progress"]["sessions"]) if state else (0, 0)
-    except (KeyError, TypeError):
+        ModuleMemory(adapter.module).load_state_dict(state["memory"])
+        progress = state["progress"] if checkpoint.step else {"step": 0, "sessions": 0}
+        run.step, run.sessions = progress["step"], progress["sessions"]
+    except (KeyError, TypeError, AttributeError, RuntimeError):
         raise CheckpointError(
-            f"The state in {checkpoint.directory.name} has no progress.",
+            f"The state in {checkpoint.directory.name} is not that of a run.",
             "Expected the states of all parts of a run.",
             "Delete this checkpoint to resume from the one before it.",
         ) from None
     run.total_steps = config.total_steps(run.data.train_samples)
     if (directory / METRICS).exists():
-        run.metrics = read_metrics(directory / METRICS)
+        try:
+            run.metrics = read_metrics(directory / METRICS)
+        except (ValueError, OSError) as error:
+            raise RunError(
+                f"{directory / METRICS} cannot be read ({error}).",
+                "Expected the numbers of the run, one line each.",
+                "Move the file away to continue without them.",
+            ) from error
     run.status = "finished" if run.step >= run.total_steps else "stopped"
     adapter.module.eval()
     return run, state
@@ -196,7 +207,7 @@ def check_same(
         differences.append(
             f"the model is {record['model']['reference']} ({record['model']['class']}), not {loaded.reference}"
         )
-    elif loaded is not None and loaded.config != record["model"]["config"]:
+    elif loaded is not None and json.loads(json.dumps(loaded.config, default=str)) != record["model"]["config"]:
         differences.append("the model has another config")
     elif loaded is None and ModelAdapter(model, spec=spec).name != record["model"]["class"]:
         differences.append(f"the model is a {record['model']['class']}")

@@ -15,6 +15,7 @@ import fcntl
 import html
 import json
 import platform
+import secrets
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from utils.runtime.files import sha256_file, write_json
 from utils.runtime.project import VERSION
 from utils.training.checkpoint_manager import CheckpointManager
 from utils.training.config import TrainingConfig
-from utils.training.module_memory import frozen_names
+from utils.training.module_memory import ModuleMemory, frozen_names
 from utils.training.prepared_data import PreparedData
 from utils.training.weights import weights_sha256
 
@@ -163,12 +164,7 @@ def create_run(
         RunError: The directory holds something already, or cannot be written.
     """
     directory = Path(directory)
-    if (directory / RECORD).exists():
-        raise RunError(
-            f"{directory} holds a run already.",
-            "Expected a new or empty directory.",
-            f"Continue it with utils.resume({str(directory)!r}), or choose another run_dir.",
-        )
+    check_free(directory)
     make_empty(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -178,10 +174,11 @@ def create_run(
         data.save(directory / "data")
         run = Run(directory, adapter, data, config, loaded)
         # The weights to start from: without them a run that is killed before its first checkpoint could not go on.
-        run.checkpoints.save(0, adapter.module, {})
+        run.checkpoints.save(0, adapter.module, {"memory": ModuleMemory(adapter.module).state_dict()})
         spec = {name: getattr(adapter.spec, name) for name in SPEC_FIELDS}
         record = {
             "format_version": FORMAT_VERSION,
+            "id": secrets.token_hex(8),
             "seedbed": VERSION,
             "machine": machine(config),
             "model": {
@@ -201,6 +198,12 @@ def create_run(
         }
         write_json(directory / RECORD, record)
         (directory / UNFINISHED).unlink()
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"The run's settings cannot be kept as JSON: {error}.",
+            "Expected a model config of numbers, texts, lists and dicts.",
+            "Pass plain values in config=.",
+        ) from error
     except (OSError, CheckpointError) as error:
         raise RunError(
             f"The run directory {directory} cannot be written: {getattr(error, 'strerror', None) or error}",
@@ -208,6 +211,22 @@ def create_run(
             "Choose another run_dir or free some space.",
         ) from error
     return run
+
+
+def check_free(directory: Path) -> None:
+    """Make sure that a run can be started in a directory, without touching it.
+
+    Raises:
+        RunError: It holds a run, or something that is none.
+    """
+    if (directory / RECORD).exists():
+        raise RunError(
+            f"{directory} holds a run already.",
+            "Expected a new or empty directory.",
+            f"Continue it with utils.resume({str(directory)!r}), or choose another run_dir.",
+        )
+    if directory.exists() and not (directory / UNFINISHED).exists():
+        make_empty(directory)
 
 
 def make_empty(directory: Path) -> None:
@@ -252,8 +271,12 @@ def read_record(directory: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["format_version"]
         if version == FORMAT_VERSION:
-            _ = [record[name] for name in ("machine", "spec", "data", "config")]
-            _ = [record["model"][name] for name in ("class", "kind", "sha256", "config", "files", "frozen")]
+            _ = [record[name] for name in ("id", "spec", "config")]
+            _ = [record["machine"][name] for name in ("torch", "device", "threads", "precision")]
+            _ = [record["data"][name] for name in ("reference", "facts")]
+            _ = [
+                record["model"][name] for name in ("class", "kind", "reference", "sha256", "config", "files", "frozen")
+            ]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} cannot be read ({type(error).__name__}).",
@@ -302,6 +325,7 @@ def session_lock(directory: Path) -> Iterator[None]:
         RunError: Another process is at it.
     """
     try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
         stream = open(Path(directory) / LOCK, "w")  # noqa: SIM115 - open as long as the lock is held
     except OSError:
         yield

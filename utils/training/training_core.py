@@ -177,11 +177,11 @@ class RunCallback(pl.Callback):
             run: The run.
             module: Its model with loss and optimizer.
             stream: Its training data.
-            resumed: States of all parts from a checkpoint; empty or None at the very beginning.
+            resumed: States of all parts from a checkpoint; None or without progress at the very beginning.
             view: Shows the metrics while they come.
             mirror: Where a second copy of the run is kept.
         """
-        self.run, self.module, self.stream, self.resumed, self.view = run, module, stream, resumed, view
+        self.run, self.module, self.stream, self.resumed, self.view = run, module, stream, resumed or {}, view
         self.mirror, self.mirror_fails = mirror, False
         self.config = run.config
         self.progress = Progress()
@@ -205,7 +205,7 @@ class RunCallback(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.parts.add("scaler", LightningPart("gradient scaler", scaler))
-        if not self.resumed:
+        if "progress" not in self.resumed:
             self.history.load_state_dict({"rows": 0})
         else:
             states = dict(self.resumed)
@@ -267,10 +267,11 @@ class RunCallback(pl.Callback):
         try:
             mirror_run(self.run.directory, self.mirror)
             self.mirror_fails = False
-        except OSError as error:
+        except (OSError, RunError) as error:
             if not self.mirror_fails:
+                reason = getattr(error, "strerror", None) or error
                 warnings.warn(
-                    f"The copy in {self.mirror} cannot be written ({error.strerror or error}). Training goes on with "
+                    f"The copy in {self.mirror} cannot be written ({reason}). Training goes on with "
                     f"the run in {self.run.directory}; the copy is tried again after each checkpoint.",
                     stacklevel=2,
                 )
@@ -425,7 +426,7 @@ def fit(
 
     Args:
         run: The run; its model holds the weights to start from.
-        resumed: States of all parts from a checkpoint; empty or None at the very beginning.
+        resumed: States of all parts from a checkpoint; None or without progress at the very beginning.
         progress: Show a progress bar.
         view: Shows the metrics while they come.
         mirror: Where a second copy of the run is kept, brought up to date after each checkpoint.
@@ -439,8 +440,9 @@ def fit(
     config = run.config
     stream = SampleStream(run.data.train, config.batch_size, config.seed)
     run.total_steps = config.total_steps(stream.samples)
-    done = resumed["progress"]["step"] if resumed else 0
-    if resumed:
+    done = 0
+    if resumed and "progress" in resumed:
+        done = resumed["progress"]["step"]
         stream.load_state_dict(resumed["stream"])
     module = TrainingModule(run.adapter, run.data, config, run.total_steps)
     if view is not None:

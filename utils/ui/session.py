@@ -82,7 +82,7 @@ def session_settings(adapter: ModelAdapter, data: str = DETECT, **settings: Any)
 def run_folder(name: str, loaded: LoadedModel, settings: SessionSettings) -> Path:
     """Return the folder of a run below ``runs/``.
 
-    The same model, data and settings give the same folder, so that cells can be run again.
+    The same model, data and settings (but for the time budget) give the same folder, so that cells can be run again.
 
     Args:
         name: The run's name; empty makes one from the model, the data and a short hash of all settings.
@@ -92,7 +92,8 @@ def run_folder(name: str, loaded: LoadedModel, settings: SessionSettings) -> Pat
     if given := os.environ.get("SEEDBED_RUN_DIR"):
         return Path(given)
     if not name.strip():
-        key = json.dumps([loaded.sha256, loaded.config, settings.to_dict()], sort_keys=True, default=str)
+        config = {**settings.config.to_dict(), "time_budget_minutes": None}
+        key = json.dumps([loaded.sha256, loaded.config, settings.data, config], sort_keys=True, default=str)
         data = "".join(letter if letter.isalnum() else "-" for letter in settings.data.rsplit(":", 1)[-1]).strip("-")
         name = f"{loaded.name}-{data[-40:]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     elif Path(name.strip()).name != name.strip() or name.strip() == "..":
