@@ -55,10 +55,13 @@ def showing_steps(bar: Any, metrics: Path) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
+        shown = ""
         while not done.wait(1.0):
             lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-            if len(lines) > 1:
-                bar.set_postfix_str(f"step {lines[-1].partition(',')[0]}")
+            step = lines[-1].partition(",")[0] if len(lines) > 1 else ""
+            if step != shown:
+                shown = step
+                bar.set_postfix_str(f"step {step}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
