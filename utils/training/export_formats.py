@@ -26,7 +26,6 @@ from utils.training.weights import load_weights, save_weights
 
 Inputs = Mapping[str, Any]
 Runner = Callable[[Inputs], Tensor]
-AXES = ("batch", "sequence")
 
 
 @dataclass
