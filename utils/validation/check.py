@@ -47,6 +47,8 @@ class Finding:
     """The evidence, in numbers."""
     hint: str
     """What to do about it."""
+    reproduction: str = ""
+    """Up to three lines of Python that show the fault on ``model``; empty where `utils.show` does."""
 
     def __post_init__(self) -> None:
         """Refuse severities that the verdict would not count."""
@@ -169,3 +171,5 @@ class Check:
     """Gets the adapter of a model in eval mode and a budget; may raise `Skipped`."""
     share: float = 1.0
     """Weight of this check when the time budget is divided."""
+    codes: tuple[str, ...] = ()
+    """The codes of findings it can make."""

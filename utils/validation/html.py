@@ -89,7 +89,8 @@ def result_html(result: CheckResult) -> str:
 
 def finding_html(finding: Finding) -> str:
     """Return one finding: what, where, evidence, why it matters, what to do."""
-    from utils.validation.report import MEANING, SHOWABLE
+    from utils.validation.codes import MEANING
+    from utils.validation.report import SHOWABLE
 
     lines = [
         f'<p><b class="{finding.severity}">{finding.severity}</b> <b>{escape(finding.code)}</b> '

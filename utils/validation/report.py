@@ -9,37 +9,12 @@ from typing import Any
 from utils.runtime.files import write_atomic
 from utils.runtime.resources import format_count
 from utils.validation.check import CheckResult, Finding, json_safe
+from utils.validation.codes import MEANING
 
 REPORT_VERSION = 1
 WIDTH = 120
 SHOWABLE = ("future_leakage", "exploding_init", "vanishing_init")
 """Codes that `utils.show` can draw."""
-
-MEANING = {
-    "future_leakage": "Training loss will look excellent and generation will be noise.",
-    "vocab_mismatch": "Some ids cannot be read or predicted, or crash in the middle of training.",
-    "shape_crash": "The first batch of that shape ends the run.",
-    "shape_limit": "Batches of other lengths end the run, unless the data are padded.",
-    "state_across_calls": "Looking at the model changes it: results depend on how often it was called.",
-    "constant_output": "No input can change the answer, so there is nothing to learn.",
-    "ignored_input": "The answer is the same for every input.",
-    "zero_gradient": "The first step moves nothing, and so does every later one.",
-    "dead_relu": "No gradient passes here: what lies before keeps its starting values for ever.",
-    "detached_submodule": "This part keeps its random starting values for ever.",
-    "unused_parameter": "This part costs memory and can never learn.",
-    "frozen_parameter": "This part keeps its present values while everything around it changes.",
-    "backward_crash": "Training cannot take its first step.",
-    "exploding_gradient": "The first steps will throw the weights far off or to NaN.",
-    "nan_output": "One such batch turns all weights into NaN.",
-    "nan_long_sequence": "Short tests pass, and the first long batch turns all weights into NaN.",
-    "exploding_init": "Training starts far above chance and may never settle.",
-    "vanishing_init": "The signal dies before it reaches the loss, so nothing is learned.",
-    "symmetric_init": "Equal units get equal gradients: a wide layer learns like a single unit.",
-    "zero_init": "Nothing before this weight can learn.",
-    "out_of_memory": "Training will stop with an out-of-memory error.",
-    "slow_python_loop": "Time is spent in Python instead of arithmetic.",
-}
-"""Why a code matters, in one sentence."""
 
 TASK_NAMES = {
     "causal_lm": "causal language model",
