@@ -54,7 +54,7 @@ def validate(
 
     Args:
         model: A loaded model, a `ModelAdapter` or a module.
-        tiers: Which tiers to run.
+        tiers: Which tiers to run: 1 judges, 2 describes.
         spec: What you know about the model; everything else is detected.
         config: Settings of the model, if it does not carry them.
         time_budget: Seconds for everything. A short budget samples less, and the report says what was reduced.
@@ -66,17 +66,25 @@ def validate(
     """
     if isinstance(tiers, int):
         tiers = (tiers,)
-    unknown = [tier for tier in tiers if tier != 1]
+    unknown = [tier for tier in tiers if tier not in (1, 2)]
     if unknown or not tiers:
         raise ConfigError(
             f"Tier {unknown[0]} was asked for." if unknown else "No tier was asked for.",
-            "This version has Tier 1; Tier 2 is not available yet.",
-            "Call validate(model) or validate(model, tiers=(1,)).",
+            "Validation has Tier 1 (is it sound?) and Tier 2 (what does it do with its input?).",
+            "Call validate(model) or validate(model, tiers=(1, 2)).",
         )
     if time_budget is not None and (isinstance(time_budget, bool) or not time_budget > 0):
         raise ConfigError(f"time_budget is {time_budget!r}.", "Expected seconds, more than 0.", "Or leave it out.")
     keep = isinstance(model, ModelAdapter) and spec is None and config is None
-    return run_checks(model if keep else ModelAdapter(model, config, spec), TIER1, time_budget, progress)
+    checks = [*(TIER1 if 1 in tiers else ()), *(_tier2() if 2 in tiers else ())]
+    return run_checks(model if keep else ModelAdapter(model, config, spec), checks, time_budget, progress)
+
+
+def _tier2() -> tuple[Check, ...]:
+    """Return the diagnostics of Tier 2, which are imported only when somebody wants them."""
+    from utils.tier2_advanced_analysis import TIER2
+
+    return TIER2
 
 
 __all__ = ["TIER1", "run_tier1", "validate"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from utils.adapters.model_adapter import ModelAdapter
+from utils.validation.pictures import Picture
 
 STATUSES = ("pass", "warn", "fail", "skip")
 SEVERITIES = ("fail", "warn")
@@ -82,6 +83,8 @@ class CheckResult:
     """The evidence. ``could_not_run`` marks a skip that is no verdict; ``reduced`` lists what the budget cut."""
     findings: tuple[Finding, ...] = ()
     """The faults and oddities, most severe first."""
+    pictures: tuple[Picture, ...] = ()
+    """What is better looked at than read."""
 
     def __post_init__(self) -> None:
         """Refuse a status that the verdict would not count."""
@@ -95,7 +98,8 @@ class CheckResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain values that JSON can hold."""
-        plain = {name.name: json_safe(getattr(self, name.name)) for name in fields(self) if name.name != "findings"}
+        kept = [name.name for name in fields(self) if name.name not in ("findings", "pictures")]
+        plain = {name: json_safe(getattr(self, name)) for name in kept}
         return {**plain, "findings": [finding.to_dict() for finding in self.findings]}
 
     def _repr_html_(self) -> str:
@@ -118,6 +122,8 @@ class Outcome:
     """Everything found."""
     details: dict[str, Any] = field(default_factory=dict)
     """The evidence."""
+    pictures: tuple[Picture, ...] | list[Picture] = ()
+    """What is better looked at than read."""
 
 
 class Budget:

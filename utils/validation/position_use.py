@@ -1,0 +1,54 @@
+"""How far back does the model look? The influence of a token on the answer as a function of its distance."""
+
+import numpy as np
+import torch
+
+from utils.adapters.model_adapter import ModelAdapter
+from utils.validation.check import Budget, Outcome, Skipped
+from utils.validation.pictures import line_chart
+from utils.validation.responses import affordable_samples, answers, distance, sample_inputs, text_length
+from utils.validation.sensitivity import other_tokens
+from utils.validation.statistics import bootstrap
+
+LENGTH = 64
+DISTANCES = 16
+
+
+def check_position_use(adapter: ModelAdapter, budget: Budget) -> Outcome:
+    """Replace the token at each of several distances from the answer and measure how far the answer moves."""
+    length = text_length(adapter, LENGTH)
+    if length is None or length < 3 or adapter.task.value == "seq2seq":
+        raise Skipped("no sequence of tokens with a place for the answer")
+    middle = adapter.task.value == "masked_lm"
+    place = length // 2 if middle else length - 1
+    reach = np.unique(np.geomspace(1, place, min(DISTANCES, place)).round().astype(int))
+    count = affordable_samples(adapter, budget, passes=(len(reach) + 1) * length / (text_length(adapter) or length))
+    inputs = sample_inputs(adapter, count, length)
+    ids, generator = inputs[adapter.main_input], torch.Generator().manual_seed(0)
+    base = answers(adapter, inputs)
+    means, lows, highs = [], [], []
+    for steps in reach:
+        changed = ids.clone()
+        changed[:, place - steps] = other_tokens(adapter, ids, generator)[:, place - steps]
+        moved = distance(adapter, base, answers(adapter, {**inputs, adapter.main_input: changed}))
+        interval = bootstrap(moved.double().cpu().numpy())
+        means.append(interval.mean)
+        lows.append(interval.low)
+        highs.append(interval.high)
+    # Distances are spaced geometrically; each stands for the tokens up to the next.
+    weight = np.diff([0, *reach]) * np.array(means)
+    total = float(weight.sum())
+    half = int(reach[int(np.searchsorted(np.cumsum(weight), total / 2))]) if total > 0 else None
+    details = {
+        "samples": count, "length": length, "distance": reach.tolist(), "influence": means,
+        "low": lows, "high": highs, "half_within": half,
+    }  # fmt: skip
+    why = (
+        f"half of the influence comes from the nearest {half} of {place} tokens"
+        if half is not None
+        else "no token before the answer has any influence on it"
+    )
+    picture = line_chart(
+        reach.tolist(), {"mean": means, "95% low": lows, "95% high": highs}, "influence by distance", "tokens back"
+    )
+    return Outcome(half, None, why, (), details, [picture])

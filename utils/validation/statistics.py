@@ -1,0 +1,61 @@
+"""Means with their uncertainty."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% confidence interval."""
+
+    mean: float
+    """Mean over the samples."""
+    low: float
+    """Lower end."""
+    high: float
+    """Upper end."""
+    count: int
+    """Number of samples."""
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} (95% {self.low:.3g} to {self.high:.3g}, n = {self.count})"
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
+    """Return the mean of independent values with a percentile bootstrap interval (Efron, 1979).
+
+    Args:
+        values: ``(n,)``.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: There is no value.
+    """
+    if not len(values):
+        raise ValueError("An interval needs at least one value.")
+    generator = np.random.default_rng(seed)
+    means = values[generator.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high), len(values))
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Return Spearman's rank correlation with average ranks for ties, or None when one side is constant.
+
+    Values closer than a millionth of the largest count as ties: rounding has no ranks.
+    """
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        steps = np.round(values / max(float(np.abs(values).max(initial=0.0)), 1e-300) * 1e6)
+        _, inverse, counts = np.unique(steps, return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        average: np.ndarray = (ends - (counts - 1) / 2)[inverse.ravel()]
+        return average
+
+    a, b = ranks(first), ranks(second)
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
