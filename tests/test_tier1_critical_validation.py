@@ -86,12 +86,10 @@ def test_output_kinds():
 
 
 def test_arguments():
-    """Tier 2, no tier, a foolish budget, no module: clear errors."""
+    """A tier that is none, no tier, a foolish budget, no module: clear errors."""
     model = nn.Linear(8, 3)
-    with pytest.raises(
-        ConfigError, match=r"Tier 2 was asked for. This version has Tier 1; Tier 2 is not available yet."
-    ):
-        validate(model, tiers=(1, 2))
+    with pytest.raises(ConfigError, match=r"Tier 3 was asked for. Validation has Tier 1 .* and Tier 2 "):
+        validate(model, tiers=(1, 3))
     with pytest.raises(ConfigError, match="No tier was asked for"):
         validate(model, tiers=())
     with pytest.raises(ConfigError, match=r"time_budget is -3. Expected seconds, more than 0."):

@@ -12,10 +12,9 @@ from utils.runtime.project import VERSION as __version__
 if TYPE_CHECKING:
     from utils.adapters import ModelAdapter, ModelSpec
     from utils.loading import LoadedModel, load_model, read_code
-    from utils.tier1_critical_validation import validate
+    from utils.tier1_critical_validation import show, validate
     from utils.tier3_training_utilities import export, resume, train
     from utils.training import TrainingConfig
-    from utils.validation.show import show
 
 _HOMES = {
     "load_model": "utils.loading",
@@ -24,7 +23,7 @@ _HOMES = {
     "ModelAdapter": "utils.adapters",
     "ModelSpec": "utils.adapters",
     "validate": "utils.tier1_critical_validation",
-    "show": "utils.validation.show",
+    "show": "utils.tier1_critical_validation",
     "train": "utils.tier3_training_utilities",
     "resume": "utils.tier3_training_utilities",
     "export": "utils.tier3_training_utilities",

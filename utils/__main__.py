@@ -1,4 +1,4 @@
-"""The same verbs without a notebook: ``python -m utils validate|train|resume|export``.
+"""The same verbs without a notebook: ``python -m utils validate|train|resume|export|link``.
 
 Exit status: 0 when all is well, 1 when a model is not ready, an export failed or a run stopped before its end, 2 when
 the input cannot be used.
@@ -59,6 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
     loading(validate)
     validate.add_argument("--time-budget", type=float, metavar="SECONDS", help="sample less to stay within this time")
     validate.add_argument("--html", metavar="FILE", help="also write the report as one HTML file")
+    validate.add_argument("--badge", metavar="FILE", help="also write the verdict as a small SVG picture")
+    validate.add_argument(
+        "--tiers", default="1", help="1 judges, 2 describes; separated by commas (default: %(default)s)"
+    )
 
     train = verb(
         "train",
@@ -100,6 +104,20 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--formats", default="safetensors,onnx,torch_export", help="separated by commas (default: %(default)s)"
     )
+
+    link = verb(
+        "link",
+        "Make a link that opens a notebook with a model already filled in",
+        "link 0123456789abcdef0123456789abcdef --publish",
+    )
+    link.add_argument("model", help=REFERENCE_HELP)
+    link.add_argument(
+        "--notebook", choices=("template", "training"), default="template", help="which one (default: %(default)s)"
+    )
+    link.add_argument("--output", metavar="DIR", default=".", help="where the copy is written (default: here)")
+    link.add_argument(
+        "--publish", action="store_true", help="also add the copy to the Gist; needs GITHUB_TOKEN with the scope gist"
+    )
     return parser
 
 
@@ -108,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
-        return {"validate": _validate, "train": _train, "resume": _resume, "export": _export}[options.verb](options)
+        verbs = {"validate": _validate, "train": _train, "resume": _resume, "export": _export, "link": _link}
+        return verbs[options.verb](options)
     except (SeedbedError, OSError) as error:
         if options.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
@@ -125,11 +144,14 @@ def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
 def _validate(options: argparse.Namespace) -> int:
     from utils.tier1_critical_validation import validate
 
+    tiers = [_value(part) for part in options.tiers.split(",")]
     report = validate(
-        _load(options), spec=ModelSpec(task=options.task), time_budget=options.time_budget, progress=not options.quiet
+        _load(options), tiers, ModelSpec(task=options.task), None, options.time_budget, progress=not options.quiet
     )
     if options.html:
         report.to_html(options.html)
+    if options.badge:
+        report.badge(options.badge)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.text())
     return 0 if report.passed else 1
 
@@ -184,6 +206,14 @@ def _export(options: argparse.Namespace) -> int:
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.text())
     return 0 if report.passed else 1
+
+
+def _link(options: argparse.Namespace) -> int:
+    from utils.loading.links import model_link
+
+    link = model_link(options.model, options.notebook, options.output, publish=options.publish)
+    print(json.dumps(link.to_dict(), indent=2) if options.json else link)
+    return 0
 
 
 def _show_run(run: Any, as_json: bool) -> int:

@@ -34,6 +34,7 @@ class GitHub:
     def __init__(self) -> None:
         self.answers: dict[str, Any] = {}
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.changes: list[tuple[str, Any]] = []
         self.sent = 0
         self.url = ""
 
@@ -90,6 +91,11 @@ def github(monkeypatch: pytest.MonkeyPatch) -> Iterator[GitHub]:
                     state.sent += 1 << 16
             except OSError:
                 pass
+
+        def do_PATCH(self) -> None:
+            size = int(self.headers.get("Content-Length", "0"))
+            state.changes.append((self.path, json.loads(self.rfile.read(size))))
+            self.do_GET()
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from utils.tier1_critical_validation import validate
 from utils.validation import CheckResult, Finding, ValidationReport
+from utils.validation.pictures import Picture
 
 # Read when the module is imported: a fixture hides these variables from the tests themselves.
 OVERWRITE = bool(os.environ.get("SEEDBED_OVERWRITE_GOLDEN"))
@@ -105,17 +107,51 @@ def test_lines_are_at_most_120_wide():
     assert max(len(line) for line in text.splitlines()) <= 120 and text.count("do ") > 70
 
 
-def test_see_it_only_where_a_picture_exists():
-    """The line is shown for codes that `show` supports."""
-    text = fixed_report().text()
-    assert 'See it: utils.show("future_leakage", model)' in text and 'show("slow_python_loop"' not in text
+def test_every_finding_says_where_in_the_code_and_how_to_see_it():
+    """Location, the call that reproduces it, and the lines to paste."""
+    leak = Finding(
+        "future_leakage", "fail", "blocks.2.attn", "m", "h", "a = 1\nb = model(a)", "model.py:42 (class Attention)"
+    )
+    results = (CheckResult("causality", 1, "fail", 1, 0, "m", 0.1, {}, (leak,)),)
+    report = dataclasses.replace(fixed_report(), results=results)
+    text = report.text()
+    assert 'See it: utils.show("future_leakage", model)\n            a = 1\n            b = model(a)\n' in text
+    assert "Code: model.py:42 (class Attention)" in text
+    page = report.to_html()
+    assert "<pre>a = 1\nb = model(a)</pre>" in page and "model.py:42 (class Attention)" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "colour"),
+    [
+        ({}, "not ready, 1 fault", "#b42318"),
+        ({"results": (CheckResult("a", 1, "pass", 1, 1, "fine", 0.1),)}, "ready", "#1a7f37"),
+        ({"results": (CheckResult("a", 2, "pass", 1, 1, "fine", 0.1),), "tiers": (2,)}, "described", "#5b6570"),
+        ({"results": (CheckResult("a", 1, "skip", 1, 1, "x", 0.1, {"could_not_run": True}),)}, "incomplete", "#8a5a00"),
+    ],
+)
+def test_badge_says_the_verdict_in_one_line(tmp_path, changes, words, colour):
+    """A picture of one line for a README; Tier 2 alone never says ready."""
+    report = fixed_report(**changes)
+    picture = report.badge(tmp_path / "badge.svg")
+    assert f">{words}</text>" in picture and f'fill="{colour}"' in picture and picture.count("\n") == 1
+    assert (tmp_path / "badge.svg").read_text() == picture
+    assert xml.etree.ElementTree.fromstring(picture).tag.endswith("svg")
+
+
+def test_pictures_are_in_the_page_and_not_in_the_json():
+    """A picture is for people."""
+    picture = Picture("by layer", "<svg></svg>", "see")
+    results = (CheckResult("rank", 2, "pass", 1, None, "fine", 0.1, {"a": 1}, (), (picture,)),)
+    report = dataclasses.replace(fixed_report(), results=results)
+    assert picture.html() in report.to_html() and "by layer" not in report.to_json()
 
 
 def test_json(tmp_path):
     """Versioned, and strict JSON even with infinities."""
     text = fixed_report().to_json(tmp_path / "report.json")
     data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert (data["version"], data["verdict"], data["passed"]) == (1, "NOT READY", False)
+    assert (data["version"], data["verdict"], data["passed"]) == (2, "NOT READY", False)
     assert data["results"][2]["threshold"] == "inf" and data["findings"][0]["where"] == "blocks.2.attn"
     assert set(data["results"][0]) == {
         "check", "tier", "status", "value", "threshold", "why", "seconds", "details", "findings"

@@ -1,52 +1,57 @@
-"""Findings as pictures."""
+"""One finding, reproduced with its evidence."""
 
 import numpy as np
 import pytest
 
+import utils
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.runtime.errors import ConfigError
-from utils.validation.report import SHOWABLE
-from utils.validation.show import PICTURES, show
+from utils.tier1_critical_validation import TIER1
+from utils.validation.codes import MEANING
+from utils.validation.show import PICTURES
 
 
 def test_influence_matrix_of_a_leak(tiny):
     """The future of the leaking model is bright, that of the sound one is dark."""
-    leaking, sound = (show("future_leakage", tiny.GPT(mask=mask)) for mask in ("none", "causal"))
+    spec = ModelSpec(task="causal_lm")
+    leaking, sound = (utils.show("future_leakage", tiny.GPT(mask=mask), spec) for mask in ("none", "causal"))
     matrix = np.array(sound.numbers["influence"])
     assert matrix.shape == (24, 24) and np.diag(matrix).min() > 1e-4
     assert sound.numbers["largest_from_future"] < 1e-6 < leaking.numbers["largest_from_future"]
-    assert "Largest change of an earlier logit" in leaking.text
+    assert leaking.found and leaking.text.startswith("blocks.1.attn: ") and "changes the logits" in leaking.text
+    assert not sound.found and str(sound) == "future_leakage: not found in this model"
 
 
-def test_picture_renders(tiny, tmp_path):
-    """The figure can be saved and shown in a notebook, and no global figure is left behind."""
-    import matplotlib.pyplot as plt
-
-    shown = show("future_leakage", tiny.GPT(mask="none"))
-    shown.figure.savefig(tmp_path / "leak.png")
-    assert (tmp_path / "leak.png").stat().st_size > 5000 and plt.get_fignums() == []
-    assert 'src="data:image/png;base64,' in shown._repr_html_()
-    assert shown.to_dict()["code"] == "future_leakage"
+def test_evidence_renders_and_is_plain_data(tiny):
+    """Picture and finding in a notebook, numbers for machines."""
+    shown = utils.show("future_leakage", tiny.GPT(mask="none"), ModelSpec(task="causal_lm"))
+    assert 'src="data:image/png;base64,' in shown._repr_html_() and "is-fail" in shown._repr_html_()
+    plain = shown.to_dict()
+    assert plain["code"] == "future_leakage" and plain["found"] and "causality" in plain["numbers"]
 
 
 def test_scale_by_depth(tiny):
-    """The signal after each block."""
-    assert list(show("exploding_init", tiny.GPT()).numbers["scale_by_depth"]) == ["blocks.0", "blocks.1"]
+    """The signal after each block, drawn."""
+    shown = utils.show("exploding_init", tiny.GPT())
+    assert list(shown.numbers["scale_by_depth"]) == ["blocks.0", "blocks.1"]
+    assert "blocks.0 to blocks.1" in shown.pictures[0].caption
+
+
+def test_model_comes_back_as_it_was(tiny):
+    """Showing is looking."""
+    model = tiny.GPT().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    utils.show("dead_relu", ModelAdapter(model))
+    assert model.training and all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
 def test_unknown_code(tiny):
     """The error lists what there is."""
-    with pytest.raises(
-        ConfigError, match=r"no picture for 'nan_output'. Pictures exist for future_leakage, exploding_init"
-    ):
-        show("nan_output", tiny.GPT())
+    with pytest.raises(ConfigError, match=r"No check looks for 'nonsense'. The codes are .*future_leakage, "):
+        utils.show("nonsense", tiny.GPT())
 
 
-def test_model_without_positions(tiny):
-    """An image classifier has no influence between positions."""
-    with pytest.raises(ConfigError, match="Influence between positions needs a language model"):
-        show("future_leakage", tiny.ConvNet())
-
-
-def test_the_report_names_exactly_the_codes_with_pictures():
-    """The two lists agree."""
-    assert set(SHOWABLE) == set(PICTURES)
+def test_every_code_has_a_meaning_and_a_check():
+    """What a check can find is explained, and what is drawn can be found."""
+    known = {code for check in TIER1 for code in check.codes}
+    assert known <= set(MEANING) and set(PICTURES) <= known

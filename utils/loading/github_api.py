@@ -25,6 +25,11 @@ from utils.runtime.secrets import find_secret
 DEFAULT_API = "https://api.github.com"
 DEFAULT_TIMEOUT = 15.0
 DEFAULT_DEADLINE = 30.0
+HEADERS = {
+    "Accept": "application/vnd.github+json",
+    "User-Agent": "seedbed",
+    "X-GitHub-Api-Version": "2022-11-28",
+}
 _ATTEMPTS = 4
 _FIRST_DELAY = 0.5
 
@@ -128,7 +133,31 @@ class GitHubClient:
                 "A proxy or a sign-in page may stand in between: open the API's address in a browser to see.",
             ) from None
 
-    def get(self, url: str, what: str, accept: str = "application/vnd.github+json") -> bytes:
+    def patch_json(self, path: str, payload: Any, what: str) -> Any:
+        """Change something through the API, in one attempt: what was sent twice could be changed twice.
+
+        Raises:
+            FetchError: There is no token, it lacks the right, or the change did not succeed.
+        """
+        if not self._token:
+            raise FetchError(
+                f"{what} cannot be changed: there is no access token.",
+                "Expected GITHUB_TOKEN with the right to write Gists.",
+                "Make one at github.com/settings/tokens with the scope gist, and set it as GITHUB_TOKEN.",
+            )
+        headers = {**HEADERS, "Content-Type": "application/json"}
+        body = json.dumps(payload).encode()
+        request = urllib.request.Request(self.api + path, data=body, headers=headers, method="PATCH")
+        request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+        try:
+            return json.loads(self._within(self.timeout, request, what) or b"null")
+        except _Retry as failure:
+            action = "Whether it was changed is not known: look at it before trying again."
+            raise FetchError(failure.found, action) from None
+        except ValueError:
+            raise FetchError(f"{what}: the answer is not JSON.", "Look at it before trying again.") from None
+
+    def get(self, url: str, what: str, accept: str = HEADERS["Accept"]) -> bytes:
         """Fetch an address, trying again after connection errors, time-outs and server errors.
 
         Raises:
@@ -138,7 +167,7 @@ class GitHubClient:
             raise FetchError(
                 f"{what}: the answer points to {url[:80]!r}.", "Expected an https address.", "Nothing was loaded."
             )
-        headers = {"Accept": accept, "User-Agent": "seedbed", "X-GitHub-Api-Version": "2022-11-28"}
+        headers = {**HEADERS, "Accept": accept}
         end = time.monotonic() + self.deadline
         for attempt in range(1, _ATTEMPTS + 1):
             try:

@@ -49,7 +49,9 @@ class Finding:
     hint: str
     """What to do about it."""
     reproduction: str = ""
-    """Up to three lines of Python that show the fault on ``model``; empty where `utils.show` does."""
+    """Up to three lines of Python that show the fault on ``model``."""
+    location: str = ""
+    """File, line and class of the code behind `where`; the runner fills it in."""
 
     def __post_init__(self) -> None:
         """Refuse severities that the verdict would not count."""

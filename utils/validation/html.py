@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from utils.validation.check import CheckResult, Finding, json_safe
+from utils.validation.codes import MEANING
 from utils.validation.svg import bar_chart
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ font-variant-numeric:tabular-nums;white-space:nowrap}
 .seedbed-report td.warn{color:var(--warn)}.seedbed-report td.skip{color:var(--skip)}
 .seedbed-report details{margin:4px 0}
 .seedbed-report summary{cursor:pointer;color:var(--soft)}
+.seedbed-report figure{margin:10px 0}.seedbed-report figcaption{color:var(--soft);font-size:12.5px}
 .seedbed-report svg{max-width:100%;height:auto;display:block}
 .seedbed-report svg rect{fill:var(--bar)}.seedbed-report svg text{fill:var(--soft);font:10px system-ui,sans-serif}
 """
-VERDICT_CLASS = {"READY": "pass", "NOT READY": "fail", "INCOMPLETE": "warn"}
+VERDICT_CLASS = {"READY": "pass", "DESCRIBED": "skip", "NOT READY": "fail", "INCOMPLETE": "warn"}
+BADGE_COLOURS = {"pass": "#1a7f37", "fail": "#b42318", "warn": "#8a5a00", "skip": "#5b6570"}
 
 
 def report_page(report: "ValidationReport") -> str:
@@ -80,6 +83,21 @@ def report_fragment(report: "ValidationReport") -> str:
     return f'<div class="seedbed-report">{"".join(parts)}</div>'
 
 
+def badge(report: "ValidationReport") -> str:
+    """Return the verdict as an SVG picture of one line: a grey label and the verdict in its colour."""
+    faults = sum(finding.severity == "fail" for finding in report.findings)
+    words = report.verdict.lower() + (f", {faults} fault{'s' if faults > 1 else ''}" if faults else "")
+    left, right = 64, 16 + 7 * len(words)
+    text = 'fill="#fff" font-family="Verdana,sans-serif" font-size="11"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" '
+        f'aria-label="seedbed: {escape(words)}"><title>{escape(report.sentence)}</title>'
+        f'<rect width="{left}" height="20" fill="#444c56"/>'
+        f'<rect x="{left}" width="{right}" height="20" fill="{BADGE_COLOURS[VERDICT_CLASS[report.verdict]]}"/>'
+        f'<text x="8" y="14" {text}>seedbed</text><text x="{left + 8}" y="14" {text}>{escape(words)}</text></svg>\n'
+    )
+
+
 def result_html(result: CheckResult) -> str:
     """Return one check's result as an element with its own scoped style."""
     body = "".join(finding_html(finding) for finding in result.findings)
@@ -89,9 +107,6 @@ def result_html(result: CheckResult) -> str:
 
 def finding_html(finding: Finding) -> str:
     """Return one finding: what, where, evidence, why it matters, what to do."""
-    from utils.validation.codes import MEANING
-    from utils.validation.report import SHOWABLE
-
     lines = [
         f'<p><b class="{finding.severity}">{finding.severity}</b> <b>{escape(finding.code)}</b> '
         f"<code>{escape(finding.where)}</code></p>",
@@ -100,8 +115,11 @@ def finding_html(finding: Finding) -> str:
     if finding.code in MEANING:
         lines.append(f'<p class="soft">{escape(MEANING[finding.code])}</p>')
     lines.append(f"<p><b>Fix:</b> {escape(finding.hint)}</p>")
-    if finding.code in SHOWABLE:
-        lines.append(f"<p><b>See it:</b> <code>utils.show(&quot;{escape(finding.code)}&quot;, model)</code></p>")
+    if finding.location:
+        lines.append(f"<p><b>Code:</b> <code>{escape(finding.location)}</code></p>")
+    lines.append(f"<p><b>See it:</b> <code>utils.show(&quot;{escape(finding.code)}&quot;, model)</code></p>")
+    if finding.reproduction:
+        lines.append(f"<details><summary>reproduce it</summary><pre>{escape(finding.reproduction)}</pre></details>")
     return f'<div class="finding is-{finding.severity}">{"".join(lines)}</div>'
 
 
@@ -121,8 +139,9 @@ def _row(result: CheckResult) -> str:
 
 def _evidence(result: CheckResult) -> str:
     """Return a check's details, with a picture where numbers per layer exist."""
+    drawn = "".join(picture.html() for picture in result.pictures)
     if not result.details:
-        return ""
+        return drawn
     picture = ""
     for key, title in (("norms", "gradient norm per parameter"), ("scale_by_depth", "signal scale by depth")):
         series = result.details.get(key)
@@ -133,7 +152,7 @@ def _evidence(result: CheckResult) -> str:
     text = json.dumps(json_safe(result.details), indent=1, ensure_ascii=False)
     if len(text) > 20_000:
         text = text[:20_000] + "\n(shortened; to_json() has everything)"
-    return f"<details><summary>evidence</summary>{picture}<pre>{escape(text)}</pre></details>"
+    return f"{drawn}<details><summary>evidence</summary>{picture}<pre>{escape(text)}</pre></details>"
 
 
 def _detections(report: "ValidationReport") -> str:

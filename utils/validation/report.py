@@ -11,11 +11,8 @@ from utils.runtime.resources import format_count
 from utils.validation.check import CheckResult, Finding, json_safe
 from utils.validation.codes import MEANING
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 WIDTH = 120
-SHOWABLE = ("future_leakage", "exploding_init", "vanishing_init")
-"""Codes that `utils.show` can draw."""
-
 TASK_NAMES = {
     "causal_lm": "causal language model",
     "masked_lm": "masked language model",
@@ -73,14 +70,19 @@ class ValidationReport:
     @property
     def passed(self) -> bool:
         """Whether no check failed and none that applies was prevented from running."""
-        return self.verdict == "READY"
+        return self.verdict in ("READY", "DESCRIBED")
 
     @property
     def verdict(self) -> str:
-        """``"NOT READY"`` after a failure, ``"INCOMPLETE"`` when a check could not run, else ``"READY"``."""
+        """``"NOT READY"`` after a failure, ``"INCOMPLETE"`` when a check could not run, else ``"READY"``.
+
+        Tier 2 alone judges nothing; its verdict is ``"DESCRIBED"``.
+        """
         if self.failures:
             return "NOT READY"
-        return "INCOMPLETE" if self.incomplete or not self.results else "READY"
+        if self.incomplete or not self.results:
+            return "INCOMPLETE"
+        return "READY" if 1 in self.tiers else "DESCRIBED"
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -123,8 +125,9 @@ class ValidationReport:
             meaning = MEANING.get(finding.code)
             lines += _wrap(meaning, " " * 10) if meaning else []
             lines += _wrap(f"Fix: {finding.hint}", " " * 10)
-            if finding.code in SHOWABLE:
-                lines.append(f'{"":10}See it: utils.show("{finding.code}", model)')
+            lines += _wrap(f"Code: {finding.location}", " " * 10) if finding.location else []
+            lines.append(f'{"":10}See it: utils.show("{finding.code}", model)')
+            lines += [f"{'':12}{line}" for line in finding.reproduction.splitlines()]
         lines += ["", f"{'check':<20} {'status':<6} {'value':>12} {'threshold':>12} {'seconds':>8}  why"]
         for result in self.results:
             why = result.why if result.status in ("pass", "skip") else "see above"
@@ -137,6 +140,15 @@ class ValidationReport:
 
     def __str__(self) -> str:
         return self.text()
+
+    def badge(self, path: Path | str | None = None) -> str:
+        """Return the verdict as a small SVG picture for a README and, given a path, write it there as well."""
+        from utils.validation.html import badge
+
+        picture = badge(self)
+        if path is not None:
+            write_atomic(Path(path), picture)
+        return picture
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values that JSON can hold."""

@@ -1,122 +1,113 @@
-"""One finding, reproduced: a picture and the numbers behind it."""
+"""One finding, reproduced: the check that made it runs again, alone, and its evidence is shown as numbers and pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
 
 from utils.adapters.model_adapter import ModelAdapter
-from utils.adapters.spec import ModelSpec
 from utils.runtime.errors import ConfigError
 from utils.runtime.isolation import preserved
-from utils.runtime.optional import require
 from utils.validation.causality import influence
-from utils.validation.check import Budget, json_safe
-from utils.validation.initialization import check_initialization
+from utils.validation.check import Check, CheckResult, json_safe
+from utils.validation.html import result_html
+from utils.validation.pictures import Picture, heat_map, line_chart
 from utils.validation.probing import has_length
+from utils.validation.runner import run_check
 
 MATRIX_LENGTH = 24
+SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What `show` returns."""
+    """What `utils.show` returns."""
 
     code: str
     """The finding's code."""
-    figure: Any
-    """A matplotlib figure; ``figure.savefig(path)`` writes it."""
-    numbers: dict[str, Any]
-    """The data in the picture."""
+    found: bool
+    """Whether the model has the fault now."""
     text: str
-    """What to see in it."""
+    """What there is to see."""
+    numbers: dict[str, Any]
+    """The evidence."""
+    pictures: tuple[Picture, ...]
+    """The evidence, drawn; possibly none."""
+    results: tuple[CheckResult, ...]
+    """What the checks that look for this code say."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers and the text as plain values."""
-        return {"code": self.code, "numbers": json_safe(self.numbers), "text": self.text}
+        return {"code": self.code, "found": self.found, "text": self.text, "numbers": json_safe(self.numbers)}
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.text}"
 
     def _repr_html_(self) -> str:
-        import base64
-        import io
-        from html import escape
-
-        stream = io.BytesIO()
-        self.figure.savefig(stream, format="png", dpi=110, bbox_inches="tight")
-        picture = base64.b64encode(stream.getvalue()).decode()
-        image = f'<img alt="{escape(self.code)}" src="data:image/png;base64,{picture}">'
-        return f"<figure>{image}<figcaption>{escape(self.text)}</figcaption></figure>"
+        drawn = "".join(picture.html() for picture in self.pictures)
+        tables = "".join(result_html(result) for result in self.results)
+        return f"<div><p><b>{escape(self.code)}</b> {escape(self.text)}</p>{drawn}{tables}</div>"
 
 
-def show(code: str, model: Any, spec: ModelSpec | None = None, config: Any = None) -> Shown:
-    """Reproduce one finding as a picture with its numbers.
+def reproduce(code: str, adapter: ModelAdapter, checks: Sequence[Check]) -> Shown:
+    """Run the checks that can find a code and collect their evidence; see `utils.show`.
 
     Args:
-        code: Code of the finding, for example ``"future_leakage"``.
-        model: What `validate` takes.
-        spec: Facts that override detection.
-        config: Settings of the model.
+        code: Code of the finding.
+        adapter: The model.
+        checks: Every check there is.
 
     Raises:
-        ConfigError: There is no picture for this code, or the model has no such property to draw.
+        ConfigError: No check looks for this code.
     """
-    if code not in PICTURES:
-        raise ConfigError(
-            f"There is no picture for {code!r}.",
-            f"Pictures exist for {', '.join(PICTURES)}.",
-            "The report has the numbers of all findings.",
-        )
-    figure_module = require("matplotlib.figure", "draw a finding", "matplotlib")
-    adapter = model if isinstance(model, ModelAdapter) and spec is None else ModelAdapter(model, config, spec)
-    with preserved(adapter.module, 0, "show"):
-        adapter.module.eval()
-        return PICTURES[code](adapter, figure_module.Figure)
+    wanted = [check for check in checks if code in check.codes]
+    if not wanted:
+        known = sorted({name for check in checks for name in check.codes})
+        raise ConfigError(f"No check looks for {code!r}.", f"The codes are {', '.join(known)}.")
+    results = tuple(run_check(adapter, check, SECONDS / len(wanted)) for check in wanted)
+    findings = [finding for result in results for finding in result.findings if finding.code == code]
+    numbers: dict[str, Any] = {result.check: result.details for result in results}
+    pictures = [picture for result in results for picture in result.pictures]
+    if code in PICTURES and adapter.failure is None:
+        with preserved(adapter.module, 0, "show"):
+            adapter.module.eval()
+            more, drawn = PICTURES[code](adapter, numbers)
+        numbers, pictures = numbers | more, [*drawn, *pictures]
+    text = "; ".join(f"{finding.where}: {finding.message}" for finding in findings)
+    return Shown(code, bool(findings), text or "not found in this model", numbers, tuple(pictures), results)
 
 
-def _influence(adapter: ModelAdapter, figure_class: Any) -> Shown:
+def _influence(adapter: ModelAdapter, numbers: dict[str, Any]) -> tuple[dict[str, Any], list[Picture]]:
     """Draw which input position changes which output position."""
     if not has_length(adapter) or adapter.task.value not in ("causal_lm", "masked_lm", "seq2seq"):
-        raise ConfigError(
-            f"{adapter.name} gives no logit per token ({adapter.task.value}).",
-            "Influence between positions needs a language model.",
-        )
-    length = adapter.legal_length(min(MATRIX_LENGTH, adapter.max_length.value or MATRIX_LENGTH))
-    matrix = influence(adapter, length).numpy()
-    future = matrix[np.triu_indices(length, 1)]
-    figure = figure_class(figsize=(5.6, 4.8))
-    axes = figure.add_subplot()
-    floor = max(matrix.max(), 1e-30) * 1e-8
-    image = axes.imshow(np.log10(np.maximum(matrix, floor)), cmap="viridis", origin="upper")
-    axes.plot([-0.5, length - 0.5], [-0.5, length - 0.5], color="white", linewidth=1)
-    axes.set(xlabel="token that was changed", ylabel="logits that changed", title="above the white line: the future")
-    figure.colorbar(image, label="log10 of the largest change")
-    largest = float(future.max()) if future.size else 0.0
-    text = (
-        f"Largest change of an earlier logit by a later token: {largest:.3g} (by any: {matrix.max():.3g}). "
-        "In a causal model everything above the white line is dark."
-    )
-    return Shown("future_leakage", figure, {"influence": matrix.tolist(), "largest_from_future": largest}, text)
+        return {}, []
+    matrix = influence(
+        adapter, adapter.legal_length(min(MATRIX_LENGTH, adapter.max_length.value or MATRIX_LENGTH))
+    ).numpy()
+    future = matrix[np.triu_indices(len(matrix), 1)]
+    floor = max(float(matrix.max()), 1e-30) * 1e-8
+    caption = "Row: position of the logits; column: token that was changed; log10 of the largest change. In a causal"
+    caption += " model everything above the diagonal is dark;"
+    picture = heat_map(np.log10(np.maximum(matrix, floor)), "which token changes which logits", caption)
+    return {"influence": matrix.tolist(), "largest_from_future": float(future.max(initial=0.0))}, [picture]
 
 
-def _scale(adapter: ModelAdapter, figure_class: Any, code: str) -> Shown:
+def _scale(adapter: ModelAdapter, numbers: dict[str, Any]) -> tuple[dict[str, Any], list[Picture]]:
     """Draw the signal's scale by depth."""
-    scales: dict[str, float] = check_initialization(adapter, Budget(30)).details["scale_by_depth"]
-    if not scales:
-        raise ConfigError(
-            f"{adapter.name} has no repeated blocks or layers to follow.", "Scale by depth needs at least one."
-        )
-    figure = figure_class(figsize=(6.4, 3.2))
-    axes = figure.add_subplot()
-    axes.plot(range(len(scales)), list(scales.values()), marker="o")
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(scales)), list(scales), rotation=60, ha="right", fontsize=7)
-    axes.set(ylabel="root mean square", title="signal scale by depth")
-    first, last = next(iter(scales.items())), next(reversed(scales.items()))
-    return Shown(code, figure, {"scale_by_depth": scales}, f"{first[0]}: {first[1]:.3g}, {last[0]}: {last[1]:.3g}")
+    scales: dict[str, float] = numbers.get("initialization", {}).get("scale_by_depth", {})
+    if len(scales) < 2:
+        return {}, []
+    logs = [float(np.log10(max(value, 1e-30))) for value in scales.values()]
+    ends = f"{next(iter(scales))} to {next(reversed(scales))}"
+    chart = line_chart(range(len(logs)), {"log10 of root mean square": logs}, "signal scale by depth", "layer", ends)
+    return {"scale_by_depth": scales}, [chart]
 
 
-PICTURES: dict[str, Callable[[ModelAdapter, Any], Shown]] = {
+PICTURES: dict[str, Callable[[ModelAdapter, dict[str, Any]], tuple[dict[str, Any], list[Picture]]]] = {
     "future_leakage": _influence,
-    "exploding_init": lambda adapter, figure_class: _scale(adapter, figure_class, "exploding_init"),
-    "vanishing_init": lambda adapter, figure_class: _scale(adapter, figure_class, "vanishing_init"),
+    "exploding_init": _scale,
+    "vanishing_init": _scale,
 }
+"""Codes with a picture of their own, beside what their checks draw."""
