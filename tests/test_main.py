@@ -26,6 +26,16 @@ def text(tmp_path):
     return f"file:{path}"
 
 
+def test_tier_2_and_the_badge(tmp_path, tiny, capsys):
+    badge = tmp_path / "badge.svg"
+    validate = ["validate", "example:gpt", "--model-config", tiny, "--quiet", "--json"]
+    assert main([*validate, "--tiers", "2", "--time-budget", "3", "--badge", str(badge)]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "DESCRIBED"
+    assert ">described</text>" in badge.read_text()
+    assert main([*validate, "--tiers", "two"]) == 2
+    assert "Tier two was asked for" in capsys.readouterr().out
+
+
 def test_validate_train_resume_export(tmp_path, tiny, text, capsys):
     page = tmp_path / "report.html"
     assert main(["validate", "example:gpt", "--model-config", tiny, "--html", str(page), "--json", "--quiet"]) == 0
@@ -93,7 +103,7 @@ def test_settings_come_from_a_file_and_options_override_it(tmp_path, tiny, text,
 
 
 def test_help_explains_every_verb_and_every_setting(capsys):
-    for verb in ("validate", "train", "resume", "export"):
+    for verb in ("validate", "train", "resume", "export", "link"):
         with pytest.raises(SystemExit) as left:
             build_parser().parse_args([verb, "--help"])
         assert left.value.code == 0
