@@ -8,6 +8,7 @@ from typing import Any
 from utils.adapters import ModelSpec
 from utils.tier1_critical_validation import validate
 from utils.validation.adversarial import check_adversarial
+from utils.validation.attention_patterns import check_attention_patterns
 from utils.validation.attribution import check_attribution
 from utils.validation.check import Check
 from utils.validation.position_use import check_position_use
@@ -17,6 +18,14 @@ from utils.validation.saliency import check_saliency
 from utils.validation.sensitivity import check_sensitivity
 
 TIER2: tuple[Check, ...] = (
+    Check(
+        "attention_patterns",
+        2,
+        "where does each head look?",
+        check_attention_patterns,
+        share=2,
+        codes=("symmetric_init",),
+    ),
     Check("attribution", 2, "which part of the input made the answer?", check_attribution, share=4),
     Check("saliency", 2, "which pixels matter?", check_saliency, share=2),
     Check("sensitivity", 2, "how much do small changes move it?", check_sensitivity, share=3),

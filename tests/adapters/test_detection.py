@@ -5,10 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.adapters.detection import (
+    bidirectional_setting,
     config_dict,
     config_number,
     encoder_sign,
@@ -176,3 +178,126 @@ def test_a_task_that_is_only_assumed() -> None:
     assert (assumed.task.value, assumed.task_assumed) == ("causal_lm", True)
     assert (known.task.value, known.task_assumed) == ("causal_lm", False)
     assert not ModelAdapter(Model(True), spec=ModelSpec(task="causal_lm")).task_assumed
+
+
+def test_a_config_that_refuses_to_be_read_in_one_way() -> None:
+    @dataclass
+    class Layered:
+        n_vocab: int = 7
+        per_layer: int = 3
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "per_layer":
+                raise RuntimeError("differs by layer")
+            return super().__getattribute__(name)
+
+        def to_dict(self) -> dict[str, int]:
+            return {"n_vocab": self.n_vocab}
+
+    assert config_dict(Layered()) == {"n_vocab": 7}
+
+
+class Table(nn.Module):
+    """A table of positions of one's own; the first rows are reserved."""
+
+    def __init__(self, rows: int, reserved: int, by_shape: bool) -> None:
+        super().__init__()
+        self.weight, self.padding_idx, self.by_shape = nn.Parameter(torch.randn(rows, 8)), reserved - 1, by_shape
+
+    def forward(self, ids: Any) -> Any:
+        length = ids[1] if self.by_shape else ids.shape[1]
+        positions = torch.arange(length) + self.padding_idx + 1
+        return self.weight[positions][None], positions
+
+
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_reserved_rows_of_a_table_that_is_no_embedding(by_shape: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tok, self.pos = nn.Embedding(30, 8), Table(40, 2, by_shape)
+            self.head = nn.Linear(8, 30)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            asked = tuple(input_ids.shape) if by_shape else torch.arange(input_ids.shape[1])[None] + 2
+            return self.head(self.tok(input_ids) + self.pos(asked)[0])
+
+    adapter = ModelAdapter(Model(), {"max_position_embeddings": 40})
+    assert adapter.max_length.value == 38
+    assert adapter.max_length.reason.endswith("less the 2 first rows of `pos`")
+
+
+class BidirectionalLMHeadModel(nn.Module):
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.emb, self.head, self.config = nn.Embedding(30, 8), nn.Linear(8, 30), config
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.emb(input_ids)
+        return self.head(hidden + hidden.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({}, "causal_lm"),
+        ({"is_decoder": True}, "causal_lm"),
+        ({"is_decoder": False}, "masked_lm"),
+        ({"causal": False}, "masked_lm"),
+        ({"prompt_length": 4}, "masked_lm"),
+        ({"attn_type": "bi"}, "masked_lm"),
+    ],
+)
+def test_a_causal_name_over_an_encoder(config: dict[str, Any], task: str) -> None:
+    detected = ModelAdapter(BidirectionalLMHeadModel(config)).task
+    assert detected.value == task
+    if task == "masked_lm":
+        assert "earlier positions see the last token, whatever the class name" in detected.reason
+
+
+def test_settings_that_allow_later_tokens() -> None:
+    assert bidirectional_setting({"is_decoder": False}) == "`is_decoder` is false in the config"
+    assert bidirectional_setting({"is_decoder": True, "prefix_lm": False, "prompt_length": 0}) is None
+
+
+def test_a_generator_with_one_sequence_is_no_seq2seq_model() -> None:
+    class SightedForConditionalGeneration(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.head = nn.Embedding(30, 8), nn.Linear(8, 30)
+
+        def forward(self, input_ids: Tensor, pixel_values: Any = None) -> Tensor:
+            return self.head(self.emb(input_ids))
+
+    assert ModelAdapter(SightedForConditionalGeneration()).task.value == "causal_lm"
+
+
+def test_a_table_that_is_read_ahead() -> None:
+    class Ahead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tok, self.pos, self.head = nn.Embedding(30, 8), Table(40, 2, False), nn.Linear(8, 30)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            positions = torch.arange(input_ids.shape[1])[None] + 2
+            return self.head(self.tok(input_ids) + self.pos(positions)[0] + self.pos.weight[positions + 1])
+
+    found = ModelAdapter(Ahead(), {"max_position_embeddings": 40}).max_length
+    assert (found.value, found.reason[-17:]) == (37, " and 1 read ahead")
+
+
+def test_as_many_answers_as_the_longest_text_has_tokens() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.queries = nn.Embedding(30, 8), nn.Parameter(torch.randn(20, 8))
+            self.head = nn.Linear(8, 30)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            hidden = self.emb(input_ids)
+            return self.head((self.queries @ hidden.mT).softmax(-1) @ hidden)
+
+    adapter = ModelAdapter(Queries(), {"max_position_embeddings": 20})
+    assert (str(adapter.lengths.value), adapter.legal_length(7)) == ("20 only", 20)
+    assert adapter.lengths.reason == "the output has 20 positions, however long the input is"
+    assert tuple(adapter.example_inputs()["input_ids"].shape) == (2, 20)

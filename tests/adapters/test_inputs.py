@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter, ModelSpec
-from utils.adapters.inputs import candidate_kinds, image_shapes, longest_length, main_example
+from utils.adapters.inputs import candidate_kinds, image_shapes, longest_length, main_example, sound_shapes, table_sizes
 from utils.runtime.errors import AdapterError
 
 
@@ -74,3 +74,21 @@ def test_longest_length() -> None:
     found = longest_length(limited, 12)
     assert (found.value, found.reason) == (37, "found by trying: 37 tokens run, 38 do not")
     assert longest_length(lambda length: None, 1024).reason == "no limit found up to 2048 tokens"
+
+
+def test_likely_limits_are_tried_first() -> None:
+    tried: list[int] = []
+
+    def limited(length: int) -> None:
+        tried.append(length)
+        if length > 1000:
+            raise IndexError
+
+    assert longest_length(limited, 12, [16, 800, 1000]).value == 1000
+    assert len(tried) <= 13
+    assert table_sizes(nn.Embedding(9, 4)) == [4, 9]
+
+
+def test_spectrograms_may_be_called_values() -> None:
+    shapes = [shape for shape, _ in sound_shapes({"num_mel_bins": 8, "max_length": 20}, "wave")]
+    assert shapes == [(20, 8), (16000,)]

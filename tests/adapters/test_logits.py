@@ -55,4 +55,4 @@ def test_outputs_without_logits(small: Any, shape: Callable[..., Any], message: 
 def test_no_tensor_at_all(small: Any) -> None:
     failure = ModelAdapter(small.Scorer(lambda h, x: None)).failure
     assert failure is not None
-    assert "token ids (2, 12): forward returned NoneType and no tensor" in failure
+    assert "forward() of Scorer returned None and no tensor for token ids (2, 12)" in failure

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 import utils
 from utils.adapters import ModelAdapter, ModelSpec
@@ -291,8 +292,12 @@ def test_not_a_module(small: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_lazy_and_scripted() -> None:
-    with pytest.raises(AdapterError, match=r"0\.weight has no shape yet \(a lazy module\).*one forward pass"):
-        ModelAdapter(nn.Sequential(nn.LazyLinear(3)))
+    model = nn.Sequential(nn.LazyLinear(3))
+    adapter = ModelAdapter(model, spec=ModelSpec(example_inputs={"input": torch.ones(2, 8)}))
+    assert adapter.lazy == ("0.weight", "0.bias") and adapter.module is not model
+    assert adapter.module[0].weight.shape == (3, 8) and is_lazy(model[0].weight)
+    with pytest.raises(AdapterError, match=r"weight has no shape yet \(a lazy module\).*one forward pass"):
+        ModelAdapter(nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 4), nn.LazyLinear(3)))
     traced = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(AdapterError, match=r"A TorchScript module .* was given.*before torch\.jit\.script"):
         ModelAdapter(traced)

@@ -1,6 +1,13 @@
 """Inside the block anything may happen to the model; afterwards it is as it was."""
 
+import gc
+import io
+import logging
+import os
 import random
+import signal
+import sys
+import warnings
 from collections import OrderedDict, defaultdict, deque
 from types import SimpleNamespace
 
@@ -274,3 +281,47 @@ def test_scripted_and_inference_models():
         frozen = nn.Linear(2, 2)
     with preserved(frozen), torch.inference_mode():
         frozen(torch.randn(1, 2))
+
+
+def test_settings_of_the_process_come_back(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("SEEDBED_TEST", "before")
+
+    def settings():
+        return (
+            dict(os.environ), os.getcwd(), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+            list(warnings.filters), logging.getLogger().level, list(logging.getLogger().handlers), sys.stdout,
+            sys.excepthook, sys.getrecursionlimit(), list(sys.path), gc.isenabled(), np.geterr(),
+            torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled(),
+            len(nn.modules.module._global_forward_hooks), logging.root.manager.disable,
+        )  # fmt: skip
+
+    before = settings()
+    with preserved(model):
+        os.environ["SEEDBED_TEST"] = "after"
+        os.environ["SEEDBED_NEW"] = "1"
+        os.chdir(tmp_path)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        warnings.simplefilter("ignore")
+        logging.getLogger().setLevel(1)
+        logging.getLogger().addHandler(logging.NullHandler())
+        logging.disable(logging.CRITICAL)
+        sys.stdout = io.StringIO()
+        sys.excepthook = print
+        sys.setrecursionlimit(5000)
+        sys.path.insert(0, "nowhere")
+        gc.disable()
+        np.seterr(all="ignore")
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cuda.enable_flash_sdp(False)
+        nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert settings() == before
+
+
+def test_a_folder_that_is_gone_cannot_come_back(model, monkeypatch, tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    with preserved(model):
+        os.chdir(tmp_path)
+        inside.rmdir()
+    assert os.getcwd() == str(tmp_path)

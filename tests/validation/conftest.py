@@ -23,13 +23,14 @@ class Attention(nn.Module):
             part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(x).split(width, dim=-1)
         )
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        position = torch.arange(length)
+        position = torch.arange(length, device=x.device)
         if self.bias == "alibi":
             scores = scores - 0.5 * (position[:, None] - position[None, :]).abs()
         offset = {"causal": 1, "off_by_one": 2}.get(self.mask, length + 1)
         if self.mask == "until_32":
             offset = 1 if length <= 32 else length + 1
-        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(offset), float("-inf"))
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(offset)
+        scores = scores.masked_fill(future, float("-inf"))
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width))
 
 
@@ -80,7 +81,7 @@ class TinyGPT(nn.Module):
         self.config = {"vocab_size": vocab, "max_position_embeddings": longest}
 
     def forward(self, input_ids):
-        x = self.tok(input_ids) + self.pos(torch.arange(input_ids.shape[1]))
+        x = self.tok(input_ids) + self.pos(torch.arange(input_ids.shape[1], device=input_ids.device))
         for block in self.blocks:
             x = block(x)
         if self.fault == "squeeze":

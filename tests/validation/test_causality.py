@@ -1,6 +1,7 @@
 """Causality: every leak found with its module, no look-alike flagged."""
 
 import pytest
+import torch
 from torch import nn
 
 from utils.adapters import ModelAdapter, ModelSpec
@@ -124,3 +125,156 @@ def test_a_partial_leak_is_no_encoders(tiny, settings):
 def test_stated_task_is_not_softened(tiny):
     """Whoever says causal means it."""
     assert check_causality(unmasked("ProteinModel", tiny), spec=CAUSAL).status == "fail"
+
+
+class Sequential(nn.Module):
+    """Embedding, a mixer of positions, head."""
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.embed, self.mixer, self.head = nn.Embedding(50, 16), mixer, nn.Linear(16, 50)
+
+    def forward(self, input_ids):
+        return self.head(self.mixer(self.embed(input_ids)))
+
+
+class ByRule(nn.Module):
+    """Mixes positions by a matrix ``(seq, seq)`` that `rule` makes."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, x):
+        return torch.einsum("ts,bsd->btd", self.rule(x.shape[1]).to(x), x)
+
+
+class ExpertChoice(nn.Module):
+    """Each expert takes the tokens that it likes best."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(16, 2), nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x):
+        result = torch.zeros_like(x)
+        for share, expert in zip(self.router(x).softmax(-1).unbind(-1), self.experts, strict=True):
+            weight, rows = share.topk(max(1, x.shape[1] // 2), dim=1)
+            rows = rows[..., None].expand(-1, -1, x.shape[-1])
+            result = result.scatter_add(1, rows, expert(x.gather(1, rows)) * weight[..., None])
+        return result
+
+
+class Summary(nn.Module):
+    """Adds a summary of the whole text."""
+
+    def forward(self, x):
+        return x + x.amax(1, keepdim=True)
+
+
+class TimeNorm(nn.Module):
+    """Normalises each channel over time, as BatchNorm without statistics does for one text."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(16)
+
+    def forward(self, x):
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+def weak(size):
+    """Averages the past; of the future it sees a millionth."""
+    return lambda n: torch.ones(n, n).tril() / n + size * torch.ones(n, n).triu(1)
+
+
+def windowed(n):
+    """Past only, in windows of 8, but for position 3 of each window, which sees one ahead."""
+    rule = torch.ones(n, n).tril() / n
+    ahead = torch.arange(3, n - 1, 8)
+    rule[ahead, ahead + 1] = 0.1
+    return rule
+
+
+@pytest.mark.parametrize(
+    ("mixer", "where"),
+    [
+        (lambda: ByRule(weak(1e-2)), "mixer"),
+        (lambda: ByRule(weak(1e-7)), "mixer"),
+        (lambda: ByRule(windowed), "mixer"),
+        (lambda: ByRule(lambda n: torch.ones(n, n).triu() / n), "mixer"),
+        (lambda: ExpertChoice(), "mixer"),
+        (lambda: Summary(), "mixer"),
+        (lambda: TimeNorm(), "mixer.norm"),
+        (lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), "mixer.self_attn"),
+    ],
+)
+def test_leaks_of_every_kind(mixer, where):
+    """Weak ones, some positions only, the other triangle, expert choice, summaries, norms over time."""
+    result = check_causality(Sequential(mixer()), spec=CAUSAL)
+    assert [(f.code, f.severity, f.where) for f in result.findings] == [("future_leakage", "fail", where)]
+
+
+class Fourier(nn.Module):
+    """A causal convolution done by Fourier transform, whose rounding touches every position."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(16, 600) * torch.exp(-torch.arange(600) / 10.0))
+
+    def forward(self, x):
+        length = x.shape[1]
+        spectrum = torch.fft.rfft(x.transpose(1, 2), 2 * length) * torch.fft.rfft(self.kernel[:, :length], 2 * length)
+        return torch.fft.irfft(spectrum, 2 * length)[..., :length].transpose(1, 2)
+
+
+class Experts(nn.Module):
+    """Tokens choose, so that the rows of each expert's product change with what comes later."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(16, 3), nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        flat, result = x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))
+        choice = self.router(flat).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            rows = (choice == number).nonzero()[:, 0]
+            result = result.index_add(0, rows, expert(flat[rows]))
+        return result.view_as(x)
+
+
+@pytest.mark.parametrize("mixer", [Fourier, Experts, lambda: ByRule(lambda n: torch.ones(n, n).tril() / n)])
+def test_rounding_is_no_leak(mixer):
+    """Fourier transforms and tokens sorted by expert round differently when later tokens change."""
+    assert check_causality(Sequential(mixer()), spec=CAUSAL).findings == ()
+
+
+def test_reproduction_runs(tiny):
+    """The lines in the finding print a number above zero."""
+    model, printed = tiny.GPT(mask="none"), []
+    (finding,) = check_causality(model, spec=CAUSAL).findings
+    exec(finding.reproduction, {"model": model, "print": printed.append})
+    assert printed[0].item() > 0 and len(finding.reproduction.splitlines()) <= 3
+
+
+def test_short_budget_tries_first_blocks_at_full_length(tiny, monkeypatch):
+    """Where the longest length does not fit, the first blocks still meet it, and the report says how many."""
+    from utils.validation import causality
+    from utils.validation.check import Budget
+
+    monkeypatch.setattr(causality, "longest_length", lambda *_, **__: 32)
+    budget = Budget(5.0)
+    outcome = causality.check_causality(ModelAdapter(tiny.GPT(mask="until_32"), spec=CAUSAL), budget)
+    assert outcome.findings[0].where == "blocks.1.attn" and "length 64" in outcome.findings[0].message
+    assert any("at length 64 the first 2 of 2 blocks were tried" in note for note in budget.reduced)
+
+
+def test_large_models_run_to_their_last_block(tiny, monkeypatch):
+    """The head is left out at the longest length."""
+    from utils.validation import causality
+
+    monkeypatch.setattr(causality, "LARGE", 0)
+    result = check_causality(tiny.GPT(mask="until_32"), spec=CAUSAL)
+    assert result.findings[0].where == "blocks.1.attn" and "length 64" in result.findings[0].message
+    assert check_causality(tiny.GPT(), spec=CAUSAL).status == "pass"

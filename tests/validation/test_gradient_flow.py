@@ -72,16 +72,16 @@ def test_gradient_that_is_not_finite(tiny):
             return self.leave(x) + (x - x.detach()).square().sum(-1, keepdim=True).sqrt()
 
     result = check_gradient_flow(Root())
-    assert codes(result) == [("exploding_gradient", "enter.bias")]
+    assert codes(result) == [("nan_output", "enter.bias")]
     assert "not finite" in result.findings[0].message
 
 
 def test_stray_frozen_parameter(tiny):
-    """One matrix in the middle is frozen: unusual."""
+    """One matrix in the middle is frozen while its sisters train."""
     model = tiny.GPT()
     model.blocks[1].mlp[0].weight.requires_grad_(False)
     result = check_gradient_flow(model)
-    assert result.status == "warn" and codes(result) == [("frozen_parameter", "blocks.1.mlp.0.weight")]
+    assert result.status == "fail" and codes(result) == [("frozen_parameter", "blocks.1.mlp.0.weight")]
     assert check_gradient_flow(model, spec=ModelSpec(frozen=("blocks.1.mlp",))).status == "pass"
 
 
@@ -272,11 +272,11 @@ def test_dead_relu(functional):
     assert check_gradient_flow(rectified((-0.1, -0.1), functional)).findings == ()
 
 
-def test_one_dead_relu_of_two_warns():
-    """The residual path still carries the signal."""
+def test_one_dead_relu_of_two():
+    """The residual path still carries the signal, but the branch will never train."""
     model = tiny_residual()
     result = check_gradient_flow(model)
-    assert [(f.code, f.where, f.severity) for f in result.findings] == [("dead_relu", "second.1", "warn")]
+    assert [(f.code, f.where, f.severity) for f in result.findings] == [("dead_relu", "second.1", "fail")]
 
 
 def tiny_residual():

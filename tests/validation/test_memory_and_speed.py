@@ -38,6 +38,21 @@ def test_weights_gradients_and_optimizer(tiny):
     assert details["length"] == 64 and details["activations_how"] == "measured"
 
 
+def test_measured_peak_of_a_training_step_by_hand():
+    """At the end of the backward pass: weights, both gradients; before it, everything that was saved."""
+    details = check_memory_footprint(Tanh()).details
+    weights = 4 * (8 * 16 + 16 * 3)
+    # Weights, their gradients, the gradient of tanh's output and of its input, and what the loss still holds.
+    assert weights + weights <= details["measured_peak"] <= 2 * weights + 4 * (2 * 16 + 8 * 3) + 64
+    assert details["measured_peak_length"] is None
+
+
+def test_breakdown_as_a_picture(tiny):
+    """Four bars with their sizes."""
+    picture = check_memory_footprint(tiny.GPT()).pictures[0].html()
+    assert all(part in picture for part in ("weights", "gradients", "AdamW moments", "activations"))
+
+
 def test_quadratic_extension_is_exact(tiny):
     """Attention's memory is a quadratic of the length, so three lengths give every other."""
     adapter = ModelAdapter(tiny.GPT())

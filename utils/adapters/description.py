@@ -1,8 +1,32 @@
 """What an adapter found out, as a table for people."""
 
+from __future__ import annotations
+
 import html
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from utils.adapters.detection import Detection
+from utils.adapters.lengths import Lengths
+
+if TYPE_CHECKING:
+    from utils.adapters.model_adapter import ModelAdapter
+
+
+def facts(adapter: ModelAdapter) -> list[dict[str, Any]]:
+    """Return every detected fact as a row ``{"name", "value", "reason"}``."""
+    rows: list[dict[str, Any]] = [
+        {"name": "inputs", "value": ", ".join(adapter.input_names), "reason": adapter.input_reason},
+        {"name": "parameters", "value": adapter.num_parameters, "reason": "tensors used twice count once"},
+    ]
+    for name in ("task", "output", "vocab_size", "max_length", "num_labels", "pad_token_id", "image_shape"):
+        detection: Detection[Any] = getattr(adapter, name)
+        value = "the output itself" if name == "output" and detection.value == "" else detection.value
+        if value is not None:
+            rows.append({"name": name, "value": value, "reason": detection.reason})
+    if adapter.lengths.value != Lengths():
+        rows.append({"name": "lengths", "value": str(adapter.lengths.value), "reason": adapter.lengths.reason})
+    return rows
 
 
 def facts_table(name: str, rows: Iterable[dict[str, Any]], layers: str) -> str:

@@ -6,13 +6,14 @@ Names are only ever hints here: they order what is tried, and a forward pass con
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from utils.adapters.capture import observe
+from utils.adapters.capture import first_tensor, observe
 
 T = TypeVar("T")
 
@@ -44,6 +45,10 @@ INPUT_KINDS = {
     "image": re.compile(r"^(pixel_values|images?|imgs?|pixels)$"),
     "wave": re.compile(r"^(input_values|waveforms?|wave|audio)$"),
     "frames": re.compile(r"^(input_features|features|mel|spectrogram)$"),
+    "numbers": re.compile(
+        r"^(x_?(num|cont|numerical|continuous|numeric|dense)\w*|(numerical|continuous|numeric|dense)\w*)$"
+    ),
+    "categories": re.compile(r"^(x_?(cat|categ|categorical|sparse)\w*|(cat|cats|categorical|categories|sparse)\w*)$"),
 }
 
 TASK_SUFFIXES = {
@@ -88,14 +93,16 @@ def config_dict(source: Any) -> dict[str, Any]:
         return {}
     if isinstance(source, Mapping):
         return dict(source)
-    if is_dataclass(source) and not isinstance(source, type):
-        return asdict(source)
-    if callable(getattr(source, "to_dict", None)):
-        return dict(source.to_dict())
-    try:
-        return {key: value for key, value in vars(source).items() if not key.startswith("_")}
-    except TypeError:
-        return {}
+    ways: tuple[Callable[[], Any], ...] = (
+        lambda: asdict(source) if is_dataclass(source) and not isinstance(source, type) else source.to_dict(),
+        lambda: source.to_dict(),
+        lambda: {key: value for key, value in vars(source).items() if not key.startswith("_")},
+    )
+    for way in ways:
+        # A config may refuse to be read in one way, for example where its layers differ.
+        with suppress(Exception):
+            return dict(way())
+    return {}
 
 
 def config_number(config: Mapping[str, Any], fact: str) -> Detection[int] | None:
@@ -122,6 +129,8 @@ class ForwardSignature:
     """It must be called by position: ``*args`` and no name, or names that no keyword may use."""
     keywords: bool
     """It takes ``**kwargs``."""
+    keywords_name: str | None = None
+    """What it calls them."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,12 +151,14 @@ def forward_signature(module: nn.Module) -> ForwardSignature:
         any(p.kind == p.POSITIONAL_ONLY for p in named)
         or (not named and any(p.kind == p.VAR_POSITIONAL for p in parameters)),
         any(p.kind == p.VAR_KEYWORD for p in parameters),
+        next((p.name for p in parameters if p.kind == p.VAR_KEYWORD), None),
     )
 
 
 def kind_by_name(name: str) -> str | None:
     """Return the kind of input that a parameter's name stands for, if it is a usual one."""
-    return next((kind for kind, pattern in INPUT_KINDS.items() if pattern.match(name)), None)
+    last = name.rsplit(".", 1)[-1]
+    return next((kind for kind, pattern in INPUT_KINDS.items() if pattern.match(last)), None)
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,7 @@ class EmbeddingUse:
 
     name: str
     rows: int
+    width: int
     padding_idx: int | None
     reads: str | None
     """Name of the input whose token ids it was given."""
@@ -181,19 +193,33 @@ def embedding_uses(
     whole = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dtype == torch.long}
 
     def watch(name: str, child: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(child, nn.Embedding) or not arguments or not isinstance(arguments[0], Tensor):
+        table = getattr(child, "weight", None)
+        # Quantised and other tables of one's own are not nn.Embedding, but have its attributes.
+        if not hasattr(child, "padding_idx") or not isinstance(table, Tensor) or table.dim() != 2:
             return
         # A table shared by two sides of a model is the main input's table, whatever it is asked for later.
         if name in uses and uses[name].reads_tokens:
             return
-        asked = arguments[0]
+        asked = next((t for t in arguments if isinstance(t, Tensor) and t.dtype in (torch.long, torch.int)), None)
+        if asked is None:
+            asked = _rows_read(table, first_tensor(output))
+        if asked is None:
+            return
         row = asked.reshape(-1, asked.shape[-1])[0] if asked.dim() else asked
         consecutive = row.dim() == 1 and len(row) == length and bool((row.diff() == 1).all())
-        reads = next((key for key, ids in whole.items() if asked.shape == ids.shape and torch.equal(asked, ids)), None)
+        reads = next(
+            (
+                key
+                for key, ids in whole.items()
+                if asked.numel() == ids.numel() and torch.equal(asked.reshape(-1), ids.reshape(-1))
+            ),
+            None,
+        )
         uses[name] = EmbeddingUse(
             name,
-            child.num_embeddings,
-            child.padding_idx,
+            table.shape[0],
+            table.shape[1],
+            child.padding_idx if isinstance(child.padding_idx, int) else None,
             reads,
             reads == main,
             int(row[0]) if consecutive else None,
@@ -202,6 +228,15 @@ def embedding_uses(
     with observe(module, watch):
         call()
     return list(uses.values())
+
+
+def _rows_read(table: Tensor, output: Tensor | None) -> Tensor | None:
+    """Return which rows of a table make an output's first sample; for tables that are asked by a shape, not by ids."""
+    if output is None or output.dim() < 2 or output.shape[-1] != table.shape[1]:
+        return None
+    first = output.reshape(-1, output.shape[-2], output.shape[-1])[0]
+    matches = [(table == row).all(dim=1).nonzero().flatten() for row in first]
+    return torch.stack([match[0] for match in matches]) if all(len(match) for match in matches) else None
 
 
 def task_by_name(module: nn.Module, config: Mapping[str, Any]) -> Detection[str] | None:
@@ -229,6 +264,20 @@ def language_task_hint(module: nn.Module, config: Mapping[str, Any], names: tupl
             break
     if "token_type_ids" in names:
         return Detection("masked_lm", "forward takes `token_type_ids`, as BERT-style encoders do")
+    return None
+
+
+def bidirectional_setting(config: Mapping[str, Any]) -> str | None:
+    """Return the setting that allows a language model to see later tokens, as a phrase; None if there is none."""
+    for key in ("is_decoder", "causal", "is_causal"):
+        if config.get(key) is False:
+            return f"`{key}` is false in the config"
+    for key in ("attn_type", "attention_type"):
+        if config.get(key) in ("bi", "bidirectional"):
+            return f"`{key}` is bidirectional in the config"
+    for key in ("prefix_lm", "prompt_length"):
+        if config.get(key):
+            return f"`{key}` in the config lets a prompt be read in both directions"
     return None
 
 

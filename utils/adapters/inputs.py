@@ -1,7 +1,7 @@
 """Inputs to try a model with: plausible shapes, the likeliest first, and examples stretched to a size."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from utils.adapters.detection import CONFIG_KEYS, Detection, config_number, kind
 
 CONVOLVED_LENGTHS = (64, 100, 128, 256, 512, 1024, 16000)
 LONGEST_PROBE = 2048
-SLOW_PROBE_SECONDS = 0.25
+PROBE_SECONDS = 0.12
 
 
 def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int, int], str]]:
@@ -64,7 +64,7 @@ def feature_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tup
 
 def candidate_kinds(module: nn.Module, config: Mapping[str, Any], main: str) -> list[str]:
     """Return the kinds of main input to try, the likeliest first."""
-    named = kind_by_name(main)
+    named = {"numbers": "features", "categories": "tokens"}.get(kind := kind_by_name(main) or "", kind)
     has_embedding = any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in module.modules())
     has_convolution = any(isinstance(m, nn.Conv2d) for m in module.modules())
     kinds = [named] if named else []
@@ -76,12 +76,21 @@ def candidate_kinds(module: nn.Module, config: Mapping[str, Any], main: str) -> 
     return list(dict.fromkeys(kinds))
 
 
+def categorical_sizes(module: nn.Module) -> list[tuple[int, int]]:
+    """Return rows and width of every embedding table."""
+    return [(m.num_embeddings, m.embedding_dim) for m in module.modules() if isinstance(m, nn.Embedding)]
+
+
 def sound_shapes(config: Mapping[str, Any], kind: str) -> Iterator[tuple[tuple[int, ...], str]]:
     """Yield plausible shapes of sound without the batch: a wave, or frames of mel bins."""
+    bins = config.get("num_mel_bins")
     if kind == "wave":
+        # Some call the frames of a spectrogram input values, too.
+        if isinstance(bins, int) and isinstance(frames := config.get("max_length"), int):
+            yield (frames, bins), "`max_length` and `num_mel_bins` in the config"
         yield (16000,), "one second of sound at 16 kHz"
         return
-    bins = config.get("num_mel_bins", 80)
+    bins = bins or 80
     if isinstance(positions := config.get("max_source_positions"), int):
         yield (bins, 2 * positions), "mel bins and twice `max_source_positions` in the config"
     yield (128, bins), "time and mel bins"
@@ -133,38 +142,51 @@ def stretched(
     return result
 
 
-def longest_length(run: Callable[[int], None], start: int) -> Detection[int | None]:
-    """Find the longest sequence that runs, by doubling and then halving the interval.
+def table_sizes(module: nn.Module) -> list[int]:
+    """Return the lengths that a table of positions or a stored mask may have: sizes of a model's tensors, ascending."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sorted({size for tensor in tensors for size in tensor.shape if 1 < size <= LONGEST_PROBE})
+
+
+def longest_length(run: Callable[[int], None], start: int, likely: Sequence[int] = ()) -> Detection[int | None]:
+    """Find the longest sequence that runs, by doubling and then closing in.
 
     Args:
         run: Runs one forward pass at a length and raises when that fails.
         start: A length that runs.
+        likely: Lengths at which a limit is likelier than elsewhere, ascending.
 
     Returns:
         The length; None when none failed before the search ended.
     """
-    slowest = 0.0
+    started = time.perf_counter()
 
     def runs(length: int) -> bool:
-        nonlocal slowest
-        started = time.perf_counter()
         try:
             run(length)
         except Exception:
             return False
-        slowest = max(slowest, time.perf_counter() - started)
         return True
 
     if not runs(start):
         return Detection(None, f"not found by trying: {start} tokens do not run with a batch of one")
     good, bad = start, None
-    while bad is None and good < LONGEST_PROBE and slowest < SLOW_PROBE_SECONDS:
+    while bad is None and good < LONGEST_PROBE and time.perf_counter() - started < PROBE_SECONDS:
         if runs(2 * good):
             good *= 2
         else:
             bad = 2 * good
     if bad is None:
         return Detection(None, f"no limit found up to {good} tokens")
+    # The size of some tensor is the limit more often than any other number between.
+    for size in [size for size in likely if good <= size < bad]:
+        if size >= bad or size < good or not runs(size):
+            continue
+        good = size
+        if not runs(size + 1):
+            bad = size + 1
+            break
+        good = size + 1
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if runs(middle) else (good, middle)

@@ -4,6 +4,7 @@ The constructor runs the model a few times on tiny inputs and leaves it exactly 
 that no call could run still gets an adapter, and `ModelAdapter.failure` says what was tried.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters.capture import named_tensors, tensor_at
-from utils.adapters.description import facts_table
+from utils.adapters.description import facts, facts_table
 from utils.adapters.detection import (
     LABEL_INPUTS,
     Detection,
@@ -26,16 +27,22 @@ from utils.adapters.detection import (
     encoder_sign,
     forward_signature,
 )
-from utils.adapters.inputs import longest_length, stretched
+from utils.adapters.examples import made_up
+from utils.adapters.facts import find_max_length, find_num_labels, find_pad_token_id, find_vocab_size
+from utils.adapters.inputs import stretched
 from utils.adapters.lengths import Lengths, find_lengths
-from utils.adapters.logits import choose_logits
+from utils.adapters.logits import USUAL, arranged, choose_logits, confirmed_arrangement
+from utils.adapters.nesting import flattened, rebuilt
 from utils.adapters.objectives import random_labels, task_loss
-from utils.adapters.plans import PROBE_LENGTHS, InputPlan, example_plan, input_plans
+from utils.adapters.plans import InputPlan, example_plan, input_plans
+from utils.adapters.roles import is_content
 from utils.adapters.spec import ModelSource, ModelSpec
-from utils.adapters.tasks import ASSUMED, LANGUAGE_MODELS, find_task
-from utils.adapters.wrapping import unwrapped
+from utils.adapters.tasks import ASSUMED, find_task
+from utils.adapters.troubles import first_line, gpu_missing, needs_gpu, none_succeeded, tensor_missing
+from utils.adapters.wrapping import compiled_parts, lazy_parameters, uncompiled, unwrapped
 from utils.runtime.errors import AdapterError, SeedbedError
 from utils.runtime.isolation import ModelChangedError, preserved
+from utils.runtime.seeding import isolated_streams
 
 PROBE_BATCH = 2
 
@@ -44,13 +51,15 @@ class ModelAdapter:
     """What a module is and how to call it; every fact comes with its reason.
 
     Attributes:
-        module: The model itself, never a copy.
+        module: The model itself, never a copy (but see `lazy`).
         config: Its settings as a dict, possibly empty.
         spec: What the user stated.
         modality: ``"tokens"``, ``"image"`` or ``"features"``.
         input_names: Names of the inputs that `example_inputs` makes, the main one first.
+        tables: The embedding tables seen at work: which read the token ids, which consecutive positions.
         origin: What the adapter was made from: a loaded model or a module.
         failure: Why no forward pass succeeded, or None.
+        lazy: Names of the parameters that had no shape; `module` is then a copy in which a first call gave them one.
         changed: How a forward pass changed the model's own parameters, or None.
     """
 
@@ -63,8 +72,8 @@ class ModelAdapter:
             spec: Facts that override detection.
 
         Raises:
-            AdapterError: `model` is no module, is a TorchScript module, has uninitialised parameters, needs arguments
-                that cannot be guessed, or returns nothing that could be logits.
+            AdapterError: `model` is no module, cannot train (TorchScript, exported, quantised, no values), has lazy
+                layers and no call that runs, needs arguments that cannot be guessed, or returns nothing like logits.
         """
         self.origin: Any = model.origin if isinstance(model, ModelAdapter) else model
         factory: Callable[[], nn.Module] | None = None
@@ -88,19 +97,23 @@ class ModelAdapter:
         self.factory: Callable[[], nn.Module] | None = self.spec.factory or factory
         self.failure: str | None = None
         self.modality = "features"
-        self._signature = forward_signature(self.module)
-        self._labels_input: str | None = None
-        self._labels_per_token = True
-        self._shape: Detection[tuple[int, ...]] = Detection((), "unknown")
-        self._probe_length = PROBE_LENGTHS[0]
-        self._embedding_uses: list[EmbeddingUse] = []
-        self._ids_known = False
         self.input_names: tuple[str, ...] = ()
+        self.tables: list[EmbeddingUse] = []
+        self._compiled = compiled_parts(self.module)
+        self._signature = forward_signature(self.module)
+        self._plan = InputPlan("unknown", self.modality, (), Detection((), "unknown"))
+        self._labels_input: str | None = None
+        self._ids_known, self._fixed_positions = False, False
         self._output: Detection[str | None] = Detection(None, "no forward pass succeeded")
+        self._arrangement = USUAL
         self._probe_shape: tuple[int, ...] = ()
         self.changed: ModelChangedError | None = None
+        self.lazy = lazy_parameters(self.module)
+        if self.lazy:
+            self._materialise()
         with self.isolated():
-            self._find_inputs()
+            if not self.lazy:
+                self._find_inputs()
             if self.failure is None:
                 self._find_output()
 
@@ -147,40 +160,38 @@ class ModelAdapter:
         generator = torch.Generator().manual_seed(seed)
         if self.spec.example_inputs is not None:
             size = self.readable_ids(self.main_input) if self.modality == "tokens" and self._ids_known else None
-            examples, main = self.spec.example_inputs, self.main_input
+            examples, main = flattened(self.spec.example_inputs), self.main_input
             return stretched(examples, main, self.modality, batch_size, length, size, generator, self.device)
-        inputs: dict[str, Tensor] = {}
-        tokens_shape = (batch_size, length or self._probe_length)
-        for name in self.input_names:
-            if name == "attention_mask" or name.endswith("_mask"):
-                value = torch.ones(tokens_shape, dtype=torch.long)
-            elif name == "token_type_ids":
-                value = torch.zeros(tokens_shape, dtype=torch.long)
-            elif name == "position_ids":
-                value = torch.arange(tokens_shape[1]).expand(tokens_shape)
-            elif self.modality == "tokens" or name.endswith("_ids"):
-                value = self._random_ids(name, tokens_shape, generator)
-            else:
-                value = torch.randn((batch_size, *self._shape.value), generator=generator, dtype=self._real_dtype)
-            inputs[name] = value.to(self.device)
-        return inputs
+
+        def draw_ids(name: str, shape: tuple[int, ...]) -> Tensor:
+            return self._random_ids(name, shape, generator)
+
+        tokens = length or self._plan.length
+        plan, real = self._plan, self._real_dtype
+        return {
+            name: made_up(plan, name, batch_size, tokens, draw_ids, real, generator).to(self.device)
+            for name in self.input_names
+        }
 
     def readable_ids(self, name: str | None = None) -> int:
         """Return how many ids an input (default: the main one) takes: the rows of the table that reads it, if seen."""
-        rows = [use.rows for use in self._embedding_uses if use.reads == (name or self.main_input)]
+        rows = [use.rows for use in self.tables if use.reads == (name or self.main_input)]
         # A config may promise more ids than there are; ids 0 and 1 always exist and serve until the tables are known.
         return min([self.vocab_size.value or 2, *rows]) if self._ids_known else 2
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         """Call the model on inputs by name and return its raw output."""
         if self._signature.positional:
-            return self.module(*inputs.values())
-        arguments = dict(inputs)
+            with uncompiled(self._compiled):
+                return self.module(*inputs.values())
+        template = self._plan.template
+        arguments = {**self._plan.constants, **(rebuilt(template, inputs) if template else inputs)}
         if self._labels_input and self._labels_input not in arguments:
             main = inputs[self.main_input]
             per_sample = torch.zeros(main.shape[0], dtype=torch.long, device=main.device)
-            arguments[self._labels_input] = main if self._labels_per_token else per_sample
-        return self.module(**arguments)
+            arguments[self._labels_input] = main if self._plan.labels_per_token else per_sample
+        with uncompiled(self._compiled):
+            return self.module(**arguments)
 
     def forward_in_training(self, inputs: Mapping[str, Any]) -> Any:
         """As `forward`, for a model in train mode: labels that forward can take are given where it fails without."""
@@ -193,7 +204,7 @@ class ModelAdapter:
         labels = self.example_inputs(len(inputs[self.main_input]), seed=1)[self.main_input]
         if self.modality != "tokens":
             labels = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
-        return self.module(**inputs, **{name: labels})
+        return self.forward({**inputs, name: labels})
 
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """Call the model and return its main output.
@@ -208,7 +219,7 @@ class ModelAdapter:
             raise AdapterError(self.failure)
         output = self.forward(inputs)
         try:
-            return tensor_at(output, self._output.value or "")
+            found_at = tensor_at(output, self._output.value or "")
         except KeyError:
             found = [path or "a tensor" for path, _ in named_tensors(output)]
             raise AdapterError(
@@ -216,6 +227,7 @@ class ModelAdapter:
                 f"Expected its logits at `{self._output.value}` as before.",
                 "Return the same structure for every input.",
             ) from None
+        return arranged(found_at, self._arrangement, len(inputs[self.main_input]))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the task's mean loss in nats; see `utils.adapters.objectives.task_loss`."""
@@ -233,82 +245,54 @@ class ModelAdapter:
     @cached_property
     def vocab_size(self) -> Detection[int | None]:
         """Number of legal token ids."""
-        if self.spec.vocab_size is not None:
-            return Detection(self.spec.vocab_size, "stated in ModelSpec")
-        if self.modality != "tokens":
-            return Detection(None, f"the input is not token ids but {self.modality}")
-        if (found := config_number(self.config, "vocab_size")) is not None:
-            return Detection(found.value, found.reason)
-        for use in self._embedding_uses:
-            if use.reads_tokens:
-                tie = " and the output is as wide" if self._probe_shape[-1:] == (use.rows,) else ""
-                return Detection(
-                    use.rows, f"rows of the embedding `{use.name or self.name}` that reads the token ids{tie}"
-                )
-        if len(self._probe_shape) == 3 and self._probe_shape[-1] > 2:
-            return Detection(self._probe_shape[-1], "width of the output; no embedding was seen reading the token ids")
-        return Detection(None, "no config entry, and no embedding was seen reading the token ids")
+        return find_vocab_size(self, self._probe_shape)
 
     @cached_property
     def pad_token_id(self) -> Detection[int | None]:
         """The token id that fills up short sequences."""
-        if self.spec.pad_token_id is not None:
-            return Detection(self.spec.pad_token_id, "stated in ModelSpec")
-        if (found := config_number(self.config, "pad_token_id")) is not None and found.value >= 0:
-            return Detection(found.value, found.reason)
-        for use in self._embedding_uses:
-            if use.reads_tokens and use.padding_idx is not None:
-                return Detection(use.padding_idx, f"padding_idx of the embedding `{use.name}`")
-        return Detection(None, "no config entry and no padding_idx")
+        return find_pad_token_id(self)
 
     @cached_property
     def max_length(self) -> Detection[int | None]:
         """Longest legal sequence in tokens; None when there is no known limit."""
-        if self.spec.max_length is not None:
-            return Detection(self.spec.max_length, "stated in ModelSpec")
-        if self.modality != "tokens":
-            return Detection(None, f"the input is not a sequence of tokens but {self.modality}")
-        tables = [use for use in self._embedding_uses if use.offset is not None and not use.reads_tokens]
-        configured = config_number(self.config, "max_length")
-        if configured is not None:
-            for use in tables:
-                # Tables like RoBERTa's reserve their first rows, and the config counts these too.
-                if use.offset and use.rows == configured.value:
-                    return Detection(
-                        use.rows - use.offset, f"{configured.reason}, less the {use.offset} first rows of `{use.name}`"
-                    )
-            return Detection(configured.value, configured.reason)
-        if tables:
-            table = min(tables, key=lambda use: use.rows - (use.offset or 0))
-            return Detection(table.rows - (table.offset or 0), f"rows of the position embedding `{table.name}`")
-        return self._longest_that_runs()
+        return find_max_length(self)
 
     @cached_property
     def num_labels(self) -> Detection[int | None]:
         """Number of classes or targets; None for language models."""
-        if self.spec.num_labels is not None:
-            return Detection(self.spec.num_labels, "stated in ModelSpec")
-        if self.task.value in LANGUAGE_MODELS:
-            return Detection(None, "a language model predicts tokens")
-        if (found := config_number(self.config, "num_labels")) is not None:
-            return Detection(found.value, found.reason)
-        if self._probe_shape:
-            width = self._probe_shape[-1] if len(self._probe_shape) > 1 else 1
-            return Detection(width, "width of the output")
-        return Detection(None, "no config entry, and no forward pass succeeded")
+        return find_num_labels(self, self._probe_shape)
+
+    @property
+    def probe_length(self) -> int:
+        """Tokens per sample of the first pass that succeeded."""
+        return self._plan.length
+
+    @property
+    def input_reason(self) -> str:
+        """How it is known what the main input takes."""
+        return self._plan.shape.reason
+
+    @property
+    def unfilled_inputs(self) -> tuple[str, ...]:
+        """Optional arguments of forward that carry content of their own and that `example_inputs` leaves out.
+
+        A module that never runs may wait for one of them: a vision tower for pixels, a cross-attention for an encoder.
+        """
+        known = {*self.input_names, *self._plan.constants, *(self._plan.template or {}), self._labels_input}
+        return tuple(n for n in self._signature.optional if n not in known and is_content(n))
 
     @cached_property
     def image_shape(self) -> Detection[tuple[int, int, int] | None]:
         """Shape of one image ``(channels, height, width)``."""
         if self.modality != "image":
             return Detection(None, f"the input is not an image but {self.modality}")
-        channels, height, width = self._shape.value
-        return Detection((channels, height, width), self._shape.reason)
+        channels, height, width = self._plan.shape.value
+        return Detection((channels, height, width), self._plan.shape.reason)
 
     @cached_property
     def task(self) -> Detection[str]:
         """What the model is for, one of `utils.adapters.TASKS`."""
-        return find_task(self, self._probe_shape, self._embedding_uses)
+        return find_task(self, self._probe_shape, self.tables)
 
     @property
     def task_assumed(self) -> bool:
@@ -327,8 +311,11 @@ class ModelAdapter:
             return Detection(Lengths(), "not asked: no sequence of tokens, or no forward pass succeeded")
         if self.example_inputs(1)[self.main_input].dim() != 2:
             return Detection(Lengths(), "the token ids have no length")
+        if self._fixed_positions:
+            fixed = Lengths(self._plan.length, fixed=True)
+            return Detection(fixed, f"the output has {self._plan.length} positions, however long the input is")
         with self.isolated():
-            found = find_lengths(self._run_length, self._probe_length)
+            found = find_lengths(self.run_length, self._plan.length)
         return Detection(found, "found by trying")
 
     def legal_length(self, wanted: int) -> int:
@@ -347,25 +334,30 @@ class ModelAdapter:
 
     def describe(self) -> list[dict[str, Any]]:
         """Return every detected fact as a row ``{"name", "value", "reason"}``."""
-        rows: list[dict[str, Any]] = [
-            {"name": "inputs", "value": ", ".join(self.input_names), "reason": self._shape.reason},
-            {"name": "parameters", "value": self.num_parameters, "reason": "tensors used twice count once"},
-        ]
-        for name in ("task", "output", "vocab_size", "max_length", "num_labels", "pad_token_id", "image_shape"):
-            detection: Detection[Any] = getattr(self, name)
-            value = "the output itself" if name == "output" and detection.value == "" else detection.value
-            if value is not None:
-                rows.append({"name": name, "value": value, "reason": detection.reason})
-        if self.lengths.value != Lengths():
-            rows.append({"name": "lengths", "value": str(self.lengths.value), "reason": self.lengths.reason})
-        return rows
+        return facts(self)
 
     def _repr_html_(self) -> str:
         """Show the facts and their reasons in a notebook."""
         return facts_table(self.name, self.describe(), str(self.module))
 
+    def _materialise(self) -> None:
+        """Find the inputs on copies, so that the layers without shapes of the user's model stay as they are.
+
+        Raises:
+            AdapterError: No call ran, so nothing gives the parameters their shapes.
+        """
+        with isolated_streams("adapter"), torch.no_grad():
+            self._find_inputs()
+        if self.failure is not None or lazy_parameters(self.module):
+            raise AdapterError(
+                f"The parameter {self.lazy[0]} has no shape yet (a lazy module), and no call of the model ran.",
+                "Expected a model whose parameters all exist, or ModelSpec(example_inputs={...}) that fit.",
+                "Run one forward pass on real input before you validate or train it.",
+            )
+
     def _find_inputs(self) -> None:
         """Try the likeliest inputs until a forward pass succeeds."""
+        original = self.module
         attempts: list[str] = []
         if self.spec.example_inputs is not None:
             plans: Iterator[InputPlan] = iter([example_plan(self.spec.example_inputs)])
@@ -376,31 +368,32 @@ class ModelAdapter:
             first = first or plan
             self._follow(plan)
             try:
+                if self.lazy:
+                    # The first call decides the shapes for good: each try needs a copy of its own.
+                    self.module = copy.deepcopy(original).eval()
                 output = self.forward(self.example_inputs())
             except (SeedbedError, MemoryError):
                 raise
             except Exception as error:
-                first_line = (str(error).strip() or "no message").splitlines()[0]
-                attempts.append(f"{plan.description}: {type(error).__name__}: {first_line[:160]}")
+                if needs_gpu(error):
+                    self._follow(replace(plan, shape=Detection(plan.shape.value, "not tried: a GPU is missing")))
+                    self.failure = gpu_missing(self.name, self.device, error)
+                    return
+                attempts.append(f"{plan.description}: {first_line(error)}")
                 continue
             if next(named_tensors(output), None) is None:
-                attempts.append(f"{plan.description}: forward returned {type(output).__name__} and no tensor")
-                continue
+                # It ran, so other inputs would not make it return more.
+                self.failure = tensor_missing(self.name, output, plan.description)
             return
         if first is not None:
             untested = f"the likeliest kind of `{first.names[0]}`, but no forward pass succeeded"
             self._follow(replace(first, shape=Detection(first.shape.value, untested)))
-        if self.spec.example_inputs is not None:
-            advice = "Correct ModelSpec.example_inputs so that model(**example_inputs) is a valid call."
-        else:
-            advice = "If the model is sound, pass ModelSpec(example_inputs={...}) with arguments that it accepts."
-        shown = "; ".join(dict.fromkeys(attempts[:1] + attempts[-3:])) if len(attempts) > 4 else "; ".join(attempts)
-        self.failure = f"No forward pass of {self.name} succeeded ({len(attempts)} tried). {shown}. {advice}"
+        self.failure = none_succeeded(self.name, attempts, self.spec.example_inputs is not None)
 
     def _follow(self, plan: InputPlan) -> None:
         """Set the adapter up for one way of calling the model."""
-        self.modality, self.input_names, self._shape = plan.modality, plan.names, plan.shape
-        self._probe_length, self._labels_input, self._labels_per_token = plan.length, plan.labels, plan.labels_per_token
+        self._plan, self.modality, self.input_names = plan, plan.modality, plan.names
+        self._labels_input = plan.labels
         # What was looked up for another way of calling it may not hold for this one.
         self.__dict__.pop("vocab_size", None)
         self.__dict__.pop("pad_token_id", None)
@@ -418,11 +411,11 @@ class ModelAdapter:
         for _ in range(2 if self.modality == "tokens" else 0):
             inputs = self.example_inputs()
             try:
-                self._embedding_uses = embedding_uses(self.module, partial(run, inputs), inputs, self.main_input)
+                self.tables = embedding_uses(self.module, partial(run, inputs), inputs, self.main_input)
             except Exception as error:
                 self.failure = (
                     f"{self.name} runs, but not with token ids below {self.readable_ids(self.main_input)}: "
-                    f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}. "
+                    f"{first_line(error)}. "
                     "Correct vocab_size in the config, or pass ModelSpec(vocab_size=...)."
                 )
                 return
@@ -441,8 +434,31 @@ class ModelAdapter:
                 except Exception:
                     self._labels_input = None
                     output = self.forward(inputs)
-        self._probe_shape = tuple(tensor_at(output, self._output.value or "").shape)
+        found = tensor_at(output, self._output.value or "")
+        stated = config_number(self.config, "max_length")
+        if self.modality == "tokens" and stated and self._plan.length != stated.value == (*found.shape, 0, 0)[1]:
+            # Its queries are as many as its longest text has tokens: only that length gives one answer per token.
+            self._plan, self._fixed_positions = replace(self._plan, length=stated.value), True
+            inputs = self.example_inputs()
+            found = tensor_at(self.forward(inputs), self._output.value or "")
+        self._arrangement = self._confirmed_arrangement(tuple(found.shape), inputs)
+        self._probe_shape = tuple(arranged(found, self._arrangement, len(inputs[self.main_input])).shape)
         self.__dict__.pop("vocab_size", None)
+
+    def _confirmed_arrangement(self, shape: tuple[int, ...], inputs: Mapping[str, Tensor]) -> str:
+        """Tell how the output's axes are ordered, where another size has the same answer."""
+        content = inputs.get("decoder_input_ids", inputs[self.main_input])
+        if self.modality != "tokens" or content.dim() != 2:
+            return USUAL
+
+        def shape_at(samples: int, positions: int) -> tuple[int, ...]:
+            output = self.forward(self.example_inputs(samples, positions))
+            return tuple(tensor_at(output, self._output.value or "").shape)
+
+        how = confirmed_arrangement(shape, content.shape[0], content.shape[1], self.vocab_size.value, shape_at)
+        if how != USUAL:
+            self._output = Detection(self._output.value, f"{self._output.reason}, {how}")
+        return how
 
     def _shortened(self, output: Any, inputs: Mapping[str, Tensor]) -> bool:
         """Tell whether the output covers the last position only, as nanoGPT's does without targets."""
@@ -463,14 +479,7 @@ class ModelAdapter:
             model=self.name,
         )
 
-    def _longest_that_runs(self) -> Detection[int | None]:
-        """Find the longest legal sequence by trying, for models that state no limit."""
-        if self.failure is not None:
-            return Detection(None, "no forward pass succeeded")
-        with self.isolated():
-            return longest_length(self._run_length, self._probe_length)
-
-    def _run_length(self, length: int) -> None:
+    def run_length(self, length: int) -> None:
         """Run one sample of a length, as one trial of many."""
         with self.isolated():
             self.logits(self.example_inputs(1, length))
@@ -480,7 +489,7 @@ class ModelAdapter:
         """The dtype of real-valued inputs: that of the model's own parameters."""
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
-    def _random_ids(self, name: str, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    def _random_ids(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draw token ids that the model can read, and avoid the padding id."""
         padding, top = self.pad_token_id.value, self.readable_ids(name)
         ids = torch.randint(top, shape, generator=generator)

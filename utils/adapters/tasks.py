@@ -11,15 +11,19 @@ from utils.adapters.detection import (
     DECODER_INPUTS,
     Detection,
     EmbeddingUse,
+    bidirectional_setting,
+    config_number,
     kind_by_name,
     language_task_hint,
     task_by_name,
 )
+from utils.adapters.roles import are_twins
 
 if TYPE_CHECKING:
     from utils.adapters.model_adapter import ModelAdapter
 
 LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq")
+UNIT_TOLERANCE = 1e-3
 ASSUMED = "assumed for scores over the vocabulary"
 """How the reason starts when a model that sees later tokens counts as causal for want of any word about it."""
 
@@ -44,11 +48,17 @@ def find_task(adapter: ModelAdapter, shape: tuple[int, ...], uses: Sequence[Embe
     if modality == "features" and kind_by_name(adapter.main_input) in ("wave", "frames"):
         return Detection("audio_classification", f"forward takes sound as `{adapter.main_input}`")
     if (named := task_by_name(adapter.module, adapter.config)) is not None:
-        return named
+        if named.value == "causal_lm":
+            return _bidirectional(adapter, named)
+        # Decoders that read images or sound beside the text are called generators, but have one sequence only.
+        if named.value != "seq2seq" or any(name in DECODER_INPUTS for name in adapter.argument_names):
+            return named
     if adapter.failure is not None:
         assumed = {"image": "image_classification", "features": "tabular_classification", "tokens": "causal_lm"}
         kind = {"tokens": "token ids"}.get(modality, modality)
         return Detection(assumed[modality], f"assumed for {kind}, because no forward pass succeeded")
+    if len(shape) == 2 and (sign := _embedding_sign(adapter, shape[-1], uses)) is not None:
+        return Detection("embedding", sign)
     if modality != "tokens" and len(shape) > 2:
         return Detection("embedding", f"{modality} in, real values of shape {shape[1:]} per sample out")
     if modality == "image":
@@ -64,6 +74,23 @@ def find_task(adapter: ModelAdapter, shape: tuple[int, ...], uses: Sequence[Embe
     return _language_task(adapter, shape[-1], uses)
 
 
+def _embedding_sign(adapter: ModelAdapter, width: int, uses: Sequence[EmbeddingUse]) -> str | None:
+    """Return what tells one vector per sample from scores; None if nothing does."""
+    if width == 1 or config_number(adapter.config, "num_labels") or adapter.spec.num_labels:
+        return None
+    if are_twins(adapter.main_input, second := (*adapter.input_names, "")[1]):
+        return f"one vector of {width} numbers per sample, for `{adapter.main_input}` and `{second}` alike"
+    norms = torch.ones(0)
+    with adapter.isolated():
+        norms = adapter.logits(adapter.example_inputs()).float().norm(dim=-1)
+    if len(norms) and bool(((norms - 1).abs() < UNIT_TOLERANCE).all()):
+        return f"one vector of {width} numbers and of length 1 per sample"
+    table = next((use for use in uses if use.reads_tokens), None)
+    if table is not None and width == table.width:
+        return f"one vector per text, as wide as the token embedding ({width})"
+    return None
+
+
 def _language_task(adapter: ModelAdapter, width: int, uses: Sequence[EmbeddingUse]) -> Detection[str]:
     """Decide what a model is for that turns token ids into one vector per position."""
     table = next((use for use in uses if use.reads_tokens), None)
@@ -72,21 +99,35 @@ def _language_task(adapter: ModelAdapter, width: int, uses: Sequence[EmbeddingUs
     near = any(0.5 <= width / size <= 2 for size in (vocabulary, table.rows if table else vocabulary))
     hint = language_task_hint(adapter.module, adapter.config, adapter.argument_names)
     if width != vocabulary and table is not None:
-        embedding_width = adapter.module.get_submodule(table.name).embedding_dim
+        embedding_width = table.width
         if width == embedding_width and not near:
             return Detection("embedding", f"one vector per token, as wide as the token embedding ({width})")
     if not near and hint is None:
         return Detection("text_classification", f"token ids in, {width} scores per token out")
     if hint is not None:
         return hint
-    sees_later = True
+    if not _sees_later(adapter):
+        return Detection("causal_lm", "scores over the vocabulary, and earlier positions do not see the last token")
+    return Detection("causal_lm", f"{ASSUMED}; if it may see later tokens, say ModelSpec(task='masked_lm')")
+
+
+def _bidirectional(adapter: ModelAdapter, named: Detection[str]) -> Detection[str]:
+    """Correct a causal name where the config says that later tokens may be seen, and they are.
+
+    Encoders with a head for language models are causal only when they are set up as decoders.
+    """
+    said = bidirectional_setting(adapter.config)
+    if said is None or adapter.failure is not None or not _sees_later(adapter):
+        return named
+    return Detection("masked_lm", f"{said}, and earlier positions see the last token, whatever {named.reason} says")
+
+
+def _sees_later(adapter: ModelAdapter) -> bool:
+    """Tell whether the last token changes the logits before it."""
     with adapter.isolated():
         inputs = adapter.example_inputs()
         before = adapter.logits(inputs)
         ids = inputs[adapter.main_input].clone()
-        ids[:, -1] = (ids[:, -1] + 1) % adapter.readable_ids()
+        ids[..., -1] = (ids[..., -1] + 1) % adapter.readable_ids()
         after = adapter.logits({**inputs, adapter.main_input: ids})
-        sees_later = not torch.equal(before[:, :-1], after[:, :-1])
-    if not sees_later:
-        return Detection("causal_lm", "scores over the vocabulary, and earlier positions do not see the last token")
-    return Detection("causal_lm", f"{ASSUMED}; if it may see later tokens, say ModelSpec(task='masked_lm')")
+    return not torch.equal(before[:, :-1], after[:, :-1])

@@ -1,11 +1,10 @@
 """A model comes back exactly as it was: modes, parameters, gradients, buffers, attributes, hooks, random streams.
 
-Torch's global settings come back too.
+So do the global settings of torch and of the process; see `utils.runtime.surroundings`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from utils.runtime.errors import SeedbedError
 from utils.runtime.resources import format_bytes
 from utils.runtime.seeding import isolated_streams
 from utils.runtime.snapshot import ObjectState, bits, restore_tensor
+from utils.runtime.surroundings import Surroundings
 
 COPY_BYTES = 200e6
 """Parameters up to this size in all are copied and put back; of larger ones a change is only noticed."""
@@ -52,8 +52,8 @@ def preserved(module: nn.Module, *seed: int | str) -> Iterator[nn.Module]:
 
     Restored are: the train or eval mode of every submodule, parameters (values, storage, ``requires_grad``), gradients
     (the very same tensors), buffers, hooks, attributes (caches, counters, plain tensors, nested containers and the
-    model's own simple objects; see `utils.runtime.snapshot`), the random streams, and torch's global settings: default
-    dtype and device, grad mode, threads, determinism, autocast, cuDNN flags, anomaly detection.
+    model's own simple objects; see `utils.runtime.snapshot`), the random streams, and the global settings of torch and
+    of the process (`utils.runtime.surroundings`).
 
     Not restored are: parameter values of models above `COPY_BYTES` (a change is noticed and raised), plain tensors
     beyond `utils.runtime.snapshot.PLAIN_BYTES`, objects of other libraries that the model holds, iterators and files,
@@ -72,7 +72,7 @@ def preserved(module: nn.Module, *seed: int | str) -> Iterator[nn.Module]:
     buffers = [(b, b.data, b.detach().clone()) for b in module.buffers() if b.device.type != "meta"]
     parameters = list(module.named_parameters())
     state = ObjectState(module, [*(p for _, p in parameters), *module.buffers()])
-    settings = [(get, put, get()) for get, put in SETTINGS]
+    surroundings = Surroundings()
     changed: list[str] = []
     restored = True
     with ExitStack() as stack:
@@ -83,9 +83,7 @@ def preserved(module: nn.Module, *seed: int | str) -> Iterator[nn.Module]:
         try:
             yield module
         finally:
-            for get, put, value in settings:
-                if get() != value:
-                    put(value)
+            surroundings.restore()
             state.restore()
             for child, training in modes:
                 # A scripted module keeps its mode out of reach of its attributes.
@@ -176,50 +174,3 @@ def _checksum(tensor: Tensor) -> tuple[int, Tensor]:
         # Sums of 64-bit numbers need no widening and are many times faster.
         flat = flat.view(torch.int64)
     return int(flat.sum()), flat[:: max(1, flat.numel() // SAMPLED)].clone()
-
-
-def _set_default_device(device: torch.device) -> None:
-    # Stating the CPU would slow every later factory call down.
-    torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def _autocast() -> tuple[Any, ...]:
-    kinds = ("cpu", "cuda")
-    return torch.is_autocast_cache_enabled(), *(
-        (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds
-    )
-
-
-def _set_autocast(value: tuple[Any, ...]) -> None:
-    torch.set_autocast_cache_enabled(value[0])
-    for kind, (enabled, dtype) in zip(("cpu", "cuda"), value[1:], strict=True):
-        torch.set_autocast_enabled(kind, enabled)
-        torch.set_autocast_dtype(kind, dtype)
-
-
-def _set_cudnn(value: tuple[bool, bool, bool]) -> None:
-    cudnn: Any = torch.backends.cudnn
-    cudnn.enabled, cudnn.benchmark, cudnn.deterministic = value
-
-
-SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, _set_default_device),
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.get_num_threads, torch.set_num_threads),
-    (
-        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
-    ),
-    (_autocast, _set_autocast),
-    (
-        lambda: (
-            torch.backends.cudnn.enabled,
-            torch.backends.cudnn.benchmark,
-            torch.backends.cudnn.deterministic,
-        ),
-        _set_cudnn,
-    ),
-    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
-)
-"""Torch's global settings: how each is read and set."""

@@ -1,12 +1,24 @@
-"""What this machine has: memory, device, names."""
+"""What this machine has: memory, device, names; and what running out of memory looks like."""
 
 import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+LEAST_ALLOCATION = 256e6
+"""`allocation_limit` never leaves less than this."""
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "could not create a memory",
+)
 
 
 def format_bytes(count: float) -> str:
@@ -42,8 +54,53 @@ def available_memory() -> int:
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, total_memory())
+                return min(int(line.split()[1]) * 1024, total_memory() - _group_usage())
     return total_memory()
+
+
+def _group_usage() -> int:
+    """Return the bytes that this process's control group uses and could not give back, 0 if that is not told."""
+    try:
+        usage = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        cached = [
+            line for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines() if "inactive_file" in line
+        ]
+        return usage - int(cached[0].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+@contextmanager
+def allocation_limit(extra: float | None = None) -> Iterator[None]:
+    """Make allocations beyond what is free raise an error in this block, instead of having the system end the process.
+
+    Does nothing where the system cannot do it, and in processes with a CUDA context, which reserve more addresses than
+    there is memory.
+
+    Args:
+        extra: Bytes that the block may allocate; None for nearly all that is free.
+    """
+    statm = Path("/proc/self/statm")
+    if not statm.exists() or torch.cuda.is_initialized():
+        yield
+        return
+    extra = max(LEAST_ALLOCATION, 0.9 * available_memory()) if extra is None else extra
+    wanted = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + int(extra)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    for limit in (soft, hard):
+        wanted = wanted if limit == resource.RLIM_INFINITY else min(wanted, limit)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that memory ran out; the CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def peak_memory() -> int:

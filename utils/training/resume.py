@@ -266,6 +266,12 @@ def _check_trainable(adapter: ModelAdapter) -> None:
     """Refuse models that no optimizer could change or no data could feed."""
     if adapter.failure is not None:
         raise RunError(adapter.failure)
+    if adapter.lazy:
+        raise RunError(
+            f"The parameter {adapter.lazy[0]} has no shape yet (a lazy module).",
+            "Expected a model whose parameters all exist, for the optimizer to hold.",
+            "Run one forward pass on real input first, or give the layer its input size.",
+        )
     if adapter.spec.example_inputs is not None:
         raise RunError(
             "ModelSpec.example_inputs is set.",

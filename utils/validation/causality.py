@@ -1,18 +1,33 @@
 """Can a position see later tokens? Proof by perturbation: change the suffix, and nothing before it may change."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from utils.adapters.capture import named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
+from utils.adapters.structure import blocks
 from utils.validation.check import Budget, Finding, Outcome, Skipped
-from utils.validation.probing import content_input, has_length, logits, longest_length, short_length
+from utils.validation.dependence import first_leak, is_real, least_plain, output_of, replace_ids
+from utils.validation.probing import (
+    LONGEST_LENGTH,
+    ModelCrash,
+    content_input,
+    forward_seconds,
+    has_length,
+    logits,
+    longest_length,
+    short_length,
+)  # fmt: skip
 
 SIGHT_LENGTH = 12
+CONTENTS = 3
+LONGEST_EXACT = 64
+"""Up to this length even what could be rounding is looked into."""
+LARGE = 20_000_000
+"""Parameters from which on a pass at the longest length takes seconds."""
 HINT = (
     "Mask the future where positions mix: scaled_dot_product_attention(..., is_causal=True) or a triangular mask; "
     "pad convolutions on the left only; never normalise or pool over time."
@@ -23,7 +38,10 @@ def check_causality(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """Replace all tokens from a position on, and require the logits before it to stay as they are.
 
     Tried are the second, the middle and the last position at a short length and, as time permits, the middle and the
-    last at the longest. The tolerance is the model's own numerical noise.
+    last at the longest. The tolerance is the model's own numerical noise; between that and none a copy of a small model
+    in float64 decides.
+
+    Code: ``future_leakage``.
     """
     if adapter.task.value not in ("causal_lm", "seq2seq"):
         raise Skipped(f"not a causal model ({adapter.task.value}: {adapter.task.reason}); it may see every position")
@@ -35,13 +53,9 @@ def check_causality(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if short < 2:
         raise Skipped("the maximum length is 1, so there is no later position")
     tried: list[dict[str, Any]] = []
-    cuts = tuple(sorted({1, short // 2, short - 1}))
-    finding = _test_length(adapter, short, cuts, tried)
-    if finding is None:
-        longest = longest_length(adapter, budget, passes=3)
-        lengths = [n for n in (adapter.legal_length(longest // 4),) if n > 2 * short and longest <= 512]
-        for length in [*lengths, longest] if longest > short else []:
-            finding = finding or _test_length(adapter, length, (length - 1, length // 2), tried)
+    cuts = tuple(sorted({1, short // 2, short - 1, *_suspicious_cuts(adapter, short)}))
+    finding = _test_length(adapter, short, cuts, tried, contents=1 if adapter.num_parameters > LARGE else CONTENTS)
+    finding = finding or _test_longest(adapter, budget, tried)
     largest = max(entry["change"] for entry in tried)
     if finding is not None and adapter.task_assumed:
         finding = _weigh(adapter, finding)
@@ -100,134 +114,219 @@ def influence(adapter: ModelAdapter, length: int) -> Tensor:
     return torch.stack(columns, dim=1).cpu()
 
 
-def _test_length(
-    adapter: ModelAdapter, length: int, cuts: Iterable[int], tried: list[dict[str, Any]]
-) -> Finding | None:
-    """Test one length at several cut positions and return the first leak."""
+def _suspicious_cuts(adapter: ModelAdapter, length: int) -> list[int]:
+    """Try every cut in one batch, a row for each, and return the cuts whose rows changed most before them.
+
+    A batch rounds differently and samples may mix, so this only says where to look: a leak may sit at one position.
+    """
     name = content_input(adapter)
     inputs = adapter.example_inputs(1, length)
-    base = logits(adapter, inputs)
+    length = inputs[name].shape[1]
+    rows = {key: value.repeat(length, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
+    kept = torch.arange(length, device=inputs[name].device) < torch.arange(length, device=inputs[name].device)[:, None]
+    rows[name] = torch.where(kept, rows[name], replace_from(adapter, inputs[name], 0))
+    try:
+        base, after = logits(adapter, inputs), logits(adapter, rows)
+    except ModelCrash:
+        return []
+    if base.dim() < 3 or base.shape[1] != length or after.shape[:2] != (length, length):
+        return []
+    change = (after - base).abs().flatten(2).amax(2).masked_fill(~kept, 0.0).amax(1)
+    found = change > 4 * least_plain(base.dtype) / 100 * float(base.abs().amax())
+    return [int(cut) for cut in change.argsort(descending=True)[:2] if found[cut]]
+
+
+def _test_length(
+    adapter: ModelAdapter,
+    length: int,
+    cuts: Iterable[int],
+    tried: list[dict[str, Any]],
+    output: Callable[[ModelAdapter, Mapping[str, Any]], Tensor] = logits,
+    contents: int = 1,
+) -> Finding | None:
+    """Test one length at several cut positions, each with several contents after it, and return the first leak.
+
+    Args:
+        adapter: The model.
+        length: Tokens.
+        cuts: Positions from which on the tokens are replaced.
+        tried: Gets an entry per trial.
+        output: Returns what must not change before the cut, ``(1, length, ...)``.
+        contents: How many other contents to try at each cut; a leak that turns on a choice may hide from one.
+    """
+    name = content_input(adapter)
+    inputs = adapter.example_inputs(1, length)
+    # In a user's example of a seq2seq model the target keeps its own length.
+    length = inputs[name].shape[1]
+    base = output(adapter, inputs)
     if base.dim() < 3 or base.shape[1] != length:
         raise Skipped(
             f"the logits have shape {tuple(base.shape)} for length {length}: no logit per position to compare"
         )
     # Rounding is not leakage: mixing through a Fourier transform, say, spreads errors of this size over all positions.
     tolerance = 64 * torch.finfo(base.dtype).eps * max(float(base.abs().amax()), 1e-30)
-    for cut in cuts:
-        changed = {**inputs, name: replace_from(adapter, inputs[name], cut)}
-        per_position = (logits(adapter, changed)[:, :cut] - base[:, :cut]).abs().amax(dim=(0, *range(2, base.dim())))
-        change, position = float(per_position.max()), int(per_position.argmax())
-        if change != change:
-            raise Skipped("could not tell: the logits are not finite (see numerical_stability)")
-        entry = {"length": length, "from": cut, "change": change, "position": position, "tolerance": tolerance}
-        tried.append(entry)
-        if change <= tolerance:
-            continue
-        del per_position
-        noise = measure_noise(adapter, inputs, base)
-        entry["noise"], entry["tolerance"] = noise, max(tolerance, 20 * noise)
-        if change > entry["tolerance"]:
-            return _finding(adapter, inputs, cut, position, change, noise, length)
+    for cut in sorted({min(cut, length - 1) for cut in cuts if length > 1}):
+        for content in range(contents):
+            changed = {**inputs, name: replace_from(adapter, inputs[name], cut, content)}
+            per_position = (
+                (output(adapter, changed)[:, :cut] - base[:, :cut]).abs().amax(dim=(0, *range(2, base.dim())))
+            )
+            change, position = float(per_position.max()), int(per_position.argmax())
+            if change != change:
+                raise Skipped("could not tell: the logits are not finite (see numerical_stability)")
+            entry = {"length": length, "from": cut, "change": change, "position": position, "tolerance": tolerance}
+            tried.append(entry)
+            del per_position
+            if change > 0 and _is_leak(adapter, inputs, changed, base, cut, output, entry):
+                return _finding(adapter, inputs, changed, cut, entry)
     return None
 
 
-def replace_from(adapter: ModelAdapter, ids: Tensor, cut: int) -> Tensor:
-    """Return ids of which those from `cut` on are replaced by others, legal and not padding."""
-    # Ids that the config promises and the table lacks would crash here; shape_robustness reports them.
-    vocabulary = max(2, adapter.readable_ids(content_input(adapter)))
-    padding = adapter.pad_token_id.value
-    other = (ids + 1 + torch.arange(ids.shape[1], device=ids.device) % max(1, vocabulary - 1)) % vocabulary
-    if padding is not None and vocabulary > 2:
-        other = torch.where(other == padding, (other + 1) % vocabulary, other)
-        other = torch.where(other == ids, (other + 1) % vocabulary, other)
+def _is_leak(
+    adapter: ModelAdapter,
+    inputs: dict[str, Tensor],
+    changed: dict[str, Tensor],
+    base: Tensor,
+    cut: int,
+    output: Callable[[ModelAdapter, Mapping[str, Any]], Tensor],
+    entry: dict[str, Any],
+) -> bool:
+    """Decide whether a change is no rounding: it is large, or the same in float64, or beyond the model's noise."""
+    change = entry["change"]
+    if change <= entry["tolerance"] and entry["length"] > LONGEST_EXACT:
+        return False
+    if change <= least_plain(base.dtype) * float(base.abs().amax()):
+        difference = output(adapter, changed)[:, :cut] - base[:, :cut]
+        real = is_real(adapter, inputs, changed, lambda model, given: output(model, given)[:, :cut], difference)
+        del difference
+        if real is False or (real is None and change <= entry["tolerance"]):
+            entry["tolerance"] = max(change, entry["tolerance"])
+            return False
+        if real:
+            entry["noise"], entry["tolerance"] = 0.0, min(entry["tolerance"], change / 2)
+            return True
+    noise = measure_noise(adapter, inputs, base, output)
+    entry["noise"], entry["tolerance"] = noise, max(entry["tolerance"], 20 * noise)
+    return bool(change > entry["tolerance"])
+
+
+def _test_longest(adapter: ModelAdapter, budget: Budget, tried: list[dict[str, Any]]) -> Finding | None:
+    """Test the longest length, where masks that are too short end and windows have an edge.
+
+    Large models run to their last block only, because the head treats each position alike and costs a third of a pass.
+    Where even that does not fit the budget, a shorter length stands for the longest, and as many blocks as fit are
+    tried at the longest itself.
+    """
+    names = blocks(adapter.module).value
+    large = adapter.num_parameters > LARGE and bool(names)
+    output = _output_of_block(names[-1]) if large else logits
+    short, limit = tried[0]["length"], adapter.max_length.value
+    if adapter.example_inputs(1, 2 * short)[content_input(adapter)].shape[1] == short:
+        return None
+    longest = longest_length(adapter, budget, passes=2 if large else 3)
+    lengths = [n for n in (adapter.legal_length(longest // 4),) if n > 2 * short and longest <= 512]
+    for length in [*lengths, longest] if longest > short else []:
+        cuts = (length - 1,) if large else (length - 1, length // 2)
+        try:
+            found = _test_length(adapter, length, cuts, tried, output)
+        except LookupError:
+            output = logits
+            found = _test_length(adapter, length, cuts, tried)
+        except ModelCrash as crash:
+            budget.reduced.append(f"not tried at length {length}: {crash}")
+            return None
+        if found is not None:
+            return found
+    if limit is None or not names or longest >= min(limit, LONGEST_LENGTH) or longest <= short:
+        return None
+    full = adapter.legal_length(min(limit, LONGEST_LENGTH))
+    each = forward_seconds(adapter, longest) * full / longest / len(names)
+    count = min(len(names), max(1, int(budget.remaining() / (3 * each))))
+    budget.reduced.append(f"at length {full} the first {count} of {len(names)} blocks were tried")
+    try:
+        return _test_length(adapter, full, (full - 1,), tried, _output_of_block(names[count - 1]))
+    except (LookupError, ModelCrash):
+        return None
+
+
+def _output_of_block(name: str) -> Callable[[ModelAdapter, Mapping[str, Any]], Tensor]:
+    """Return what runs a model no further than to a block; its output must be ``(batch, length, width)``."""
+
+    def run(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> Tensor:
+        result = output_of(adapter, inputs, name)
+        if result.shape[:2] != inputs[content_input(adapter)].shape:
+            raise LookupError(name)
+        return result
+
+    return run
+
+
+def replace_from(adapter: ModelAdapter, ids: Tensor, cut: int, content: int = 0) -> Tensor:
+    """Return ids of which those from `cut` on are replaced by others, legal and not padding; contents are numbered."""
+    other = ids
+    for _ in range(content + 1):
+        other = replace_ids(adapter, content_input(adapter), other)
+    other = torch.where(other == ids, replace_ids(adapter, content_input(adapter), ids), other)
     return torch.cat([ids[:, :cut], other[:, cut:]], dim=1)
 
 
-def measure_noise(adapter: ModelAdapter, inputs: dict[str, Tensor], base: Tensor) -> float:
-    """Return how much the logits differ between equal calls: repeated, and where memory allows in a batch of two."""
-    noise = float((logits(adapter, inputs) - base).abs().max())
+def measure_noise(
+    adapter: ModelAdapter,
+    inputs: dict[str, Tensor],
+    base: Tensor,
+    output: Callable[[ModelAdapter, Mapping[str, Any]], Tensor] = logits,
+) -> float:
+    """Return how much an output differs between equal calls: repeated, and where memory allows in a batch of two."""
+    noise = float((output(adapter, inputs) - base).abs().max())
     if base.numel() < 10_000_000:
         doubled = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
-        noise = max(noise, float((logits(adapter, doubled)[:1] - base).abs().max()))
+        noise = max(noise, float((output(adapter, doubled)[:1] - base).abs().max()))
     return noise
 
 
 def _finding(
-    adapter: ModelAdapter, inputs: dict[str, Tensor], cut: int, position: int, change: float, noise: float, length: int
+    adapter: ModelAdapter, inputs: dict[str, Tensor], changed: dict[str, Tensor], cut: int, entry: dict[str, Any]
 ) -> Finding:
     """Describe a leak by one pair of positions and the module where it starts."""
-    name = content_input(adapter)
-    where = first_leaking_module(adapter, inputs, {**inputs, name: replace_from(adapter, inputs[name], cut)}, cut)
+    name, length, change, position = content_input(adapter), entry["length"], entry["change"], entry["position"]
+    base = logits(adapter, inputs)
+    where = first_leak(
+        adapter, inputs, changed, _before(length, cut), change / max(float(base.abs().max()), 1e-30), summaries=True
+    )
     what = f"token {cut} changes" if cut == length - 1 else f"tokens {cut} to {length - 1} change"
     # One token is easier to picture than a suffix, when one alone is enough.
     single = inputs[name].clone()
-    single[:, cut] = replace_from(adapter, single, cut)[:, cut]
-    difference = (logits(adapter, {**inputs, name: single})[:, :cut] - logits(adapter, inputs)[:, :cut]).abs()
+    single[:, cut] = changed[name][:, cut]
+    difference = (logits(adapter, {**inputs, name: single})[:, :cut] - base[:, :cut]).abs()
     alone = difference.amax(dim=(0, *range(2, difference.dim())))
-    if float(alone.max()) > max(0.01 * change, 100 * noise):
+    if float(alone.max()) > max(0.01 * change, 100 * entry["noise"]):
         what, change, position = f"token {cut} changes", float(alone.max()), int(alone.argmax())
-    message = f"{what} the logits at position {position} (|change| {change:.2g}, noise {noise:.0g}, length {length})"
-    return Finding("future_leakage", "fail", where or adapter.name, message, HINT)
+    message = (
+        f"{what} the logits at position {position} (|change| {change:.2g}, noise {entry['noise']:.0g}, length {length})"
+    )
+    return Finding("future_leakage", "fail", where, message, HINT, _reproduction(adapter, length, cut))
 
 
-def first_leaking_module(adapter: ModelAdapter, inputs: dict[str, Tensor], changed: dict[str, Tensor], cut: int) -> str:
-    """Return the first module to finish whose output before `cut` changes although its inputs there do not.
-
-    Tensors without a dimension as long as the sequence are compared as a whole.
-    """
-    length = inputs[content_input(adapter)].shape[1]
-    calls: list[tuple[str, list[Tensor], list[Tensor]]] = []
-
-    def early(value: Any) -> list[Tensor]:
-        # The final state of a recurrent layer has seen everything, rightly; what counts is its output per position.
-        real = [tensor for _, tensor in named_tensors(value) if tensor.is_floating_point()]
-        timed = [tensor for tensor in real if length in tensor.shape]
-        return [_before(tensor, length, cut) for tensor in timed or real]
-
-    def early_inputs(value: Any) -> list[Tensor]:
-        return [_before(tensor, length, cut) for _, tensor in named_tensors(value)]
-
-    def record(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        calls.append((name, early_inputs(given), early(output)))
-
-    def differ(first: list[Tensor], second: list[Tensor]) -> bool:
-        if len(first) != len(second):
-            return True
-        for a, b in zip(first, second, strict=True):
-            if a.shape != b.shape or a.dtype != b.dtype:
-                return True
-            if a.numel() and a.is_floating_point():
-                both = torch.isfinite(a) & torch.isfinite(b)
-                scale = float(torch.where(both, a, 0).abs().max())
-                if float(torch.where(both, a - b, 0).abs().max()) > 1e-5 * scale:
-                    return True
-            elif not torch.equal(a, b):
-                return True
-        return False
-
-    with observe(adapter.module, record):
-        logits(adapter, inputs)
-    leaking: list[str] = []
-    position = 0
-
-    def compare(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        nonlocal position
-        if leaking or position >= len(calls):
-            return
-        known_name, known_inputs, known_output = calls[position]
-        position += 1
-        if name == known_name and differ(early(output), known_output) and not differ(early_inputs(given), known_inputs):
-            leaking.append(name)
-
-    with observe(adapter.module, compare):
-        logits(adapter, changed)
-    return leaking[0] if leaking else ""
+def _reproduction(adapter: ModelAdapter, length: int, cut: int) -> str:
+    """Return lines that show the leak on a model with one input that returns its logits bare."""
+    if len(adapter.input_names) != 1 or adapter.output.value != "":
+        return ""
+    top = adapter.readable_ids()
+    return (
+        f"import torch; model.eval(); a = torch.randint({top}, (1, {length}))\n"
+        f"b = a.clone(); b[:, {cut}:] = (b[:, {cut}:] + 1) % {top}\n"
+        f"print((model(a)[:, :{cut}] - model(b)[:, :{cut}]).abs().max())"
+    )
 
 
-def _before(tensor: Tensor, length: int, cut: int) -> Tensor:
-    """Return a copy of a tensor's part at positions before `cut`, along the time dimension found by its size."""
-    sizes = list(tensor.shape)
-    if length not in sizes:
-        return tensor.detach().clone()
-    dimension = 1 if len(sizes) > 1 and sizes[1] == length else sizes.index(length)
-    return tensor.detach().narrow(dimension, 0, cut).clone()
+def _before(length: int, cut: int) -> Callable[[Tensor, bool], Tensor | None]:
+    """Return what takes a tensor's part at positions before `cut`, along the time axis found by its size."""
+
+    def part(tensor: Tensor, given: bool) -> Tensor | None:
+        sizes = list(tensor.shape)
+        if length not in sizes:
+            return None
+        axis = 1 if len(sizes) > 1 and sizes[1] == length else sizes.index(length)
+        return tensor.narrow(axis, 0, cut)
+
+    return part

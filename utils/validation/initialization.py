@@ -5,8 +5,6 @@ A model whose normalisation layers and biases have left their starting values co
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,20 +13,22 @@ from torch import Tensor, nn
 from utils.adapters.capture import first_tensor, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.structure import blocks
-from utils.validation.causality import replace_from
 from utils.validation.check import Budget, Finding, Outcome, Skipped
-from utils.validation.gradient_flow import training_inputs
-from utils.validation.probing import content_input, logits
+from utils.validation.gradient_reach import training_inputs
+from utils.validation.probing import logits
+from utils.validation.rectifiers import watch_rectifiers
+from utils.validation.untrained import looks_untrained, normalise_batches
+from utils.validation.weight_scales import LARGEST_SOUND_GAIN, largest_gain, largest_weight, weight_faults
+from utils.validation.zero_weights import zero_weights
 
 EXPLODING_HINT = (
     "Initialise with a standard deviation near 1/sqrt(fan-in) (0.02 is usual), residual outputs smaller still."
 )
+STRUCTURE_HINT = "Normalise before or after each block, and remove constant factors above 1 from forward()."
 VANISHING_HINT = "Initialise with a standard deviation near 1/sqrt(fan-in), and keep a residual path around each block."
 SYMMETRIC_HINT = (
     "Initialise with random numbers: units that start equal stay equal, so the layer has the power of one unit."
 )
-ZERO_HINT = "Initialise with small random numbers; zero is right only on a branch that a residual path bypasses."
-IGNORED_HINT = "Follow the input through forward(): it is overwritten, multiplied by zero, or never used."
 CLASSIFYING = ("causal_lm", "masked_lm", "seq2seq", "text_classification", "image_classification",
                "audio_classification", "tabular_classification")  # fmt: skip
 
@@ -36,8 +36,7 @@ CLASSIFYING = ("causal_lm", "masked_lm", "seq2seq", "text_classification", "imag
 def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """Compare the first loss with chance, follow the signal through the blocks, look for equal and zero weights.
 
-    Codes: ``exploding_init``, ``vanishing_init``, ``symmetric_init``, ``zero_init``, ``constant_output``,
-    ``ignored_input``.
+    Codes: ``exploding_init``, ``vanishing_init``, ``symmetric_init``, ``zero_init``.
     """
     if not any(True for _ in adapter.module.parameters()):
         raise Skipped("the model has no parameters")
@@ -60,16 +59,13 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
                 variations[name] = float((values[0] - values[1]).square().mean().sqrt())
 
     fresh = looks_untrained(adapter.module)
-    if fresh:
-        # Before training, batch normalisation only normalises in train mode: its running statistics are not real yet.
-        for child in adapter.module.modules():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                child.train()
-    with observe(adapter.module, follow):
+    normalise_batches(adapter)
+    with watch_rectifiers(adapter.module) as rectified, observe(adapter.module, follow):
         result = logits(adapter, inputs)
     if not bool(torch.isfinite(result).all()):
         raise Skipped("the logits are not finite (see numerical_stability)")
-    findings = _signal(adapter, scales, fresh)
+    findings = weight_faults(adapter) if fresh else []
+    findings += [] if findings else _signal(adapter, scales, fresh)
     loss: float | None = None
     chance: float | None = None
     if adapter.task.value in CLASSIFYING and result.shape[-1] > 1:
@@ -78,11 +74,9 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
         findings += _first_loss(adapter, result, loss, chance, fresh, bool(findings))
     head = _head(adapter, output_of, tuple(result.shape))
     findings += _symmetric(adapter)
-    findings += _zeros(adapter, inputs, head)
-    if not findings:
+    findings += zero_weights(adapter, inputs, head)
+    if not findings and all(rectified.alive.values()):
         findings += _lost_input(scales, variations, result, fresh)
-    if not findings:
-        findings += _ignored_input(adapter, inputs, result)
     details = {
         "loss": loss,
         "chance": chance,
@@ -99,28 +93,6 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
     return Outcome(value, chance, why, findings, details)
 
 
-def looks_untrained(module: nn.Module) -> bool:
-    """Tell whether all vectors of a model (biases, norm weights) still hold one constant each, as when just made.
-
-    A layer's default random bias is recognised by its bound of 1/sqrt(fan-in).
-    """
-    vectors = 0
-    for child in module.modules():
-        bias = getattr(child, "bias", None)
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() == 1 and weight.numel() > 1:
-            vectors += 1
-            if float(weight.detach().float().std()) > 1e-6:
-                return False
-        if isinstance(bias, nn.Parameter) and bias.dim() == 1 and bias.numel() > 1:
-            vectors += 1
-            values = bias.detach().float()
-            fan_in = weight[0].numel() if isinstance(weight, Tensor) and weight.dim() > 1 else 1
-            if float(values.std()) > 1e-6 and float(values.abs().max()) > 1.01 / math.sqrt(fan_in):
-                return False
-    return vectors > 0
-
-
 def _signal(adapter: ModelAdapter, scales: dict[str, float], fresh: bool) -> list[Finding]:
     """Judge the root mean square of the signal after each block."""
     if not scales:
@@ -131,6 +103,9 @@ def _signal(adapter: ModelAdapter, scales: dict[str, float], fresh: bool) -> lis
         if scale > warn_above:
             severity = "fail" if max(scales.values()) > fail_above else "warn"
             message = f"the signal's scale (root mean square) by depth is {path}; here it passes {warn_above:g}"
+            if fresh and largest_gain(adapter) <= LARGEST_SOUND_GAIN:
+                message += "; no weights are large, so something multiplies or adds up on the way"
+                return [Finding("exploding_gradient", severity, name, message, STRUCTURE_HINT)]
             return [Finding("exploding_init", severity, name, message, EXPLODING_HINT)]
     for name, scale in scales.items():
         if 0 < scale < 1e-5:
@@ -150,28 +125,6 @@ def _lost_input(scales: dict[str, float], variations: dict[str, float], result: 
             message = f"two samples give the same output; the difference between them by depth is {path}"
             return [Finding("vanishing_init", "fail", name, message, VANISHING_HINT)]
     return []
-
-
-def _ignored_input(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> list[Finding]:
-    """Find a model whose output is the same whatever goes in, and not only because a head starts at zero."""
-    other = {**inputs}
-    for name in {adapter.main_input, content_input(adapter)}:
-        ids = adapter.modality == "tokens" or not inputs[name].is_floating_point()
-        other[name] = replace_from(adapter, inputs[name], 0) if ids else torch.randn_like(inputs[name]) + inputs[name]
-    if (adapter.modality == "tokens" and adapter.readable_ids() < 2) or not bool(
-        (logits(adapter, other) == result).all()
-    ):
-        return []
-    # Zeros that a first step moves are replaced by noise: a head or a gate that starts there hides nothing for long.
-    zeros = [n for n, p in adapter.module.named_parameters() if p.is_floating_point() and not bool(p.detach().any())]
-    with noise_instead(adapter, zeros):
-        first, second = logits(adapter, inputs), logits(adapter, other)
-    if bool((first != second).any()):
-        return []
-    constant = bool((result == result.flatten()[0]).all())
-    what = f"the output is {float(result.flatten()[0]):.3g} everywhere" if constant else "replacing all of the input"
-    message = f"{what}, for any input" if constant else f"{what} (`{adapter.main_input}`) leaves the output as it is"
-    return [Finding("constant_output" if constant else "ignored_input", "fail", adapter.name, message, IGNORED_HINT)]
 
 
 def _thinned(values: list[float], count: int = 8) -> list[float]:
@@ -194,9 +147,9 @@ def _first_loss(
         f"the first loss is {loss:.1f}, chance is ln({result.shape[-1]}) = {chance:.2f} (logits spread {spread:.2g})"
     )
     if fresh and loss > limit:
-        return [Finding("exploding_init", "fail", adapter.name, message, EXPLODING_HINT)]
+        return [Finding("exploding_init", "fail", largest_weight(adapter) or adapter.name, message, EXPLODING_HINT)]
     if loss > (4 * chance + 4 if fresh else limit):
-        return [Finding("exploding_init", "warn", adapter.name, message, EXPLODING_HINT)]
+        return [Finding("exploding_init", "warn", largest_weight(adapter) or adapter.name, message, EXPLODING_HINT)]
     return []
 
 
@@ -231,57 +184,3 @@ def _symmetric(adapter: ModelAdapter) -> list[Finding]:
                 Finding("symmetric_init", "fail", f"{name}.{key}" if name else key, message, SYMMETRIC_HINT)
             )
     return findings[:6]
-
-
-def _zeros(adapter: ModelAdapter, inputs: dict[str, Tensor], head: str | None) -> list[Finding]:
-    """Find zero weights that alone cut the output off from the input.
-
-    Whether a zero matters is decided by running the model: every zero weight but the one in question is replaced by
-    noise, and the logits must still tell two inputs apart. A zero head passes, because it moves with the first step.
-    """
-    candidates: list[str] = []
-    for name, parameter in adapter.module.named_parameters():
-        if parameter.numel() < 2 or not parameter.is_floating_point() or name.endswith("bias"):
-            continue
-        flat = parameter.detach().flatten()
-        if float(flat[0]) == 0 and float(flat[-1]) == 0 and not bool(flat.any()):
-            candidates.append(name)
-    suspects = [name for name in candidates if head is None or not name.startswith(f"{head}.")]
-    if not suspects or _tells_apart(adapter, inputs, candidates, keep=suspects):
-        return []
-    findings = []
-    for name in suspects[:12]:
-        if not _tells_apart(adapter, inputs, candidates, keep=[name]):
-            count = adapter.module.get_parameter(name).numel()
-            message = f"all {count:,} numbers are zero, and the output no longer depends on the input"
-            findings.append(Finding("zero_init", "fail", name, message, ZERO_HINT))
-    if not findings:
-        message = f"{len(suspects)} weights are zero and together cut the output off from the input"
-        findings.append(Finding("zero_init", "fail", suspects[0], message, ZERO_HINT))
-    return findings
-
-
-@contextmanager
-def noise_instead(adapter: ModelAdapter, names: list[str]) -> Iterator[None]:
-    """Let these parameters hold noise inside the block; their own tensors are not touched."""
-    replaced = {id(adapter.module.get_parameter(name)) for name in names}
-    swapped: list[tuple[dict[str, Any], str, Any]] = []
-    for module in adapter.module.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in replaced:
-                swapped.append((module._parameters, key, parameter))
-                module._parameters[key] = nn.Parameter(torch.randn_like(parameter) * 0.1, requires_grad=False)
-    try:
-        yield
-    finally:
-        for owner, key, parameter in swapped:
-            owner[key] = parameter
-
-
-def _tells_apart(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str], keep: list[str]) -> bool:
-    """Tell whether the logits differ between samples when all `zeros` but `keep` hold noise instead."""
-    with noise_instead(adapter, [name for name in zeros if name not in keep]):
-        result = logits(adapter, inputs).float()
-    scale = float(result.abs().max())
-    # Positions alone can make a row of logits vary, so samples are compared at equal positions.
-    return float((result[0] - result[-1]).abs().max()) > 1e-6 * max(scale, 1e-12)

@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from utils.adapters.model_adapter import ModelAdapter
-from utils.runtime.resources import device_memory, format_bytes, format_count
+from utils.runtime.resources import device_memory, format_bytes, format_count, is_out_of_memory
 from utils.runtime.seeding import seed_streams
+from utils.validation.allocations import Allocations
 from utils.validation.check import Budget, Finding, Outcome
-from utils.validation.probing import guarded, has_length, longest_length
+from utils.validation.pictures import Picture
+from utils.validation.probing import forward_seconds, guarded, has_length, longest_length, short_length
+from utils.validation.svg import bar_list
 
 T4_BYTES = 15.0e9
 """What a 16 GB T4 leaves for a program."""
+PICTURE = "Memory of training at batch size 1"
 RESERVE = 0.9
 """Part of a device's memory that tensors can fill; the rest goes to the allocator, kernels and the program."""
 
@@ -49,6 +53,7 @@ def check_memory_footprint(adapter: ModelAdapter, budget: Budget) -> Outcome:
         "device_memory": capacity,
         "largest_batch_here": _largest_batch(capacity * RESERVE, fixed, activations),
         "largest_batch_t4": _largest_batch(T4_BYTES, fixed, activations),
+        **_training_peak(adapter, budget, weights + buffers),
     }
     findings = []
     if weights > capacity:
@@ -65,7 +70,33 @@ def check_memory_footprint(adapter: ModelAdapter, budget: Budget) -> Outcome:
         + f"; largest batch {format_count(details['largest_batch_here'])} here, "
         + f"{format_count(details['largest_batch_t4'])} on a 16 GB T4"
     )
-    return Outcome(format_bytes(training), format_bytes(capacity), why, findings, details)
+    parts = {"weights": weights, "gradients": gradients, "AdamW moments": optimizer, "activations": activations}
+    chart = bar_list(list(parts), list(parts.values()), [format_bytes(size) for size in parts.values()], PICTURE)
+    picture = Picture(PICTURE, chart, "Only the activations grow with the batch.")
+    return Outcome(format_bytes(training), format_bytes(capacity), why, findings, details, [picture])
+
+
+def _training_peak(adapter: ModelAdapter, budget: Budget, weights: int) -> dict[str, Any]:
+    """Measure the most bytes of tensors alive at once in a forward and backward pass of one short sample."""
+    length = short_length(adapter) if has_length(adapter) else None
+    # Recording, the backward pass and the counting take about as long as five plain passes.
+    if not budget.afford(5 * forward_seconds(adapter, length), "the peak of a training step was not measured"):
+        return {}
+    inputs = adapter.example_inputs(1, length)
+    seed_streams(0, "forward")
+    try:
+        with torch.enable_grad(), Allocations(adapter.module, inputs.values()) as tracker:
+            result = guarded(adapter, inputs, "", lambda: adapter.logits(inputs))
+            if result.requires_grad:
+                adapter.loss(result, adapter.random_labels(result)).backward()
+            del result
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        # A backward pass that raises is the business of gradient_flow.
+        return {}
+    adapter.module.zero_grad(set_to_none=True)
+    return {"measured_peak": weights + tracker.peak, "measured_peak_length": length}
 
 
 def _largest_batch(capacity: float, fixed: float, per_sample: float) -> int:

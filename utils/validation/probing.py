@@ -12,6 +12,7 @@ from utils.adapters.capture import named_tensors, observe
 from utils.adapters.detection import DECODER_INPUTS
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
+from utils.runtime.resources import is_out_of_memory
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget
 
@@ -44,11 +45,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0][:200]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception means that memory ran out; the CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
 def describe_inputs(inputs: Mapping[str, Any]) -> str:
     """Describe inputs by name and shape, for example ``input_ids (2, 16)``."""
     return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items() if isinstance(value, Tensor))
@@ -76,7 +72,8 @@ def crash_site(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> str:
     handles = []
     for name, child in adapter.module.named_modules():
         handles.append(child.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(child.register_forward_hook(lambda *_: running.pop() and None))
+        # A hook that returns anything but None replaces the output, so what pop returns must not get out.
+        handles.append(child.register_forward_hook(lambda *_: (running.pop(), None)[1]))
     try:
         seed_streams(0, "forward")
         adapter.forward(inputs)
@@ -188,6 +185,11 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(is_finite(tensor) for tensor in tensors)
 
 
+def _is_bad(tensor: Tensor) -> bool:
+    """Tell whether an input holds NaN or infinity; minus infinity of four axes is a mask's right."""
+    return not is_finite(tensor) and not (tensor.dim() >= 4 and bool((tensor < float("inf")).all()))
+
+
 def first_nonfinite(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> str:
     """Return the first module in execution order whose output is not finite although its inputs are.
 
@@ -197,7 +199,7 @@ def first_nonfinite(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> str:
 
     def observer(name: str, child: torch.nn.Module, given: tuple[Any, ...], output: Any) -> None:
         if not found and not all_finite(t for _, t in named_tensors(output)):
-            if all_finite(t for _, t in named_tensors(given) if t.dim() < 4) and all_finite(child.parameters()):
+            if not any(_is_bad(t) for _, t in named_tensors(given)) and all_finite(child.parameters()):
                 found.append(name or adapter.name)
             elif not all_finite(child.parameters()):
                 bad = next(key for key, p in child.named_parameters() if not is_finite(p))

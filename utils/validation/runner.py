@@ -7,17 +7,24 @@ from dataclasses import replace
 
 import torch
 
+from utils.adapters.location import code_location
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
 from utils.runtime.isolation import ModelChangedError, preserved
+from utils.runtime.printing import Printed
 from utils.runtime.progress import progress_bar
 from utils.validation.check import Budget, Check, CheckResult, Finding, Outcome, Skipped
+from utils.validation.containment import UnusableModel, contained
 from utils.validation.probing import ModelCrash, first_line, is_out_of_memory
 from utils.validation.report import ValidationReport
 
 CHANGED = "state_across_calls"
+CRASHED = "crash on a legal input"
+NEVER_RAN = "could not run: No forward pass"
 LARGE_MODEL = 20_000_000
 DEFAULT_SECONDS = {1: 22.0, 2: 150.0}
+HANGING_SECONDS, HANGING_AGAIN_SECONDS = 60.0, 5.0
+"""A check is ended after so long, or after four times its budget if that is more; less once one had to be ended."""
 
 
 def run_checks(
@@ -26,6 +33,7 @@ def run_checks(
     time_budget: float | None = None,
     progress: bool = True,
     seed: int = 0,
+    started: float | None = None,
 ) -> ValidationReport:
     """Run checks in order and collect their results.
 
@@ -39,8 +47,9 @@ def run_checks(
             their shares, and what one leaves over goes to the next.
         progress: Whether to show a progress bar.
         seed: Seed of everything random in the checks.
+        started: When the time began to count, by `time.perf_counter`; now by default.
     """
-    started = time.perf_counter()
+    started = time.perf_counter() if started is None else started
     total = time_budget if time_budget is not None else sum(DEFAULT_SECONDS[tier] for tier in {c.tier for c in checks})
     results: list[CheckResult] = []
     changed = adapter.changed
@@ -52,7 +61,9 @@ def run_checks(
                     bar.set_description_str(check.title)
                     left = max(0.0, total - (time.perf_counter() - started))
                     share = check.share / sum(later.share for later in checks[index:])
-                    results.append(run_check(adapter, check, left * share, seed))
+                    ended = any(finding.code == "timed_out" for result in results for finding in result.findings)
+                    hanging = HANGING_AGAIN_SECONDS if ended else HANGING_SECONDS
+                    results.append(_told_once(run_check(adapter, check, left * share, seed, hanging), results))
                     bar.update()
         except ModelChangedError as error:
             changed = changed or error
@@ -69,15 +80,29 @@ def run_checks(
     )
 
 
-def run_check(adapter: ModelAdapter, check: Check, seconds: float, seed: int = 0) -> CheckResult:
-    """Run one check in isolation and turn whatever happens into its result."""
+def run_check(
+    adapter: ModelAdapter, check: Check, seconds: float, seed: int = 0, hanging: float = HANGING_SECONDS
+) -> CheckResult:
+    """Run one check in isolation and turn whatever happens into its result.
+
+    Args:
+        adapter: The model.
+        check: What to run.
+        seconds: Its time budget, which it keeps by doing less.
+        seed: Seed of everything random in it.
+        hanging: Seconds after which it is ended, if that is more than four times its budget.
+    """
     budget = Budget(seconds)
     outcome: Outcome | None = None
     skipped, could_not_run = "", False
+    printed = Printed()
     try:
         with preserved(adapter.module, seed, check.id), torch.enable_grad():
             adapter.module.eval()
-            outcome = check.run(adapter, budget)
+            with contained(adapter.module, max(hanging, 4 * seconds)) as printed:
+                outcome = check.run(adapter, budget)
+    except UnusableModel as reason:
+        outcome = Outcome("ended", "an answer", "", (reason.finding,))
     except Skipped as reason:
         skipped = str(reason)
     except ModelChangedError as error:
@@ -88,31 +113,52 @@ def run_check(adapter: ModelAdapter, check: Check, seconds: float, seed: int = 0
     except ModelCrash as crash:
         hint = "Make the model take every legal input; shape_robustness lists what was tried."
         finding = Finding("shape_crash", "fail", crash.where, str(crash), hint)
-        outcome = Outcome("crash", "no crash", str(crash), (finding,))
+        outcome = Outcome(CRASHED, "no crash", str(crash), (finding,))
     except AdapterError as error:
         skipped, could_not_run = f"could not run: {first_line(error)}", True
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
         skipped, could_not_run = f"could not run: {kind}: {first_line(error)}", True
     finally:
         # A full collection takes longer than a check of a small model; only large garbage is worth it.
         if could_not_run or adapter.num_parameters > LARGE_MODEL:
             _release()
+    output = {"printed": printed.count, "printed_start": printed.start} if printed.count else {}
     if outcome is None:
         gap = {"could_not_run": True} if could_not_run else {}
-        return CheckResult(check.id, check.tier, "skip", None, None, skipped, budget.spent(), gap)
-    findings = tuple(sorted(outcome.findings, key=lambda finding: finding.severity != "fail"))
+        return CheckResult(check.id, check.tier, "skip", None, None, skipped, budget.spent(), {**gap, **output})
+    findings = tuple(
+        replace(finding, location=finding.location or code_location(adapter.module, finding.where))
+        for finding in sorted(outcome.findings, key=lambda finding: finding.severity != "fail")
+    )
     status = findings[0].severity if findings else "pass"
-    details = {**outcome.details, **({"reduced": list(budget.reduced)} if budget.reduced else {})}
+    details = {**outcome.details, **({"reduced": list(budget.reduced)} if budget.reduced else {}), **output}
     why = findings[0].message if findings else outcome.why
     return CheckResult(
-        check.id, check.tier, status, outcome.value, outcome.threshold, why, budget.spent(), details, findings
-    )
+        check.id, check.tier, status, outcome.value, outcome.threshold, why, budget.spent(), details, findings,
+        tuple(outcome.pictures),
+    )  # fmt: skip
 
 
 def _changed_finding(adapter: ModelAdapter, error: ModelChangedError) -> Finding:
     """Describe a forward pass that changes parameters."""
     return Finding(CHANGED, "fail", error.names[0], str(error), error.action)
+
+
+def _told_once(result: CheckResult, earlier: Sequence[CheckResult]) -> CheckResult:
+    """Point to the check that has already reported a crash, instead of telling all of it again."""
+    known = next((r.check for r in earlier for f in r.findings if f.code == "shape_crash" and f.severity == "fail"), "")
+    if not known:
+        return result
+    if result.could_not_run and result.why.startswith(NEVER_RAN):
+        return replace(result, why=f"could not run: no forward pass succeeded, see {known}")
+    if result.value == CRASHED and all(finding.code == "shape_crash" for finding in result.findings):
+        why = f"could not run: the model crashed on a legal input, see {known}"
+        gap = {**result.details, "could_not_run": True}
+        return replace(result, status="skip", value=None, threshold=None, why=why, findings=(), details=gap)
+    return result
 
 
 def _with_finding(result: CheckResult, finding: Finding) -> CheckResult:

@@ -5,41 +5,58 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from utils.adapters.capture import first_tensor, named_tensors, observe, tensor_at
+from utils.adapters.detection import config_number, kind_by_name
+from utils.adapters.lengths import Lengths
 from utils.adapters.model_adapter import ModelAdapter
+from utils.adapters.troubles import moves_to_gpu
 from utils.validation.check import Budget, Finding, Outcome
+from utils.validation.portability import DEVICE_HINT
 from utils.validation.probing import (
     LANGUAGE_MODELS,
     LARGEST_LOGITS,
     LONGEST_LENGTH,
     ModelCrash,
     content_input,
+    crash_site,
+    forward_seconds,
     has_length,
     logits,
     longest_length,
     short_length,
     stand_in,
 )
+from utils.validation.shape_origin import shape_origin
+from utils.validation.vocabulary import check_vocabulary
 
 BATCH_SIZES = (1, 2, 3)
-CRASH_HINT = "Derive shapes from the input (x.shape), never from constants; size tables by the declared maximum."
+OTHER_BATCH_SIZES = (1, 4, 8, 16, 32, 64)
+"""Tried where a batch of two does not run at all: one of them may be written into the code."""
 ODD_LENGTHS = (1, 5)
+BATCH_HINT = "Take the batch size from the input (x.shape[0], or -1 in view), and give squeeze() its dimension."
+LENGTH_HINT = "Take lengths from the input (x.shape[1]), and handle a length that is odd, or 1, as any other."
+MAXIMUM_HINT = "Make every mask, table and buffer as long as the declared maximum."
+IMAGE_HINT = "Use height and width separately, and take both from the input."
+BY_DESIGN = ("kernel size", "output size is too small")
+"""What torch says when an input is shorter than a convolution: a limit that the design has, not a slip."""
 
 
 def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
-    """Run legal batch sizes, lengths and extreme token ids, and compare the shapes of the logits.
+    """Run legal batch sizes, lengths, image sizes and extreme token ids, and compare the shapes of the logits.
 
-    Codes: ``shape_crash`` for a crash or a wrong shape, ``vocab_mismatch`` for logits whose width is not the
-    vocabulary and for a legal id that crashes.
+    Codes: ``shape_crash`` for a crash or a wrong shape, ``shape_limit`` for lengths that the design cannot take,
+    ``vocab_mismatch`` for logits whose width is not the vocabulary and for a legal id that crashes.
     """
     if adapter.failure is not None:
-        hint = "Make one plain call work first; if it needs special arguments, pass ModelSpec(example_inputs={...})."
-        return Outcome("no call", "one call", "", [Finding("shape_crash", "fail", adapter.name, adapter.failure, hint)])
-    reference = tuple(logits(adapter, adapter.example_inputs(2)).shape)
+        return _no_call(adapter)
+    standard = adapter.example_inputs(2)
+    reference = tuple(logits(adapter, standard).shape)
     findings: list[Finding] = []
     tried: list[dict[str, object]] = []
 
-    def attempt(situation: str, inputs: Mapping[str, Tensor]) -> Finding | None:
+    def attempt(situation: str, inputs: Mapping[str, Tensor], hint: str) -> Finding | None:
         expected = expected_shape(adapter, reference, inputs)
         entry: dict[str, object] = {"input": situation, "expected": str(expected)}
         tried.append(entry)
@@ -47,24 +64,30 @@ def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
             shape = tuple(logits(adapter, inputs, situation).shape)
         except ModelCrash as crash:
             entry["error"] = str(crash)
-            return Finding("shape_crash", "fail", crash.where, str(crash), CRASH_HINT)
+            where = crash.where if _table_too_short(adapter, crash.where) else shape_origin(adapter, standard, inputs)
+            return Finding(
+                "shape_crash", "fail", where, str(crash), _hint(adapter, where, hint), _run_line(adapter, inputs)
+            )
         entry["shape"] = str(shape)
         if shape != expected:
             message = f"{situation}: logits have shape {shape}, expected {expected}"
-            return Finding(
-                "shape_crash", "fail", adapter.name, message, "Avoid squeeze() without a dimension and fixed views."
-            )
+            where = shape_origin(adapter, standard, inputs)
+            return Finding("shape_crash", "fail", where, message, hint, _run_line(adapter, inputs))
         return None
 
     length = short_length(adapter) if has_length(adapter) else None
-    for batch_size in BATCH_SIZES:
+    if turned := _transposed(adapter, reference, standard):
+        findings.append(turned)
+    for batch_size in BATCH_SIZES if not turned else ():
         words = f"batch size {batch_size}" + (f", length {length}" if length else "")
-        if finding := attempt(words, adapter.example_inputs(batch_size, length)):
+        if finding := attempt(words, adapter.example_inputs(batch_size, length), BATCH_HINT):
             findings.append(finding)
     if length is not None and not findings:
         findings += _try_lengths(adapter, budget, attempt)
+    if adapter.modality == "image" and not findings:
+        findings += _try_images(adapter, budget, reference)
     if length is not None:
-        findings += _check_vocabulary(adapter, reference)
+        findings += check_vocabulary(adapter, reference)
     passed = sum("error" not in entry and entry.get("shape") == entry["expected"] for entry in tried)
     what = "batch sizes, lengths and token ids" if length else "batch sizes"
     return Outcome(
@@ -76,6 +99,86 @@ def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
     )
 
 
+def _no_call(adapter: ModelAdapter) -> Outcome:
+    """Report that no call works; where another batch size does, the one that is written into the code."""
+    hint = "Make one plain call work first; if it needs special arguments, pass ModelSpec(example_inputs={...})."
+    where, message = adapter.name, str(adapter.failure)
+    bad = adapter.example_inputs(2) if adapter.input_names else {}
+    if bad and moves_to_gpu(message):
+        where = crash_site(adapter, bad)
+        return Outcome("no call", "one call", "", [Finding("hardcoded_device", "fail", where, message, DEVICE_HINT)])
+    for size in OTHER_BATCH_SIZES if bad else ():
+        try:
+            good = adapter.example_inputs(size)
+            if first_tensor(adapter.forward(good)) is None:
+                continue
+        except Exception:
+            continue
+        where, hint = shape_origin(adapter, good, bad), BATCH_HINT
+        message = f"runs with batch size {size} and not with 2: {message}"
+        break
+    else:
+        # Where the name of the input leaves no doubt about its kind, the crash is the model's own.
+        if bad and (adapter.spec.example_inputs is not None or kind_by_name(adapter.main_input) is not None):
+            where = crash_site(adapter, bad)
+    return Outcome("no call", "one call", "", [Finding("shape_crash", "fail", where, message, hint)])
+
+
+def _transposed(adapter: ModelAdapter, reference: tuple[int, ...], inputs: Mapping[str, Tensor]) -> Finding | None:
+    """Recognise logits whose batch and positions have changed places."""
+    content = inputs[content_input(adapter)]
+    batch, length = content.shape[0], content.shape[-1]
+    if not has_length(adapter) or len(reference) != 3 or batch == length:
+        return None
+    # The adapter turns them back for all other checks.
+    with torch.no_grad():
+        shape = tuple(tensor_at(adapter.forward(inputs), adapter.output.value or "").shape)
+    if shape[:2] != (length, batch):
+        return None
+    message = (
+        f"batch size {batch}, length {length}: logits have shape {shape}, expected {(batch, length, shape[2])}: batch "
+        "and positions are transposed"
+    )
+    turned: list[str] = []
+
+    def note(name: str, child: torch.nn.Module, given: tuple[object, ...], output: object) -> None:
+        before, after = ([t.shape[:2] for _, t in named_tensors(value)] for value in (given, output))
+        if shape[:2] in after and shape[:2] not in before:
+            turned.append(name)
+
+    with observe(adapter.module, note):
+        logits(adapter, inputs)
+    where = next(iter(turned), "") or adapter.name
+    hint = "Return transpose(0, 1), or build recurrent and attention layers with batch_first=True."
+    return Finding("shape_crash", "fail", where, message, hint, _run_line(adapter, inputs))
+
+
+def _table_too_short(adapter: ModelAdapter, where: str) -> bool:
+    """Tell whether a crash happened in an embedding: the module that is asked for a row it does not have."""
+    named = dict(adapter.module.named_modules())
+    return isinstance(named.get(where), torch.nn.Embedding)
+
+
+def _hint(adapter: ModelAdapter, where: str, hint: str) -> str:
+    """Name the rows of a table that crashed; else return the hint."""
+    child = dict(adapter.module.named_modules()).get(where)
+    if isinstance(child, torch.nn.Embedding):
+        declared = adapter.max_length.value
+        return (
+            f"`{where}` has {child.num_embeddings} rows and was asked for one beyond them: give it as many as the "
+            f"longest text has positions ({declared}), counting from 0."
+        )
+    return hint
+
+
+def _run_line(adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> str:
+    """Return code that runs the model on inputs of this shape."""
+    main = inputs[adapter.main_input]
+    length = f", {main.shape[1]}" if has_length(adapter) else ""
+    made = f"inputs = ModelAdapter(model).example_inputs({main.shape[0]}{length})"
+    return f"from utils.adapters import ModelAdapter\n{made}\nmodel(**inputs)"
+
+
 def expected_shape(adapter: ModelAdapter, reference: tuple[int, ...], inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Return the logits' shape for other inputs, from their shape at batch size 2 and the default length."""
     content = inputs[content_input(adapter)]
@@ -84,11 +187,14 @@ def expected_shape(adapter: ModelAdapter, reference: tuple[int, ...], inputs: Ma
     follows = adapter.task.value in LANGUAGE_MODELS or (len(reference) == 3 and reference[1] == default.shape[-1])
     if has_length(adapter) and len(reference) == 3 and follows:
         shape[1] = content.shape[1]
+    if has_length(adapter) and len(reference) == 2 and reference[0] == default.numel():
+        # Logits of all texts in one list.
+        shape[0] = content.numel()
     return tuple(shape)
 
 
 def _try_lengths(
-    adapter: ModelAdapter, budget: Budget, attempt: Callable[[str, Mapping[str, Tensor]], Finding | None]
+    adapter: ModelAdapter, budget: Budget, attempt: Callable[[str, Mapping[str, Tensor], str], Finding | None]
 ) -> list[Finding]:
     """Try length 1, an odd one and the maximum."""
     longest = longest_length(adapter, budget, passes=1)
@@ -98,23 +204,98 @@ def _try_lengths(
     short = [adapter.legal_length(min(n, longest)) for n in ODD_LENGTHS]
     # A model for a single length must at least take the one that it declares.
     longest = declared if legal.fixed and declared else longest
-    tested = sorted({*short, longest})
+    # Where no limit is known, a length that crashes is one; nobody has promised more.
+    tested = sorted({*short, longest} if declared else {*short})
     for length in tested:
         started = time.perf_counter()
         words = f"length {length}" + (" (the maximum)" if length == declared else "") + ", batch size 1"
-        if finding := attempt(words, adapter.example_inputs(1, length)):
+        hint = MAXIMUM_HINT if length > ODD_LENGTHS[-1] else LENGTH_HINT
+        finding = attempt(words, adapter.example_inputs(1, length), hint)
+        # A maximum that was worked out from reserved rows may be out by one; only a stated one is a promise.
+        guessed = length == declared and ", less the" in adapter.max_length.reason and length > 1
+        if finding and not (guessed and attempt(words, adapter.example_inputs(1, length - 1), hint) is None):
             findings.append(finding)
     seconds = time.perf_counter() - started
     if not findings and declared and longest < declared and _true_maximum(adapter, budget, longest, declared, seconds):
-        finding = attempt(f"length {declared} (the maximum), batch size 1", adapter.example_inputs(1, declared))
+        finding = attempt(
+            f"length {declared} (the maximum), batch size 1", adapter.example_inputs(1, declared), MAXIMUM_HINT
+        )
         findings += [finding] if finding else []
-    # A mixer over time takes one length by design; a shortest length surprises, and generation meets all lengths.
-    if not findings and str(legal) != "all" and (not legal.fixed or _generates(adapter)):
-        needed = "generation starts from any length" if _generates(adapter) else "shorter texts crash"
-        message = f"legal lengths are {legal} ({adapter.lengths.reason}); {needed}"
-        hint = "Pad shorter texts to a legal length, in the data or in forward()."
-        findings.append(Finding("shape_limit", "warn", adapter.name, message, hint))
+    if not findings and str(legal) != "all":
+        findings += _judge_limit(adapter, legal, attempt)
     return findings
+
+
+def _judge_limit(
+    adapter: ModelAdapter, legal: Lengths, attempt: Callable[[str, Mapping[str, Tensor], str], Finding | None]
+) -> list[Finding]:
+    """Tell a slip that forbids length 1 or odd lengths from a limit that the design has."""
+    generates = adapter.task.value in ("causal_lm", "seq2seq")
+    refused = None
+    if legal.step == 2:
+        refused = max(3, legal.shortest + 1)
+    elif not legal.fixed and legal.step == 1 and (legal.shortest == 2 or generates):
+        refused = 1
+    if refused is not None:
+        finding = attempt(f"length {refused}, batch size 1", adapter.example_inputs(1, refused), LENGTH_HINT)
+        if finding and not any(words in finding.message.lower() for words in BY_DESIGN):
+            return [finding]
+    # A mixer over time takes one length by design; a shortest length surprises, and generation meets all lengths.
+    if legal.fixed and not generates:
+        return []
+    needed = "generation starts from any length" if generates else "shorter texts crash"
+    message = f"legal lengths are {legal} ({adapter.lengths.reason}); {needed}"
+    hint = "Pad shorter texts to a legal length, in the data or in forward()."
+    return [Finding("shape_limit", "warn", adapter.name, message, hint)]
+
+
+def _try_images(adapter: ModelAdapter, budget: Budget, reference: tuple[int, ...]) -> list[Finding]:
+    """Try other image sizes on a classifier that states none: if larger squares run, rectangles must as well.
+
+    Flattening models take one size by design, and nothing is asked of them.
+    """
+    shape = adapter.image_shape.value
+    stated = config_number(adapter.config, "image_size") is not None or adapter.spec.example_inputs is not None
+    if shape is None or stated or adapter.task.value != "image_classification" or shape[1] != shape[2]:
+        return []
+    side = shape[1]
+    larger = side + 32 if side % 32 == 0 else 2 * side
+    cost = 4 * forward_seconds(adapter, None, 1)
+    if not budget.afford(cost, f"images of {side} x {side} only"):
+        return []
+
+    def run(height: int, width: int) -> ModelCrash | tuple[int, ...]:
+        inputs = _image(adapter, height, width)
+        try:
+            return tuple(logits(adapter, inputs, f"image of {height} x {width}").shape)
+        except ModelCrash as crash:
+            return crash
+
+    wanted = (1, *reference[1:])
+    if run(larger, larger) != wanted:
+        return []
+    for severity, code, height, width in (
+        ("fail", "shape_crash", side, larger),
+        ("fail", "shape_crash", larger, side),
+        ("warn", "shape_limit", side + 1, side + 1),
+    ):
+        got = run(height, width)
+        if got == wanted:
+            continue
+        evidence = str(got) if isinstance(got, ModelCrash) else f"logits have shape {got}, expected {wanted}"
+        message = f"images of {side} x {side} and {larger} x {larger} run, {height} x {width} do not: {evidence}"
+        where = shape_origin(adapter, adapter.example_inputs(2), _image(adapter, height, width))
+        return [Finding(code, severity, where, message, IMAGE_HINT)]
+    return []
+
+
+def _image(adapter: ModelAdapter, height: int, width: int) -> dict[str, Tensor]:
+    """Return one image of a size, beside the model's other inputs."""
+    inputs = adapter.example_inputs(1)
+    inputs[adapter.main_input] = functional.interpolate(
+        inputs[adapter.main_input].float(), (height, width), mode="nearest"
+    ).to(inputs[adapter.main_input].dtype)
+    return inputs
 
 
 def _true_maximum(adapter: ModelAdapter, budget: Budget, longest: int, declared: int, seconds: float) -> bool:
@@ -131,59 +312,10 @@ def _true_maximum(adapter: ModelAdapter, budget: Budget, longest: int, declared:
     return True
 
 
-def _generates(adapter: ModelAdapter) -> bool:
-    """Tell whether the model is asked for texts of every length, one token after another."""
-    return adapter.task.value in ("causal_lm", "seq2seq")
-
-
 def _only(adapter: ModelAdapter) -> str:
     """Say which lengths are legal, where not all are."""
     lengths = str(adapter.lengths.value)
     return "" if lengths == "all" else f"; legal lengths: {lengths}"
-
-
-def _check_vocabulary(adapter: ModelAdapter, reference: tuple[int, ...]) -> list[Finding]:
-    """Compare the logits' width with the vocabulary, and try the first and the last id."""
-    vocabulary = adapter.vocab_size.value
-    if vocabulary is None:
-        return []
-    findings = []
-    task = adapter.task.value
-    if task in LANGUAGE_MODELS and reference[-1] != vocabulary:
-        width = reference[-1]
-        # Widths are padded to a multiple of 64 for speed; the extra columns only waste a little probability.
-        padded = width % 64 == 0 and vocabulary < width < min(vocabulary + 64, 1.05 * vocabulary)
-        rows = {m.weight.shape[0] for m in adapter.module.modules() if isinstance(m, torch.nn.Embedding)}
-        if not (task == "seq2seq" and width in rows):
-            message = f"logits are {width} wide, the vocabulary has {vocabulary} ({adapter.vocab_size.reason})"
-            hint = (
-                "Give the output layer as many rows as the vocabulary; correct vocab_size in the config if it is wrong."
-            )
-            findings.append(
-                Finding("vocab_mismatch", "warn" if padded else "fail", _head(adapter, width), message, hint)
-            )
-    for token in (0, vocabulary - 1):
-        inputs = adapter.example_inputs(2, short_length(adapter))
-        inputs[adapter.main_input] = torch.full_like(inputs[adapter.main_input], token)
-        try:
-            logits(adapter, inputs, f"token id {token}")
-        except ModelCrash as crash:
-            readable = adapter.readable_ids()
-            table = f"; the embedding has {readable} rows" if readable < vocabulary else ""
-            message = f"the legal id {token} of a vocabulary of {vocabulary} crashes{table}: {crash}"
-            hint = f"The embedding needs {vocabulary} rows (vocab_size: {adapter.vocab_size.reason})."
-            findings.append(Finding("vocab_mismatch", "fail", crash.where, message, hint))
-    return findings
-
-
-def _head(adapter: ModelAdapter, width: int) -> str:
-    """Return the last registered module that is `width` wide, by the shape of its weight."""
-    found = adapter.name
-    for name, child in adapter.module.named_modules():
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and width in weight.shape:
-            found = name or adapter.name
-    return found
 
 
 def _distinct(findings: list[Finding]) -> list[Finding]:

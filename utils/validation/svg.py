@@ -33,3 +33,31 @@ def bar_chart(names: Sequence[str], values: Sequence[float], title: str) -> str:
         f'<text x="{LEFT}" y="11">{escape(title)} (log scale, {len(values)} in order)</text>'
         f'<text x="2" y="{TOP + 8}">1e{high}</text><text x="2" y="{TOP + HEIGHT}">1e{low}</text>{"".join(bars)}</svg>'
     )
+
+
+def bar_list(names: Sequence[str], values: Sequence[float], labels: Sequence[str], title: str) -> str:
+    """Draw one horizontal bar per value, its name before it and its label behind, in the given order.
+
+    Args:
+        names: What each bar stands for.
+        values: Length of each bar, from 0.
+        labels: Text behind each bar.
+        title: What screen readers say.
+    """
+    row, left, room = 16, 250, 170
+    largest = max(values, default=0.0) or 1.0
+    lines = []
+    for index, (name, value, label) in enumerate(zip(names, values, labels, strict=True)):
+        top = index * row
+        width = max(1.0, value / largest * room)
+        short = name if len(name) <= 40 else f"{name[:12]}...{name[-25:]}"
+        lines.append(
+            f'<text x="{left - 6}" y="{top + 12}" text-anchor="end">{escape(short)}</text>'
+            f'<rect x="{left}" y="{top + 3}" width="{width:.1f}" height="{row - 5}"><title>{escape(name)}: '
+            f'{escape(label)}</title></rect><text x="{left + width + 6:.1f}" y="{top + 12}">{escape(label)}</text>'
+        )
+    height = row * len(names) + 4
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(lines)}</svg>"
+    )

@@ -1,0 +1,190 @@
+"""Every input must reach the output: constants and lost inputs found, faint and late-starting signals left alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.validation.faulty_texts import Gpt, Picture, TextModel
+from utils.adapters import ModelAdapter, ModelSpec
+from utils.validation.check import Check
+from utils.validation.input_influence import check_input_influence
+from utils.validation.runner import run_check
+
+CHECK = Check("input_influence", 1, "", check_input_influence)
+
+
+def judged(model, **spec):
+    return run_check(ModelAdapter(model, None, ModelSpec(**spec)), CHECK, 10.0)
+
+
+class Deaf(nn.Module):
+    """A model whose answer is made by `output(self, x)`."""
+
+    def __init__(self, output, *parts):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.part = parts[0] if parts else nn.Identity()
+        self.output = output
+
+    def forward(self, x):
+        return self.output(self, x)
+
+
+class DeafGpt(Gpt):
+    def embed(self, ids):
+        return torch.zeros_like(self.tokens(ids)) + self.positions(torch.arange(ids.shape[1]))
+
+
+class Clamped(Picture):
+    def forward(self, pixel_values):
+        return super().forward(pixel_values.clamp(1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("build", "where"),
+    [
+        (lambda: Deaf(lambda m, x: m.head(m.body(x)) * 0), "Deaf"),
+        (lambda: Deaf(lambda m, x: m.head(m.body(x)).clamp(5.0, 5.0)), "Deaf"),
+        (lambda: Deaf(lambda m, x: m.head(m.body(torch.ones_like(x)))), "Deaf"),
+        (lambda: Deaf(lambda m, x: m.head(m.body(x))[:, :1].softmax(-1)), "Deaf"),
+        (lambda: Deaf(lambda m, x: m.part(m.head(m.body(x))[:, :1]), nn.LayerNorm(1)), "part"),
+        (lambda: Deaf(lambda m, x: m.part(m.head(m.body(x))[:, :1]), nn.Softmax(-1)), "part"),
+        (lambda: Deaf(lambda m, x: m.head(m.body((x // 100).abs().clamp(max=0)))), "Deaf"),
+        (DeafGpt, "DeafGpt"),
+        (Clamped, "Clamped"),
+    ],
+)
+def test_constant_output_is_found(build, where):
+    """Multiplied by zero, clamped, overwritten, normed or softmaxed over one number, rounded away."""
+    spec = {"task": "causal_lm"} if build is DeafGpt else {}
+    result = judged(build(), **spec)
+    assert [(f.code, f.severity, f.where) for f in result.findings] == [("constant_output", "fail", where)]
+    assert "for any input" in result.why or "whatever the input is" in result.why
+
+
+class TwoInputs(nn.Module):
+    def __init__(self, lost=None, second="numbers"):
+        super().__init__()
+        self.table, self.linear, self.head = nn.Embedding(9, 8), nn.Linear(5, 8), nn.Linear(16, 3)
+        self.lost = lost
+
+    def forward(self, categories, numbers):
+        first, second = self.table(categories).mean(1), self.linear(numbers)
+        if self.lost == "numbers":
+            second = first
+        if self.lost == "categories":
+            first = torch.zeros_like(first)
+        return self.head(torch.cat([first, second], -1))
+
+
+def two():
+    return {"categories": torch.tensor([[1, 2, 3], [4, 0, 2], [3, 3, 1]]), "numbers": torch.randn(3, 5)}
+
+
+@pytest.mark.parametrize("lost", ["numbers", "categories"])
+def test_one_lost_input_is_named(lost):
+    """The other one still moves the output."""
+    result = judged(TwoInputs(lost), example_inputs=two())
+    assert [(f.code, f.severity, f.where) for f in result.findings] == [("ignored_input", "fail", "TwoInputs")]
+    assert f"replacing `{lost}`" in result.why
+
+
+class Translator(nn.Module):
+    def __init__(self, reads_source):
+        super().__init__()
+        self.source, self.target = nn.Embedding(60, 32), nn.Embedding(60, 32)
+        self.core = nn.Transformer(32, 4, 1, 1, 64, batch_first=True, dropout=0.0)
+        self.head, self.reads = nn.Linear(32, 60), reads_source
+
+    def forward(self, src, tgt):
+        x, y = self.source(src), self.target(tgt)
+        triangle = torch.ones(2 * (tgt.shape[1],), dtype=torch.bool).triu(1)
+        memory = self.core.encoder(x)
+        return self.head(self.core.decoder(y, memory if self.reads else y, tgt_mask=triangle))
+
+
+def test_source_of_a_translator():
+    """The decoder attends to itself instead of to the source."""
+    pair = {"src": torch.randint(60, (2, 9)), "tgt": torch.randint(60, (2, 7))}
+    result = judged(Translator(False), example_inputs=pair, task="seq2seq")
+    assert [(f.code, f.where) for f in result.findings] == [("ignored_input", "Translator")] and "`src`" in result.why
+    assert judged(Translator(True), example_inputs=pair, task="seq2seq").status == "pass"
+
+
+class Segments(TextModel):
+    def __init__(self, reads):
+        super().__init__()
+        self.segments, self.reads = nn.Embedding(2, 32), reads
+
+    def forward(self, input_ids, token_type_ids):
+        self.kinds = token_type_ids
+        return super().forward(input_ids)
+
+    def embed(self, ids):
+        return super().embed(ids) + self.segments(self.kinds if self.reads else torch.zeros_like(ids))
+
+
+def test_segments():
+    """Required segments that are looked up for nobody."""
+    assert judged(Segments(True)).status == "pass"
+    (finding,) = judged(Segments(False)).findings
+    assert finding.code == "ignored_input" and "`token_type_ids`" in finding.message
+
+
+class Gated(Deaf):
+    """A head or a gate that starts at zero."""
+
+    def __init__(self, how):
+        super().__init__(lambda m, x: m.head(m.body(x)) * m.gate)
+        self.gate = nn.Parameter(torch.zeros(1) if how == "gate" else torch.ones(1))
+        if how == "head":
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Deaf(lambda m, x: m.head(m.body(x))),
+        lambda: Gated("gate"),
+        lambda: Gated("head"),
+        lambda: TextModel(),
+        lambda: Picture(),
+    ],
+)
+def test_sound_models_pass(build):
+    """What starts at zero moves with the first step."""
+    assert judged(build()).findings == ()
+
+
+def test_both_inputs_count():
+    """The influence of each is in the details."""
+    result = judged(TwoInputs(), example_inputs=two())
+    assert result.status == "pass" and set(result.details["influence"]) == {"all", "categories", "numbers"}
+
+
+def test_other_causes_have_other_codes():
+    """A signal that dies by degrees, equal word vectors, and dead rectifiers are not called constant here."""
+    faint = nn.Sequential(*[nn.Linear(8, 8) for _ in range(12)])
+    for layer in faint:
+        nn.init.normal_(layer.weight, std=1e-3)
+    same = Gpt()
+    nn.init.constant_(same.tokens.weight, 0.02)
+    dead = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+    nn.init.constant_(dead[0].bias, -100.0)
+    for model in (faint, same, dead):
+        assert judged(model).findings == ()
+
+
+def test_reproduction_runs():
+    """The lines in the finding print zero."""
+    model, printed = Deaf(lambda m, x: m.head(m.body(x)) * 0), []
+    (finding,) = judged(model).findings
+    exec(finding.reproduction, {"model": model, "print": printed.append})
+    assert printed[0].item() == 0 and len(finding.reproduction.splitlines()) <= 3
+
+
+def test_nan_is_another_checks():
+    """No finite output, no verdict."""
+    result = judged(Deaf(lambda m, x: m.head(m.body(x)) * float("nan")))
+    assert result.status == "skip" and "not finite" in result.why

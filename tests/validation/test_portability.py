@@ -1,0 +1,149 @@
+"""Devices and dtypes written into forward(), found without a GPU; and code that moves and casts well."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.validation.faulty_modes import Model, found, result_of
+from utils.validation.portability import check_portability
+
+DEVICE, DTYPE = "hardcoded_device", "hardcoded_dtype"
+
+
+def masked(part, h):
+    future = torch.ones(h.shape[1], h.shape[1]).triu(1).bool()
+    return h + (h @ h.transpose(1, 2)).masked_fill(future, float("-inf")).softmax(-1) @ h
+
+
+def filled(part, h):
+    out = torch.zeros(h.shape, device=h.device)
+    out[:, 0] = h[:, 0]
+    return part.linear(out)
+
+
+def routed(part, h):
+    return h + h[h.sum(-1) > 0].sum() + torch.arange(16)
+
+
+def decided(part, h):
+    return h + torch.arange(16) if h.sum().item() > -1e9 else h
+
+
+DEVICES = {
+    "range": lambda part, h: h + torch.arange(16),
+    "mask": masked,
+    "tensor": lambda part, h: h.masked_fill(torch.tensor([True] * 16), 0),
+    "moved to the cpu": lambda part, h: h.cpu() + part.linear.bias,
+    "through numpy": lambda part, h: h + torch.from_numpy(h.detach().numpy()).sum(-1, keepdim=True),
+    "through numpy and the cpu": lambda part, h: h + torch.from_numpy(h.detach().cpu().float().numpy()).to(h.dtype),
+    "after data dependent shapes": routed,
+    "after a data dependent branch": decided,
+}
+DTYPES = {
+    "float": lambda part, h: part.linear(h.float()),
+    "ones": lambda part, h: part.linear(h * torch.ones(16, device=h.device)),
+    "upcast and not cast back": lambda part, h: part.linear(h + h.float().softmax(-1)),
+    "noticed later": lambda part, h: h + torch.zeros(16, device=h.device),
+    "filled": filled,
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_devices(name):
+    results = found(check_portability, Model(DEVICES[name]))
+    assert (DEVICE, "fail", "bad") in results
+    assert {code for code, _, _ in results} <= {DEVICE, DTYPE}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_dtypes(name):
+    assert found(check_portability, Model(DTYPES[name])) == [(DTYPE, "fail", "bad")]
+
+
+def test_the_caller_is_blamed_for_what_it_hands_down():
+    class Positions(Model):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Embedding(64, 16)
+
+        def forward(self, x):
+            return self.head(self.enter(x) + self.position(torch.arange(x.shape[1])))
+
+    class Initial(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rnn, self.head = nn.Embedding(50, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 50)
+
+        def forward(self, x):
+            return self.head(self.rnn(self.embed(x), torch.zeros(1, len(x), 8))[0])
+
+    assert found(check_portability, Positions()) == [(DEVICE, "fail", "Positions")]
+    assert (DTYPE, "fail", "Initial") in found(check_portability, Initial())
+
+
+SOUND = {
+    "plain": None,
+    "on the input's device": lambda part, h: h + torch.arange(16, device=h.device),
+    "like the input": lambda part, h: part.linear(h + torch.zeros_like(h) + h.new_ones(16)),
+    "single number": lambda part, h: h * torch.tensor(3.0),
+    "index on the cpu": lambda part, h: h[:, torch.arange(h.shape[1])],
+    "data dependent": lambda part, h: h + h[h.sum(-1) > 0].sum() * (1 if h.sum().item() > 0 else 2),
+    "upcast and cast back": lambda part, h: part.linear(h.float().softmax(-1).to(h.dtype)),
+    "upcast within": lambda part, h: h + torch.sin(h.double()).to(h),
+    "a list of numbers": lambda part, h: h * len(h.sum((1, 2)).tolist()),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_look_alikes(name):
+    result = result_of(check_portability, Model(SOUND[name]))
+    assert result.status == "pass", result.why
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.LSTM(8, 8, 2, batch_first=True),
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        lambda: Model().double(),
+        lambda: Model().to(torch.bfloat16),
+    ],
+)
+def test_sound_layers_and_other_dtypes(build):
+    result = result_of(check_portability, build())
+    assert result.status == "pass", result.why
+
+
+def test_the_model_comes_back_where_it_was():
+    model = nn.LSTM(8, 8, batch_first=True)
+    weights = [id(p) for p in model.parameters()]
+    result_of(check_portability, model)
+    assert [id(p) for p in model.parameters()] == weights
+    assert all(a is b for a, b in zip(model._flat_weights, model.parameters(), strict=True))
+
+
+def test_messages_name_the_operation_and_the_devices():
+    finding = result_of(check_portability, Model(DEVICES["range"])).findings[0]
+    assert "add of (1, " in finding.message and "on the new device, (16,) on cpu" in finding.message
+    finding = result_of(check_portability, Model(DTYPES["float"])).findings[0]
+    assert finding.message.startswith("cast to bfloat16 this raises: RuntimeError")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama", "vit", "swin", "mamba", "rwkv", "whisper", "deberta"])
+def test_transformers_models_are_portable(name):
+    transformers = pytest.importorskip("transformers")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    usual = dict(zip(names, (16, 2, 2, 32, 99), strict=True))
+    small = {
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 99, "n_positions": 32},
+        "t5": {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 99},
+        "whisper": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 99, "pad_token_id": 0,
+                    "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+        "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 32, "window_size": 4},
+    }.get(name, usual)  # fmt: skip
+    if name == "vit":
+        small |= {"image_size": 32, "patch_size": 8}
+    config = transformers.AutoConfig.for_model(name, **small)
+    result = result_of(check_portability, transformers.AutoModel.from_config(config))
+    assert not result.findings, result.why

@@ -1,0 +1,302 @@
+"""Shapes that are refused: where the code goes wrong, and designs that may refuse them."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.adapters import ModelAdapter, ModelSpec
+from utils.adapters.detection import Detection
+from utils.test_functions import check_shape_robustness
+from utils.tier1_critical_validation import validate
+from utils.validation.shape_origin import Sizes, shape_origin
+
+
+def found(result):
+    """Return (code, severity, where) of each finding."""
+    return [(finding.code, finding.severity, finding.where) for finding in result.findings]
+
+
+class Mix(nn.Module):
+    """A causal average, in which a test breaks the shapes."""
+
+    def __init__(self, breaks):
+        super().__init__()
+        self.breaks, self.proj = breaks, nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.proj(self.breaks(x).cumsum(1))
+
+
+class LM(nn.Module):
+    """Token ids in, logits out; `inner` breaks shapes in a block, `outer` in the model itself."""
+
+    def __init__(self, inner=lambda x: x, outer=lambda x: x, final=lambda z: z, rows=64, declared=64):
+        super().__init__()
+        self.tok, self.pos = nn.Embedding(50, 16), nn.Embedding(rows, 16)
+        self.blocks = nn.ModuleList([Mix(lambda x: x), Mix(inner)])
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 50)
+        self.outer, self.final = outer, final
+        self.config = {"vocab_size": 50, "max_position_embeddings": declared, "is_decoder": True}
+
+    def forward(self, input_ids):
+        x = self.tok(input_ids) + self.pos(torch.arange(input_ids.shape[1], device=input_ids.device))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.final(self.head(self.norm(self.outer(x))))
+
+
+def pairs(x):
+    """Add neighbours; an odd length has none for the last."""
+    batch, length, width = x.shape
+    return x.view(batch, length // 2, 2, width).cumsum(2).view(batch, length, width)
+
+
+INNER = {
+    "batch of two": lambda x: x.view(2, x.shape[1], 16),
+    "odd length": pairs,
+    "length one": lambda x: torch.stack([x[:, 0], *x[:, 1:].unbind(1)], 1) if x[:, 1].any() else x,
+    "mask of 32": lambda x: x * torch.ones(32)[: x.shape[1], None],
+}
+
+
+@pytest.mark.parametrize("kind", INNER)
+def test_the_block_with_the_fault_is_named(kind):
+    """Its own code crashes, or hands on what another module then chokes on."""
+    result = check_shape_robustness(LM(inner=INNER[kind]))
+    assert found(result) == [("shape_crash", "fail", "blocks.1")], result.findings
+    assert result.findings[0].reproduction.endswith("model(**inputs)")
+
+
+def test_the_model_itself_is_named():
+    """The squeeze stands in forward(); the crash, if any, comes later."""
+    assert found(check_shape_robustness(LM(outer=lambda x: x.squeeze(0)))) == [("shape_crash", "fail", "LM")]
+    assert found(check_shape_robustness(LM(final=lambda z: z.squeeze()))) == [("shape_crash", "fail", "LM")]
+
+
+def test_transposed_logits():
+    """(seq, batch, vocab) is one finding with its own words."""
+    result = check_shape_robustness(LM(final=lambda z: z.transpose(0, 1)))
+    assert found(result) == [("shape_crash", "fail", "LM")]
+    assert "batch and positions are transposed" in result.why and "transpose(0, 1)" in result.findings[0].hint
+
+
+def test_batch_size_written_into_the_code():
+    """No probe runs with two samples, so the one that runs is searched for."""
+    result = check_shape_robustness(LM(inner=lambda x: x.view(4, 12, 16)))
+    assert found(result) == [("shape_crash", "fail", "blocks.1")]
+    assert "runs with batch size 4 and not with 2" in result.why
+
+
+class Recurrent(nn.Module):
+    """The first state is made for two samples."""
+
+    def __init__(self, batch=2):
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Embedding(50, 16), nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 50)
+        self.batch = batch
+
+    def forward(self, input_ids):
+        start = torch.zeros(1, self.batch or len(input_ids), 16)
+        return self.head(self.rnn(self.embed(input_ids), (start, start))[0])
+
+
+def test_state_of_a_fixed_batch():
+    """The recurrent layer is handed the wrong state; its caller is to blame."""
+    assert found(check_shape_robustness(Recurrent())) == [("shape_crash", "fail", "Recurrent")]
+    assert found(check_shape_robustness(Recurrent(0))) == []
+
+
+def test_samples_written_into_a_flattening():
+    """What follows gets as many rows as in development, with fewer features: not its fault."""
+
+    class Flattened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 64, 10)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).view(4, -1))
+
+    spec = ModelSpec(example_inputs={"x": torch.randn(4, 1, 8, 8)})
+    assert found(check_shape_robustness(Flattened(), spec=spec)) == [("shape_crash", "fail", "Flattened")]
+
+
+def test_hidden_states_returned_as_logits():
+    """The head is there and forward() forgot it; the last norm is not to blame."""
+
+    class Headless(LM):
+        def forward(self, input_ids):
+            return self.norm(self.tok(input_ids))
+
+    result = check_shape_robustness(Headless(), spec=ModelSpec(task="causal_lm"))
+    assert ("vocab_mismatch", "fail", "Headless") in found(result)
+
+
+def test_no_promise_no_maximum():
+    """A buffer of 64 rows that no setting mentions: 64 is the limit, found by trying, or unknown."""
+
+    class Buffered(LM):
+        def __init__(self):
+            super().__init__()
+            del self.pos
+            self.register_buffer("table", torch.randn(64, 16))
+            self.config = {"vocab_size": 50, "is_decoder": True}
+
+        def forward(self, input_ids):
+            return self.head(self.tok(input_ids).cumsum(1) + self.table[: input_ids.shape[1]])
+
+    adapter = ModelAdapter(Buffered())
+    adapter.__dict__["max_length"] = Detection(None, "the search was too slow")
+    assert found(check_shape_robustness(adapter)) == []
+
+
+def test_table_is_named_with_its_rows():
+    """The hint says how many rows there are and how many are needed."""
+    result = check_shape_robustness(LM(rows=63))
+    assert found(result) == [("shape_crash", "fail", "pos")]
+    assert "`pos` has 63 rows" in result.findings[0].hint and "(64)" in result.findings[0].hint
+
+
+def test_one_flat_list_of_logits_is_a_shape_too():
+    """Logits of all positions of all texts below each other."""
+    assert found(check_shape_robustness(LM(final=lambda z: z.reshape(-1, 50)), spec=ModelSpec(task="causal_lm"))) == []
+
+
+class Reader(nn.Module):
+    """A text classifier with a convolution that a test sizes."""
+
+    def __init__(self, kernel, pool=lambda x: x.amax(2)):
+        super().__init__()
+        self.embed, self.conv, self.head = nn.Embedding(50, 16), nn.Conv1d(16, 8, kernel), nn.Linear(8, 3)
+        self.pool = pool
+
+    def forward(self, input_ids):
+        return self.head(self.pool(self.conv(self.embed(input_ids).transpose(1, 2)).relu()))
+
+
+def test_shortest_text_of_a_convolution_is_a_limit():
+    """Kernels of two and three: the design's own limit."""
+    for kernel in (2, 3):
+        assert found(check_shape_robustness(Reader(kernel))) == [("shape_limit", "warn", "Reader")]
+
+
+def test_single_token_that_a_slip_forbids():
+    """The second token is taken for granted."""
+    result = check_shape_robustness(Reader(1, pool=lambda x: x.amax(2) + x[:, :, 1]))
+    assert found(result) == [("shape_crash", "fail", "Reader")] and "length 1" in result.why
+
+
+class Patches(nn.Module):
+    """Bytes in patches of four, as in MegaByte: lengths are multiples of four by design."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.join, self.head = nn.Embedding(50, 16), nn.Linear(64, 16), nn.Linear(16, 3)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        return self.head(self.join(x.reshape(len(x), -1, 64)).mean(1))
+
+
+def test_patches_are_a_limit():
+    """Worth a warning, no fault."""
+    assert found(check_shape_robustness(Patches())) == [("shape_limit", "warn", "Patches")]
+
+
+class Images(nn.Module):
+    """A convolution whose output a test turns into features."""
+
+    def __init__(self, flatten, features=8):
+        super().__init__()
+        self.conv, self.flatten, self.head = nn.Conv2d(3, 8, 4, stride=4), flatten, nn.Linear(features, 5)
+
+    def forward(self, pixel_values):
+        return self.head(self.flatten(self.conv(pixel_values)))
+
+
+def test_image_sizes():
+    """Averages take all sizes; a side used for both is a fault; flattening takes one size by design."""
+    assert found(check_shape_robustness(Images(lambda x: x.mean((2, 3))))) == []
+    square = Images(lambda x: x.view(len(x), 8, x.shape[2] * x.shape[2]).mean(2))
+    result = check_shape_robustness(square)
+    assert found(result) == [("shape_crash", "fail", "Images")] and "224 x 256" in result.why
+    even = Images(lambda x: (x[:, :, ::2] + x[:, :, 1::2]).mean((2, 3)))
+    assert [entry[:2] for entry in found(check_shape_robustness(even))] in ([], [("shape_limit", "warn")])
+    assert found(check_shape_robustness(Images(lambda x: x.flatten(1), 8 * 56 * 56))) == []
+    assert found(check_shape_robustness(square, config={"image_size": 32})) == []
+
+
+class Translator(nn.Module):
+    """Reads 40 ids in its decoder and predicts as many as a test says."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.source, self.target, self.out = nn.Embedding(40, 16), nn.Embedding(40, 16), nn.Linear(16, width)
+
+    def forward(self, input_ids, decoder_input_ids):
+        return self.out(self.target(decoder_input_ids) + self.source(input_ids).mean(1, keepdim=True))
+
+
+def test_prediction_that_the_decoder_cannot_read():
+    """Scores wider than the decoder's table crash in the middle of generation."""
+    assert found(check_shape_robustness(Translator(40))) == []
+    codes = found(check_shape_robustness(Translator(44)))
+    assert codes and {code for code, _, _ in codes} == {"vocab_mismatch"}
+    assert ("vocab_mismatch", "fail", "target") in codes or ("vocab_mismatch", "fail", "out") in codes
+
+
+def test_logits_cut_by_the_model_itself():
+    """The head is as wide as it should be, and forward drops a column."""
+    result = check_shape_robustness(LM(final=lambda z: z[..., :-1]))
+    assert [(f.code, f.severity) for f in result.findings] == [("vocab_mismatch", "fail")]
+    assert "logits are 49 wide, the vocabulary has 50" in result.why
+
+
+def test_padding_to_a_multiple_of_64_goes_both_ways(tiny):
+    """A wider table, or wider scores, as nanoGPT's 50304 for 50257."""
+    assert found(check_shape_robustness(tiny.GPT(vocab=126, head_width=128))) == []
+    model = tiny.GPT(vocab=128, head_width=126)
+    assert found(check_shape_robustness(model)) == []
+
+
+def test_one_crash_is_told_once():
+    """Other checks point to the one that has reported it."""
+    report = validate(LM(inner=lambda x: x.view(2, x.shape[1], 16)), progress=False)
+    fails = [(f.code, f.where) for result in report.results for f in result.findings if f.severity == "fail"]
+    assert fails == [("shape_crash", "blocks.1")]
+    told = [result.why for result in report.results[1:] if "see shape_robustness" in result.why]
+    assert all(why.startswith("could not run: ") for why in told)
+
+
+def test_dimensions_that_may_follow():
+    """Equal, scaled, a token more, or stuck at another run's batch."""
+    sizes = Sizes(((2, 3), (17, 9)))
+    assert sizes.follows([(2, 17, 16)], [(3, 9, 16)])
+    assert sizes.follows([(34, 16)], [(51, 16)])
+    assert sizes.follows([(2, 18)], [(3, 10)])
+    assert not sizes.follows([(2, 17, 16)], [(9, 16)])
+    assert not sizes.follows([(2, 17, 16)], [(3, 9, 17)])
+    assert sizes.stale([(2, 17, 16), (1, 2, 16)], [(3, 17, 16), (1, 2, 16)])
+    assert not sizes.stale([(2, 17, 16), (17, 17)], [(3, 17, 16), (17, 17)])
+
+
+def test_state_of_two_layers_is_no_batch_of_two():
+    """A recurrent state (layers, batch, width) beside a squeeze in forward() that takes a batch of one away."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rnn = nn.Embedding(50, 16), nn.LSTM(16, 16, 2, batch_first=True)
+            self.gate, self.out = nn.Linear(16, 1), nn.Linear(16, 50)
+
+        def forward(self, input_ids):
+            x = self.rnn(self.embed(input_ids))[0]
+            return self.out(torch.einsum("btd,bt->btd", x, self.gate(x).squeeze()))
+
+    assert found(check_shape_robustness(Gated())) == [("shape_crash", "fail", "Gated")]
+
+
+def test_origin_of_a_shape_that_runs_is_the_model():
+    """Nothing departs, so there is nothing finer to name."""
+    adapter = ModelAdapter(LM())
+    assert shape_origin(adapter, adapter.example_inputs(2), adapter.example_inputs(3)) == "LM"

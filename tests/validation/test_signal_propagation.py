@@ -1,0 +1,257 @@
+"""Gradients by depth and time, and skip connections, on models with one fault and on sound ones that look like them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from utils.adapters import ModelAdapter
+from utils.validation.check import Check
+from utils.validation.runner import run_check
+from utils.validation.signal_propagation import bottlenecks, check_signal_propagation, gradient_by_depth
+
+
+def check(model, config=None):
+    return run_check(ModelAdapter(model, config), Check("signal", 1, "?", check_signal_propagation), 20.0)
+
+
+def codes(result):
+    return [(finding.code, finding.where, finding.severity) for finding in result.findings]
+
+
+def plain(depth, activation, width=32, norm=None):
+    layers = [nn.Linear(8, width)]
+    for _ in range(depth):
+        layers += [activation(), *([norm(width)] if norm else []), nn.Linear(width, width)]
+    return nn.Sequential(*layers, activation(), nn.Linear(width, 4))
+
+
+class Branches(nn.Module):
+    """Pre-norm block whose skip connections, and whose scale of branches, can be chosen."""
+
+    def __init__(self, width=16, skip=(True, True), scale=None, parallel=False, post=False, factor=1.0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.scale = nn.Parameter(torch.full((width,), scale)) if scale is not None else 1.0
+        self.skip, self.parallel, self.post, self.factor = skip, parallel, post, factor
+
+    def attend(self, x):
+        return self.attn(x, x, x, need_weights=False)[0]
+
+    def forward(self, x):
+        if self.post:
+            x = self.norm1(x * self.skip[0] + self.attend(x))
+            return self.norm2(x * self.skip[1] + self.mlp(x))
+        if self.parallel:
+            return x + self.attend(self.norm1(x)) + self.mlp(self.norm2(x))
+        x = x * self.skip[0] + self.scale * self.attend(self.norm1(x))
+        return (x * self.skip[1] + self.scale * self.mlp(self.norm2(x))) * self.factor
+
+
+class Encoder(nn.Module):
+    """Token ids in, scores over the vocabulary out."""
+
+    def __init__(self, depth=3, faulty=(), **options):
+        super().__init__()
+        sound = {key: value for key, value in options.items() if key not in ("skip",)} if faulty else options
+        self.embed = nn.Embedding(50, 16)
+        self.blocks = nn.ModuleList(Branches(**(options if i in faulty or not faulty else sound)) for i in range(depth))
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 50)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Convolutions(nn.Module):
+    """Blocks of convolutions; the model, not the block, adds the skip connection."""
+
+    def __init__(self, skipping):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in skipping)
+        self.skipping, self.config = skipping, {"image_size": 16}
+
+    def forward(self, pixel_values):
+        x = self.stem(pixel_values)
+        for stage, skip in zip(self.stages, self.skipping, strict=True):
+            x = x + stage(x) if skip else stage(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Apart(nn.Module):
+    """Attention and feed-forward parts in two lists."""
+
+    def __init__(self, skip):
+        super().__init__()
+        self.embed, self.head, self.skip = nn.Embedding(50, 16), nn.Linear(16, 50), skip
+        self.attn = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(3))
+        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(3))
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for attn, mlp in zip(self.attn, self.mlp, strict=True):
+            x = x * self.skip[0] + attn(x, x, x, need_weights=False)[0]
+            x = x * self.skip[1] + mlp(x)
+        return self.head(x)
+
+
+class Loop(nn.Module):
+    """A recurrent network written by hand, with a chosen gain of its recurrent matrix."""
+
+    def __init__(self, gain, width=32):
+        super().__init__()
+        self.embed, self.enter = nn.Embedding(50, width), nn.Linear(width, width)
+        self.again, self.head = nn.Linear(width, width, bias=False), nn.Linear(width, 50)
+        nn.init.normal_(self.again.weight, std=gain / math.sqrt(width))
+
+    def forward(self, input_ids):
+        x = self.enter(self.embed(input_ids))
+        h, states = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(x[:, t] + self.again(h))
+            states.append(h)
+        return self.head(torch.stack(states, 1))
+
+
+@pytest.mark.parametrize(
+    "model", [lambda: plain(12, nn.Sigmoid), lambda: plain(30, nn.Tanh), lambda: plain(20, nn.ReLU)]
+)
+def test_vanishing_gradient(model):
+    """Default weights and no skip connections: a sigmoid layer passes about 0.14 of the gradient, tanh 0.58."""
+    result = check(model())
+    assert codes(result) == [("vanishing_gradient", "0", "fail")] and "arrives" in result.why
+    assert result.findings[0].reproduction
+
+
+def test_one_step_that_swallows_the_gradient_is_named():
+    """Six orders of magnitude are lost in one place."""
+
+    class Dimmed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.linear(x) * 1e-7
+
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Dimmed(), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4))
+    assert codes(check(model)) == [("vanishing_gradient", "2", "fail")]
+
+
+def test_exploding_gradient_by_depth():
+    """Each block multiplies the stream by four, so the early gradient is four times the later one, block by block."""
+    result = check(Encoder(depth=9, factor=4.0))
+    assert [(f.code, f.severity) for f in result.findings] == [("exploding_gradient", "fail")]
+    assert result.findings[0].where == "blocks.0" and "it grows" in result.why
+
+
+def test_exploding_gradient_by_time():
+    """A recurrent matrix far beyond a spectral radius of one makes the loop chaotic; one below does not."""
+    result = check(Loop(3.0), {"max_position_embeddings": 128})
+    assert codes(result) == [("exploding_gradient", "Loop", "fail")] and "back in time" in result.why
+    assert check(Loop(0.8), {"max_position_embeddings": 128}).findings == ()
+
+
+SOUND = {
+    "post-norm": lambda: Encoder(12, post=True),
+    "layer scale": lambda: Encoder(12, scale=1e-5),
+    "rezero": lambda: Encoder(6, scale=0.0),
+    "parallel": lambda: Encoder(3, parallel=True),
+    "batch norm": lambda: plain(10, nn.ReLU, norm=nn.BatchNorm1d),
+    "layer norm": lambda: plain(20, nn.ReLU, norm=nn.LayerNorm),
+    "shallow": lambda: plain(2, nn.Sigmoid),
+    "plain convolutions": lambda: Convolutions([False] * 4),
+    "residual convolutions": lambda: Convolutions([True] * 4),
+    "lists": lambda: Apart((True, True)),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_models(name):
+    """Deep models whose branches, norms or shape keep the gradient whole."""
+    torch.manual_seed(1)
+    assert check(SOUND[name]()).findings == ()
+
+
+FAULTS = {
+    "whole block": (lambda: Encoder(skip=(False, False)), "blocks.0", "3 of 3"),
+    "attention": (lambda: Encoder(skip=(False, True)), "blocks.0", "around attn"),
+    "feed-forward": (lambda: Encoder(skip=(True, False)), "blocks.0", "around mlp"),
+    "post-norm": (lambda: Encoder(skip=(True, False), post=True), "blocks.0", "around mlp"),
+    "one of four": (lambda: Encoder(4, faulty=(2,), skip=(True, False)), "blocks.2", "1 of 4"),
+    "one convolution": (lambda: Convolutions([True, True, False, True]), "Convolutions", "1 of 4"),
+    "list of attention": (lambda: Apart((False, True)), "Apart", "3 of 3"),
+    "list of feed-forward": (lambda: Apart((True, False)), "Apart", "3 of 3"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_missing_residual(name):
+    """A block, or one half of it, that nothing leads around."""
+    build, where, said = FAULTS[name]
+    result = check(build())
+    assert codes(result) == [("missing_residual", where, "fail")] and said in result.why
+
+
+def test_reproduction_shows_the_fault():
+    """The pasted lines make the logits the same for any input."""
+    model = Encoder(skip=(False, True))
+    exec(check(model).findings[0].reproduction, {"model": model})
+    first, second = (model(torch.full((1, 5), token)) for token in (3, 7))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
+def test_residual_of_only_one_stream():
+    """An encoder block without skip connections is found although the decoder's own tokens reach the logits."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+            self.encoder = nn.ModuleList(Branches(skip=(False, False)) for _ in range(2))
+            self.cross = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, input_ids, decoder_input_ids):
+            source, target = self.embed(input_ids), self.embed(decoder_input_ids)
+            for block in self.encoder:
+                source = block(source)
+            return self.head(target + self.cross(target, source, source)[0])
+
+    assert codes(check(Both())) == [("missing_residual", "encoder.0", "fail")]
+
+
+def test_bottlenecks_of_a_graph():
+    """Of a chain every node is one; of a branch around it, none inside."""
+    x = torch.ones(3, requires_grad=True)
+    a = x * 2
+    b = a.sin()
+    c = a + b
+    d = c.exp()
+    marked = {tensor.grad_fn: name for name, tensor in {"a": a, "b": b, "c": c, "d": d}.items()}
+    assert [marked[node] for node in bottlenecks(d.sum().grad_fn, marked)] == ["a", "c", "d"]
+    assert bottlenecks(torch.ones(1, requires_grad=True).sum().grad_fn, marked) == []
+
+
+def test_gradient_by_depth_matches_autograd():
+    """For a chain of linear layers the gradient at each place is the product of the matrices behind it."""
+    model = plain(2, nn.Identity).double()
+    adapter = ModelAdapter(model)
+    _, places = gradient_by_depth(adapter, adapter.example_inputs(2))
+    norms = {place.name: place.gradient for place in places}
+    x = adapter.example_inputs(2)[adapter.main_input].double()
+    hidden = model[:5](x).detach().requires_grad_()
+    logits = model[5:](hidden)
+    adapter.loss(logits, adapter.random_labels(logits)).backward()
+    assert norms["4"] == pytest.approx(float(hidden.grad.norm()), rel=1e-5)
+
+
+def test_model_without_layers():
+    """Nothing to follow."""
+    result = check(nn.LayerNorm(8))
+    assert result.status == "skip" and "no layers" in result.why

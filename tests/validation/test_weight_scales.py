@@ -1,0 +1,110 @@
+"""Weights far too large, all but zero, zero where no gradient will move them; and schemes that are only unusual."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.adapters import ModelAdapter
+from utils.validation.check import Check
+from utils.validation.initialization import check_initialization
+from utils.validation.runner import run_check
+from utils.validation.weight_scales import weights
+
+
+def check(model):
+    return run_check(ModelAdapter(model), Check("init", 1, "?", check_initialization), 20.0)
+
+
+def found(model):
+    return [(finding.code, finding.where, finding.severity) for finding in check(model).findings]
+
+
+def redrawn(model, std, name=None):
+    for key, parameter in model.named_parameters():
+        if parameter.dim() > 1 and (name is None or key == name):
+            nn.init.normal_(parameter, std=std)
+    return model
+
+
+def test_gain_of_a_matrix():
+    """Root mean square times the square root of the fan-in, for every kind of layer."""
+    model = nn.Sequential(nn.Linear(100, 50), nn.Conv2d(8, 4, 5), nn.LSTM(64, 16), nn.Embedding(1000, 30))
+    redrawn(model, 0.5)
+    gains = {weight.name: weight.gain for weight in weights(ModelAdapter(model))}
+    assert gains["0.weight"] == pytest.approx(5.0, rel=0.05)
+    assert gains["1.weight"] == pytest.approx(0.5 * 200**0.5, rel=0.1)
+    assert gains["2.weight_ih_l0"] == pytest.approx(4.0, rel=0.1)
+    assert gains["3.weight"] == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("std", [1.0, 10.0])
+def test_all_weights_too_large(tiny, std):
+    """A standard deviation of one or more everywhere."""
+    model = redrawn(tiny.GPT(width=32), std)
+    assert found(model) == [("exploding_init", "blocks.0.attn.qkv.weight", "fail")]
+
+
+def test_all_weights_too_small(tiny):
+    """A millionth everywhere."""
+    for model in (tiny.GPT(width=32), tiny.LSTM(), tiny.MLP()):
+        assert [code for code, _, severity in found(redrawn(model, 1e-6)) if severity == "fail"] == ["vanishing_init"]
+
+
+@pytest.mark.parametrize(("std", "code"), [(10.0, "exploding_init"), (1e-6, "vanishing_init")])
+def test_one_matrix_unlike_its_sisters(tiny, std, code):
+    """The same matrix of the other blocks shows what was meant."""
+    model = redrawn(tiny.GPT(layers=4), std, "blocks.2.mlp.0.weight")
+    assert found(model) == [(code, "blocks.2.mlp.0.weight", "fail")]
+
+
+def test_embedding_too_large(tiny):
+    """Thirty is no scale for a table."""
+    assert found(redrawn(tiny.GPT(), 30.0, "tok.weight"))[0] == ("exploding_init", "tok.weight", "fail")
+
+
+def test_structure_and_not_weights():
+    """Weights of usual scale in blocks that multiply by a constant: no fault of initialisation."""
+
+    class Loud(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(8))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = 6 * layer(x)
+            return x[:, :4]
+
+    assert found(Loud())[0][0] == "exploding_gradient"
+
+
+def test_two_zeros_in_a_row_stay(tiny):
+    """Both matrices of a branch are zero: each multiplies the other's gradient by zero."""
+    model = tiny.GPT()
+    for parameter in model.blocks[1].mlp.parameters():
+        nn.init.zeros_(parameter)
+    result = check(model)
+    assert [(f.code, f.where) for f in result.findings] == [("zero_init", "blocks.1.mlp")]
+    assert "gradient is exactly zero" in result.why
+
+
+def test_zeros_that_move(tiny):
+    """Last layers of branches, the head, and gates start at zero in many sound models, also all at once."""
+    model = tiny.GPT()
+    for block in model.blocks:
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(block.mlp[2].weight)
+    assert found(model) == []
+    nn.init.zeros_(model.head.weight)
+    assert found(model) == []
+
+
+@pytest.mark.parametrize("scheme", [nn.init.xavier_uniform_, nn.init.kaiming_normal_, nn.init.orthogonal_])
+def test_usual_schemes(tiny, scheme):
+    """What libraries offer passes."""
+    torch.manual_seed(0)
+    model = tiny.GPT(layers=4, width=32)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            scheme(module.weight)
+    assert not [finding for finding in check(model).findings if finding.severity == "fail"]

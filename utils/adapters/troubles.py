@@ -1,0 +1,67 @@
+"""What went wrong inside a model, in words: an exception's first line, a missing GPU, an answer without a tensor."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+GPU_ERRORS = re.compile(
+    r"triton|active drivers|not compiled with cuda|no nvidia driver|no cuda gpus|cuda driver|from the 'CPU' backend"
+    r"|flash.?attn|flashattention|is_cuda|cuda(_| )extension|mamba_ssm|causal_conv1d"
+    r"|requires? (a |an )?(cuda|gpu|nvidia)|only (supports?|works?|runs?|available) (on )?(cuda|gpu)"
+    r"|(must|should|expected?)( all tensors)? to? ?be (on )?(a )?cuda",
+    re.IGNORECASE,
+)
+"""Messages of kernels, and of torch, where a model can run on a GPU only."""
+
+
+MOVES = re.compile(r"not compiled with cuda|no nvidia driver|no cuda gpus", re.IGNORECASE)
+"""What torch says where code moves a tensor to a GPU, or makes it there, on a machine without one."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an exception and the first line of its message, shortened."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
+
+
+def needs_gpu(error: BaseException) -> bool:
+    """Tell whether a model raised because it can run on a GPU only, and there is none."""
+    return bool(GPU_ERRORS.search(str(error)))
+
+
+def moves_to_gpu(message: str) -> bool:
+    """Tell whether a failure is the code's own ``.cuda()`` or ``device="cuda"``, rather than a kernel's demand."""
+    return bool(MOVES.search(message))
+
+
+def gpu_missing(model: str, device: torch.device, error: BaseException) -> str:
+    """Say that a model needs a GPU."""
+    return (
+        f"{model} needs a GPU and ran on {device.type}: {first_line(error).rstrip('.')}. Run it on a machine with one, "
+        "or give the model a path in plain PyTorch for tensors on the CPU."
+    )
+
+
+def tensor_missing(model: str, output: Any, tried: str) -> str:
+    """Say that a forward pass succeeded and returned nothing to work with."""
+    kind = "None" if output is None else f"a {type(output).__name__}"
+    return (
+        f"forward() of {model} returned {kind} and no tensor for {tried}. Expected logits, scores or features. Return "
+        "them from forward()."
+    )
+
+
+def none_succeeded(model: str, attempts: Sequence[str], by_user: bool) -> str:
+    """Say what was tried in vain.
+
+    Args:
+        model: The model's name.
+        attempts: Each way of calling it with what it raised.
+        by_user: The inputs were the user's own.
+    """
+    advice = "If the model is sound, pass ModelSpec(example_inputs={...}) with arguments that it accepts."
+    if by_user:
+        advice = "Correct ModelSpec.example_inputs so that model(**example_inputs) is a valid call."
+    shown = dict.fromkeys([*attempts[:1], *attempts[-3:]]) if len(attempts) > 4 else attempts
+    return f"No forward pass of {model} succeeded ({len(attempts)} tried). {'; '.join(shown)}. {advice}"

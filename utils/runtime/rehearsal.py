@@ -1,0 +1,187 @@
+"""Run something in a copy of this process first: if it dies, hangs or eats all memory there, it is not done here.
+
+A forked child shares the parent's memory until one of them writes, so that rehearsing a model costs one pass and no
+copy of its weights. The child uses one thread: the OpenMP threads of its parent do not exist in it. Nothing that
+forking itself can cause is held against the code: a child that only sleeps in C may wait for a lock whose owner was not
+copied, and counts as ``"inconclusive"``.
+"""
+
+import faulthandler
+import gc
+import mmap
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from utils.runtime.resources import allocation_limit, format_bytes, is_out_of_memory, peak_memory
+from utils.runtime.watchdog import TimedOut, failing_module, time_limit
+
+GRACE_SECONDS = 2.0
+"""Time beyond the limit after which a child that its own alarm could not interrupt is ended."""
+BUSY_SHARE = 0.1
+"""A child that used less of its time than this was waiting for something, possibly for what forking took away."""
+NOTABLE_BYTES = 1e9
+FIELD = 512
+OUTCOMES = ("survived", "died", "timed_out", "out_of_memory", "inconclusive")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """How it went."""
+
+    outcome: str
+    """``"survived"`` (also when an exception was raised), ``"died"``, ``"timed_out"``, ``"out_of_memory"`` or
+    ``"inconclusive"``."""
+    reason: str = ""
+    """What happened, as the end of a sentence that begins with "the process"."""
+    stage: str = ""
+    """The last `Notes.stage`."""
+    where: str = ""
+    """The last `Notes.where`."""
+    busy: bool = True
+    """Whether the child was computing rather than waiting."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing speaks against doing it here."""
+        return self.outcome in ("survived", "inconclusive")
+
+
+class Notes:
+    """A few words that the child writes and the parent can read however the child ends."""
+
+    def __init__(self) -> None:
+        """Share a page between this process and its children."""
+        self._page = mmap.mmap(-1, 4 * FIELD)
+
+    def _put(self, index: int, text: str) -> None:
+        self._page[index * FIELD : (index + 1) * FIELD] = text.encode()[: FIELD - 1].ljust(FIELD, b"\0")
+
+    def _get(self, index: int) -> str:
+        return self._page[index * FIELD : (index + 1) * FIELD].rstrip(b"\0").decode(errors="ignore")
+
+    stage = property(lambda self: self._get(0), lambda self, text: self._put(0, text))
+    where = property(lambda self: self._get(1), lambda self, text: self._put(1, text))
+    outcome = property(lambda self: self._get(2), lambda self, text: self._put(2, text))
+    reason = property(lambda self: self._get(3), lambda self, text: self._put(3, text))
+
+
+def can_rehearse() -> bool:
+    """Tell whether this process can be forked safely: on Linux, without a CUDA context."""
+    return sys.platform == "linux" and hasattr(os, "fork") and not torch.cuda.is_initialized()
+
+
+def rehearse(act: Callable[[Notes], Any], seconds: float, module: torch.nn.Module | None = None) -> Rehearsal:
+    """Run ``act(notes)`` in a forked child and say how it ended; nothing that it does reaches this process.
+
+    Args:
+        act: What to rehearse; it should write `Notes.stage` and `Notes.where` as it goes.
+        seconds: Limit.
+        module: The model, to name the module in which Python code was interrupted.
+    """
+    if not can_rehearse():
+        return Rehearsal("inconclusive", "cannot be copied on this machine")
+    notes = Notes()
+    started = time.monotonic()
+    with warnings.catch_warnings():
+        # Python warns that forking beside threads may deadlock the child, which is accounted for here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            child = os.fork()
+        except OSError as error:
+            return Rehearsal("inconclusive", f"could not be copied: {error}")
+    if child == 0:
+        try:
+            _perform(act, notes, seconds, module)
+        finally:
+            os._exit(0)
+    return _watch(child, notes, started, seconds)
+
+
+def _perform(act: Callable[[Notes], Any], notes: Notes, seconds: float, module: torch.nn.Module | None) -> None:
+    """Be the child: quiet, single-threaded, limited in time and memory."""
+    # A session of its own: Ctrl-C in the terminal is not for it, and its own children can be ended with it.
+    os.setsid()
+    faulthandler.disable()
+    gc.disable()
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(quiet, descriptor)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    torch.set_num_threads(1)
+    try:
+        with allocation_limit(), time_limit(seconds, module):
+            act(notes)
+        notes.outcome = "survived"
+    except TimedOut as error:
+        notes.where = error.where or notes.where
+        notes.reason, notes.outcome = f"gave no answer within {seconds:.3g} s", "timed_out"
+    except (SystemExit, KeyboardInterrupt) as error:
+        notes.where = _site(module, error) or notes.where
+        notes.reason, notes.outcome = f"was ended by {type(error).__name__}({error})", "died"
+    except BaseException as error:
+        notes.where = _site(module, error) or notes.where
+        notes.reason = f"raised {type(error).__name__}"
+        notes.outcome = "out_of_memory" if is_out_of_memory(error) else "survived"
+
+
+def _site(module: torch.nn.Module | None, error: BaseException) -> str:
+    return failing_module(module, error) if module is not None else ""
+
+
+def _watch(child: int, notes: Notes, started: float, seconds: float) -> Rehearsal:
+    """Wait for the child, end it when it is late, and judge."""
+    pause, late, over = 0.001, False, False
+    before = peak_memory()
+    try:
+        while True:
+            ended, status, usage = os.wait4(child, os.WNOHANG)
+            if ended:
+                over = True
+                break
+            if time.monotonic() - started > seconds + GRACE_SECONDS:
+                late = True
+                _end(child)
+                _, status, usage = os.wait4(child, 0)
+                over = True
+                break
+            time.sleep(pause)
+            pause = min(0.02, pause * 1.5)
+    except ChildProcessError:
+        over = True
+        return Rehearsal("inconclusive", "was awaited by somebody else")
+    finally:
+        if not over:
+            _end(child)
+            os.waitpid(child, 0)
+    busy = usage.ru_utime + usage.ru_stime > BUSY_SHARE * (time.monotonic() - started)
+    place = {"stage": notes.stage, "where": notes.where, "busy": busy}
+    grown = usage.ru_maxrss * 1024 - before
+    taken = f" and had taken {format_bytes(grown)}" if grown > NOTABLE_BYTES else ""
+    if late:
+        if not busy:
+            return Rehearsal("inconclusive", "waited in C and could not be interrupted", **place)
+        reason = f"gave no answer within {seconds:.3g} s{taken} and could not be interrupted"
+        return Rehearsal("timed_out", reason, **place)
+    if notes.outcome:
+        return Rehearsal(notes.outcome, notes.reason + (taken if notes.outcome == "timed_out" else ""), **place)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        return Rehearsal("died", f"died with signal {number} ({signal.Signals(number).name})", **place)
+    return Rehearsal("died", f"was ended with exit status {os.WEXITSTATUS(status)}", **place)
+
+
+def _end(child: int) -> None:
+    """Kill the child and what it started."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(child, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue

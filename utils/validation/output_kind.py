@@ -1,0 +1,144 @@
+"""Does forward return scores, or has a softmax or sigmoid already been at them?
+
+Cross-entropy takes scores. Probabilities betray themselves by arithmetic that scores do not obey by chance: rows that
+are non-negative and add up to one for random inputs. Log-probabilities are harmless: log_softmax leaves them alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.adapters.model_adapter import ModelAdapter
+from utils.adapters.objectives import output_site
+from utils.runtime.seeding import seed_streams
+from utils.validation.check import Finding
+
+SOFTMAX_HINT = (
+    "Return the scores before it: cross_entropy applies log_softmax itself. Apply softmax outside, for reading only."
+)
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What kind of numbers forward returns, and the finding that goes with it."""
+
+    kind: str
+    """``"scores"``, ``"probabilities"``, ``"log-probabilities"`` or ``"sigmoid"``."""
+    finding: Finding | None = None
+
+
+def returned_kind(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> Returned:
+    """Tell scores from probabilities, by arithmetic that scores do not obey by chance."""
+    coarse = 2e-2 if result.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    values = result.detach().double()
+    if not bool(torch.isfinite(values).all()):
+        return Returned("scores")
+    axis = _normalised_axis(values, coarse)
+    if axis is None:
+        return _sigmoid(adapter, inputs, result)
+    positive = bool((values >= 0).all())
+    kind = "probabilities" if positive else "log-probabilities"
+    if axis == values.dim() - 1:
+        if not positive:
+            return Returned(kind)
+        trained = _train_output(adapter, inputs)
+        if trained is not None and _normalised_axis(trained.double(), coarse) is None:
+            return Returned("probabilities in eval mode only")
+        where = output_site(adapter, inputs, result)
+        sums = values.sum(-1)
+        message = (
+            f"forward returns probabilities: every one of {sums.numel()} rows over {values.shape[-1]} classes is "
+            f"non-negative and adds up to 1 (within {float((sums - 1).abs().max()):.0e}); cross-entropy takes the "
+            "softmax a second time"
+        )
+        check = f"out = model(**inputs)  # rows add up to 1: out{_path(adapter)}.sum(-1)"
+        return Returned(
+            kind, Finding("double_softmax", "fail", where, message, SOFTMAX_HINT, reproduction(adapter, check))
+        )
+    along = "the batch" if axis == 0 else "the positions"
+    total = values.sum(axis) if positive else values.exp().sum(axis)
+    where = output_site(adapter, inputs, result)
+    message = (
+        f"the output's {kind} add up to 1 over {along} (axis {axis} of {tuple(values.shape)}, within "
+        f"{float((total - 1).abs().max()):.0e}) and not over the {values.shape[-1]} classes"
+    )
+    hint = "Drop the softmax from forward(); where one is needed, write softmax(dim=-1)."
+    check = f"out = model(**inputs)  # add up to 1 over axis {axis}: out{_path(adapter)}.sum({axis})"
+    return Returned(kind, Finding("wrong_softmax_dim", "fail", where, message, hint, reproduction(adapter, check)))
+
+
+def _normalised_axis(values: Tensor, tolerance: float) -> int | None:
+    """Return the axis over which values are probabilities or their logarithms, the classes first; None if none."""
+    if bool((values >= 0).all()):
+        parts = values
+    elif bool((values <= tolerance).all()):
+        parts = values.exp()
+    else:
+        return None
+    for axis in reversed(range(values.dim())):
+        if values.shape[axis] > 1 and bool(((parts.sum(axis) - 1).abs() < tolerance).all()):
+            return axis
+    return None
+
+
+def _train_output(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> Tensor | None:
+    """Return the output in train mode, or None where that does not run."""
+    modes = [(child, child.training) for child in adapter.module.modules()]
+    adapter.module.train()
+    try:
+        seed_streams(0, "forward")
+        with torch.no_grad():
+            return adapter.logits(inputs)
+    except Exception:
+        return None
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def _sigmoid(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> Returned:
+    """Recognise a sigmoid as the last arithmetic of a classifier with one label of several."""
+    if float(result.min()) <= 0 or float(result.max()) >= 1:
+        return Returned("scores")
+    if adapter.config.get("problem_type") == "multi_label_classification" or result.shape[-1] < 3:
+        return Returned("scores")
+    try:
+        seed_streams(0, "forward")
+        with torch.enable_grad():
+            node = adapter.logits(inputs).grad_fn
+    except Exception:
+        return Returned("scores")
+    views = ("View", "Reshape", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Clone", "Alias", "T", "ToCopy")
+    while node is not None and node.name().removesuffix("0").removesuffix("Backward") in views:
+        node = node.next_functions[0][0]
+    if node is None or not node.name().startswith("SigmoidBackward"):
+        return Returned("scores")
+    trained = _train_output(adapter, inputs)
+    if trained is not None and (float(trained.min()) < 0 or float(trained.max()) > 1):
+        return Returned("scores")
+    where = output_site(adapter, inputs, result)
+    message = (
+        f"forward returns a sigmoid: all {result.numel()} scores lie between {float(result.min()):.3g} and "
+        f"{float(result.max()):.3g}; cross-entropy over {result.shape[-1]} classes squashes them a second time, and "
+        f"cannot fall below {_floor(result.shape[-1]):.2f} nats"
+    )
+    check = f"out = model(**inputs)  # all within (0, 1): out{_path(adapter)}.aminmax()"
+    hint = f"{SOFTMAX_HINT} For several labels at once say problem_type='multi_label_classification' in the config."
+    return Returned("sigmoid", Finding("double_softmax", "fail", where, message, hint, reproduction(adapter, check)))
+
+
+def _floor(classes: int) -> float:
+    """Return the least cross-entropy that scores between 0 and 1 can reach."""
+    return float(torch.tensor([1.0] + [0.0] * (classes - 1)).log_softmax(0)[0].neg())
+
+
+def _path(adapter: ModelAdapter) -> str:
+    """Return how code reaches the logits in the output."""
+    parts = (adapter.output.value or "").split(".") if adapter.output.value else []
+    return "".join(f"[{part}]" if part.isdigit() else f"[{part!r}]" for part in parts)
+
+
+def reproduction(adapter: ModelAdapter, last: str) -> str:
+    """Return code that makes inputs and then runs the last line."""
+    return f"from utils.adapters import ModelAdapter\ninputs = ModelAdapter(model).example_inputs(3, 9)\n{last}"

@@ -1,0 +1,167 @@
+"""Does the model survive being moved and cast? It is run on torch's meta device and in bfloat16, as a whole.
+
+A GPU is not needed: operations that mix the meta device with the CPU are those that a GPU refuses. Answers that differ
+in another dtype are the business of numerics; here only what cannot run at all counts.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.adapters.model_adapter import ModelAdapter
+from utils.runtime.isolation import preserved
+from utils.runtime.seeding import seed_streams
+from utils.validation.check import Budget, Finding, Outcome
+from utils.validation.determinism import Inputs, example
+from utils.validation.hidden import Hidden, exchanged, hidden_items
+from utils.validation.probing import first_line, is_out_of_memory
+from utils.validation.relocation import DeviceMismatch, Elsewhere, Recorder, on_meta, swapped
+from utils.validation.watching import Intruders
+
+LARGEST_DOUBLE = 20_000_000
+"""Models with more parameters are not tried in float64, for the memory it takes."""
+DTYPES = re.compile(
+    r"same dtype|same type|dtypes? (to )?match|expected scalar type|expected dtype|scalar type of"
+    r"|Input type .* and (bias|weight) type|dtype mismatch|must have the same dtype",
+    re.I,
+)
+NOT_MIXED = re.compile(r"not implemented for|only supported for|not support|Unsupported", re.I)
+"""Messages about a dtype that torch cannot do at all are nobody's fault here."""
+NUMPY = re.compile(r"can't convert meta device type tensor to numpy|convert .* tensor to numpy", re.I)
+DEVICE_HINT = (
+    "Create tensors where the input is: torch.arange(n, device=x.device), torch.zeros_like(x), x.new_zeros(...); keep "
+    "constants with register_buffer; no .cpu(), .numpy() or device names in forward()."
+)
+DTYPE_HINT = (
+    "Create tensors in the input's dtype (torch.zeros(n, dtype=x.dtype), x.new_zeros(n)) and cast back after computing "
+    "in float32: y.to(x.dtype)."
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A forward pass that does not run elsewhere.
+
+    Attributes:
+        where: The innermost module that was running.
+        message: The error.
+        mixed: Whether the error is about two devices or two dtypes; any other says nothing.
+    """
+
+    where: str
+    message: str
+    mixed: bool
+
+
+def check_portability(adapter: ModelAdapter, budget: Budget) -> Outcome:
+    """Run the model on another device and in other dtypes, with everything moved that the model holds.
+
+    Codes: ``hardcoded_device``, ``hardcoded_dtype``.
+    """
+    held = hidden_items(adapter.module)
+    findings: list[Finding] = []
+    tried: dict[str, str] = {}
+    moved = run_elsewhere(adapter, held)
+    tried["another device"] = moved.message if moved else "runs"
+    if moved is not None and moved.mixed:
+        message = f"on another device than the CPU this raises: {moved.message}"
+        reproduction = "model = model.to('cuda')\nmodel(**{name: value.to('cuda') for name, value in inputs.items()})"
+        findings.append(Finding("hardcoded_device", "fail", moved.where, message, DEVICE_HINT, reproduction))
+    for dtype in dtypes(adapter):
+        cast = run_cast(adapter, dtype, held)
+        name = str(dtype).removeprefix("torch.")
+        tried[name] = cast.message if cast else "runs"
+        if cast is not None and cast.mixed:
+            message = f"cast to {name} this raises: {cast.message}"
+            reproduction = f"import torch\nmodel = model.to(torch.{name})\nmodel(**inputs)  # any valid batch"
+            findings.append(Finding("hardcoded_dtype", "fail", cast.where, message, DTYPE_HINT, reproduction))
+        if cast is None or cast.mixed:
+            # A second dtype is for models that the first cannot run at all.
+            break
+    why = f"it runs on another device and in {' and '.join(list(tried)[1:]) or 'its own dtype'}"
+    return Outcome(
+        "; ".join(f"{key}: {value}" for key, value in tried.items()), "runs", why, findings, {"tried": tried}
+    )
+
+
+def dtypes(adapter: ModelAdapter) -> list[torch.dtype]:
+    """Return the dtypes that a model of real numbers is cast to."""
+    real = {p.dtype for p in adapter.module.parameters() if p.is_floating_point()}
+    if len(real) != 1 or adapter.device.type == "meta":
+        # Parts kept in another precision on purpose (quantised, mixed) are not to be cast.
+        return []
+    others = [torch.bfloat16] if adapter.num_parameters > LARGEST_DOUBLE else [torch.bfloat16, torch.float64]
+    return [dtype for dtype in others if dtype not in real]
+
+
+def run_elsewhere(adapter: ModelAdapter, moved: Iterable[Hidden] = ()) -> Failure | None:
+    """Run the model on the meta device.
+
+    Args:
+        adapter: The model.
+        moved: What is hidden in it and moved nevertheless; ``model.to`` would leave it where it is.
+    """
+    inputs = example(adapter, 0, 1)
+    failure = _attempt(adapter, _converted(inputs, on_meta), Elsewhere([]), on_meta, moved)
+    if failure is None or failure.mixed:
+        return failure
+    recorder = Recorder()
+    if _attempt(adapter, inputs, recorder, None, ()) is not None:
+        return failure
+    return _attempt(adapter, _converted(inputs, on_meta), Elsewhere(recorder.answers), on_meta, moved)
+
+
+def run_cast(adapter: ModelAdapter, dtype: torch.dtype, moved: Iterable[Hidden] = ()) -> Failure | None:
+    """Run the model with all real tensors in another dtype; `moved` as in `run_elsewhere`."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+
+    def foreign(tensor: Tensor) -> bool:
+        return tensor.dim() > 0 and tensor.is_floating_point() and tensor.dtype != dtype
+
+    return _attempt(adapter, _converted(example(adapter, 0, 1), cast), None, cast, moved, foreign)
+
+
+def _converted(inputs: Inputs, convert: Any) -> dict[str, Any]:
+    return {key: convert(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def _attempt(
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    mode: Any,
+    convert: Any,
+    moved: Iterable[Hidden],
+    foreign: Callable[[Tensor], bool] = lambda tensor: tensor.dim() > 0 and tensor.device.type != "meta",
+) -> Failure | None:
+    """Run one forward pass and return how it failed."""
+    with ExitStack() as stack:
+        stack.enter_context(preserved(adapter.module))
+        if convert is not None:
+            stack.enter_context(swapped(adapter.module, convert))
+            stack.enter_context(exchanged(moved, convert))
+        intruders = Intruders(foreign)
+        stack.enter_context(intruders.watch(adapter.module))
+        seed_streams(0, "portability")
+        try:
+            with torch.no_grad():
+                if mode is None:
+                    adapter.forward(inputs)
+                else:
+                    with mode:
+                        adapter.forward(inputs)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            text = first_line(error)
+            mixed = isinstance(error, DeviceMismatch) or bool(NUMPY.search(text))
+            if mode is None:
+                mixed = bool(DTYPES.search(str(error))) and not NOT_MIXED.search(str(error))
+            return Failure(intruders.origin or adapter.name, f"{type(error).__name__}: {text}", mixed)
+    return None

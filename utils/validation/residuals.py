@@ -1,0 +1,310 @@
+"""Does the input of every repeated block reach its output past the block's own layers?
+
+A proof, not a threshold: with all matrices of a block at zero, the logits no longer tell two samples apart if nothing
+leads around the block, and still do if something does. Norms keep their weights, so a norm after the addition passes,
+and so do concatenation, gating and any other way around, inside the block or in the code that calls it. One pass with
+all blocks at zero clears a model of residual blocks; only suspects cost more.
+
+Stacks without skip connections are a legal design (VGG, plain MLPs). A block is at fault where its sisters of the same
+shape have what it lacks, or where it holds attention, which no working design stacks bare.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from utils.adapters.capture import first_tensor, observe
+from utils.adapters.model_adapter import ModelAdapter
+from utils.validation.check import Finding
+from utils.validation.probing import ModelCrash, content_input, logits
+from utils.validation.substitution import parameters_as, zero
+
+HINT = "Add the block's input to its output: x = x + branch(norm(x))."
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+FEWEST_MATRICES = 3
+"""Matrices in a normalised block from which it counts as more than one plain layer."""
+LARGEST_FAMILY = 100
+SHOWN = 3
+FUSED = {
+    functional.scaled_dot_product_attention,
+    functional.multi_head_attention_forward,
+    torch._native_multi_head_attention,
+    torch._transformer_encoder_layer_fwd,
+}
+SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax}
+
+
+class AttentionWatch(TorchFunctionMode):
+    """Notes in which modules attention runs: the fused call, or a softmax over scores of at least three axes.
+
+    Attributes:
+        inside: Names of the modules that were running at such a call, all levels.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Prepare to follow the calls of `module`'s parts."""
+        super().__init__()
+        self.inside: set[str] = set()
+        self._running: list[str] = []
+        self._handles = []
+        for name, child in module.named_modules():
+            self._handles.append(child.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
+            self._handles.append(child.register_forward_hook(lambda *_: self._leave()))
+
+    def _leave(self) -> None:
+        self._running.pop()
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call and note attention."""
+        if func in FUSED or (func in SOFTMAX and args and args[0].dim() >= 3 and args[0].shape[-1] > 1):
+            self.inside.update(self._running)
+        return func(*args, **(kwargs or {}))
+
+
+class Probe:
+    """Asks whether the logits still tell samples apart when parts of a model are silenced, that is, hold zeros.
+
+    Attributes:
+        adapter: The model, in eval mode.
+        plain: Logits per variant of the input with nothing silenced.
+    """
+
+    def __init__(self, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
+        """Run the model once per variant; where there are two streams, each varies alone once."""
+        self.adapter = adapter
+        names = list(dict.fromkeys([adapter.main_input, content_input(adapter)]))
+        streams = [[name] for name in names] if len(names) > 1 else [names]
+        self.variants: list[dict[str, Tensor]] = []
+        self.plain: list[Tensor] = []
+        for varying in streams:
+            variant = {
+                key: value if key in varying else value[:1].expand_as(value).clone() for key, value in inputs.items()
+            }
+            result = logits(adapter, variant)
+            if _gap(result) > 1e-6 * float(result.abs().max()):
+                self.variants.append(variant)
+                self.plain.append(result)
+
+    def silence(self, parts: list[str]) -> list[Tensor]:
+        """Return the logits per variant while the matrices of these modules are zero."""
+        names = [name for part in parts for name in matrices(self.adapter.module, part)]
+        with parameters_as(self.adapter, names, zero):
+            return [logits(self.adapter, variant) for variant in self.variants]
+
+    def cuts(self, part: str) -> bool:
+        """Tell whether nothing leads around a module: silenced, it hides what it hid nothing of before."""
+        for before, after in zip(self.plain, self.silence([part]), strict=True):
+            if bool(torch.isfinite(after).all()) and _gap(after) <= min(
+                1e-6 * float(after.abs().max()), 1e-3 * _gap(before)
+            ):
+                return True
+        return False
+
+    def matters(self, part: str) -> bool:
+        """Tell whether the logits change at all when a module is silenced."""
+        return any(not torch.equal(a, b) for a, b in zip(self.plain, self.silence([part]), strict=True))
+
+
+def missing_residuals(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
+    """Find repeated blocks, or halves of them, that no skip connection leads around.
+
+    Codes: ``missing_residual``.
+
+    Args:
+        adapter: The model, in eval mode.
+        inputs: Two samples of different content.
+    """
+    families = block_families(adapter.module)
+    if not families:
+        return []
+    try:
+        return _missing(adapter, inputs, families)
+    except ModelCrash:
+        # Kernels of some layers refuse what stands in for their weights; the model itself runs.
+        return []
+
+
+def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[list[str]]) -> list[Finding]:
+    shapes_kept, passing, order, gap = _first_look(adapter, inputs, families)
+    if gap > 0 or all(passing.get(name, True) for family in families for name in family):
+        return []
+    probe = Probe(adapter, inputs)
+    watch = AttentionWatch(adapter.module)
+    try:
+        with watch:
+            logits(adapter, inputs)
+    finally:
+        watch.remove()
+    findings: list[Finding] = []
+    for family in families:
+        blocks = [name for name in family if shapes_kept.get(name)]
+        lacking = [name for name in blocks if not passing[name] and probe.cuts(name)]
+        if not lacking:
+            continue
+        stray = len(lacking) * 2 < len(blocks) and all(probe.matters(name) for name in blocks if name not in lacking)
+        needed = _alternate(family, families, watch.inside, order)
+        suspects = [
+            (name, part)
+            for name in lacking
+            if (stray or needed or _must_be_bypassed(adapter, name, watch.inside))
+            and (part := _bare_part(probe, name, watch.inside, stray or needed)) is not None
+        ]
+        if suspects:
+            findings += _findings(adapter, suspects, family, watch.inside)
+    # Separate lists of attention and feed-forward parts are at fault together.
+    return list({finding.where: finding for finding in reversed(findings)}.values())[::-1]
+
+
+def block_families(module: nn.Module) -> list[list[str]]:
+    """Return the groups of sister modules with the same parameter names and shapes, outermost groups only.
+
+    Sisters are children of one parent that have parts of their own and at least one matrix.
+    """
+    families: list[list[str]] = []
+    taken: list[str] = []
+    for name, parent in module.named_modules():
+        if any(name == member or name.startswith(f"{member}.") for member in taken):
+            continue
+        groups: dict[Any, list[str]] = {}
+        for child_name, child in parent.named_children():
+            if next(child.children(), None) is None:
+                continue
+            layout = tuple((key, tuple(p.shape)) for key, p in child.named_parameters())
+            if any(len(shape) > 1 for _, shape in layout):
+                groups.setdefault(layout, []).append(f"{name}.{child_name}" if name else child_name)
+        for group in groups.values():
+            if 1 < len(group) <= LARGEST_FAMILY:
+                families.append(group)
+                taken += group
+    return families
+
+
+def matrices(module: nn.Module, part: str) -> list[str]:
+    """Return the names of the parameters with two axes or more in a part of a module."""
+    inside = module.get_submodule(part).named_parameters()
+    return [f"{part}.{key}" for key, p in inside if p.dim() > 1 and p.is_floating_point()]
+
+
+def _first_look(
+    adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[list[str]]
+) -> tuple[dict[str, bool], dict[str, bool], list[str], float]:
+    """Run the model with all blocks silenced.
+
+    Returns:
+        Which blocks keep the shape of a real-valued input; in which of these the samples still differ on the way out;
+        the order in which they ran; by how much the samples differ in the logits, beyond rounding.
+    """
+    every = {name for family in families for name in family}
+    shapes_kept: dict[str, bool] = {}
+    passing: dict[str, bool] = {}
+
+    def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        before, after = first_tensor(given), first_tensor(output)
+        if name in every and before is not None and after is not None:
+            kept = before.is_floating_point() and before.dim() > 1 and before.shape == after.shape
+            shapes_kept[name] = kept and shapes_kept.get(name, True)
+            passing[name] = shapes_kept[name] and _differ(before) and _differ(after)
+
+    names = [name for part in every for name in matrices(adapter.module, part)]
+    with parameters_as(adapter, names, zero), observe(adapter.module, note):
+        result = logits(adapter, inputs)
+    gap = _gap(result) if len(adapter.input_names) == 1 and bool(torch.isfinite(result).all()) else 0.0
+    return shapes_kept, passing, list(passing), gap if gap > 1e-5 * float(result.abs().max()) else 0.0
+
+
+def _differ(tensor: Tensor) -> bool:
+    """Tell whether the two samples differ in a tensor with the batch first, or with it second."""
+    if not bool(torch.isfinite(tensor).all()):
+        return False
+    if tensor.shape[0] != 2 and tensor.shape[1] == 2:
+        tensor = tensor.transpose(0, 1)
+    # Patches and windows are folded into the batch, sample by sample; what cannot be told apart counts as equal.
+    halves = tensor.chunk(2) if len(tensor) % 2 == 0 else (tensor, tensor)
+    return not torch.equal(halves[0], halves[-1])
+
+
+def _gap(result: Tensor) -> float:
+    """Return the largest difference between two samples' logits."""
+    return float((result[0].float() - result[1].float()).abs().max())
+
+
+def _bare_part(probe: Probe, block: str, attending: set[str], sure: bool) -> str | None:
+    """Return the part of a block without a way around it: one child if it alone cuts the block, else the block.
+
+    A single square or narrowing layer in the way (a projection in front of the branches, a merge of two streams) is
+    linear and lets everything pass, so it is none.
+    """
+    module = probe.adapter.module
+    parts = [f"{block}.{name}" for name, _ in module.get_submodule(block).named_children()]
+    cut = [part for part in parts if matrices(module, part) and probe.cuts(part)]
+    heavy = [part for part in cut if part in attending or _is_branch(module.get_submodule(part))]
+    if len(heavy) == 1:
+        return heavy[0]
+    return block if heavy or sure or not cut or not _is_whole_block(probe.adapter, block) else None
+
+
+def _is_branch(module: nn.Module) -> bool:
+    """Tell whether a part of a block does more than one linear map that keeps the width."""
+    weights = [p for p in module.parameters() if p.dim() > 1]
+    return len(weights) > 1 or weights[0].shape[0] > weights[0].shape[1]
+
+
+def _must_be_bypassed(adapter: ModelAdapter, block: str, attending: set[str]) -> bool:
+    """Tell whether no working design stacks such blocks bare: they hold attention, or a norm and several matrices."""
+    if block in attending:
+        return True
+    module = adapter.module.get_submodule(block)
+    normalised = any(isinstance(child, NORMS) for child in module.modules())
+    return normalised and len(matrices(adapter.module, block)) >= FEWEST_MATRICES
+
+
+def _alternate(family: list[str], families: list[list[str]], attending: set[str], order: list[str]) -> bool:
+    """Tell whether the members take turns with modules of attention, as the halves of transformer blocks do."""
+    for other in families:
+        if other is not family and len(other) == len(family) and set(other) <= attending:
+            turns = [name in other for name in order if name in other or name in family]
+            if len(turns) == 2 * len(family) and all(a != b for a, b in pairwise(turns)):
+                return True
+    return False
+
+
+def _findings(
+    adapter: ModelAdapter, suspects: list[tuple[str, str]], family: list[str], attending: set[str]
+) -> list[Finding]:
+    """Describe the blocks of one family that lack a skip connection."""
+    block, part = suspects[0]
+    # A bare attention or feed-forward module has no way to know its place: whoever calls it adds its input.
+    caller = block.rpartition(".")[0].rpartition(".")[0] or adapter.name
+    inside = f" around {part.removeprefix(block + '.')}" if part != block else ""
+    message = (
+        f"no skip connection leads{inside or ' around it'} ({len(suspects)} of {len(family)} sister blocks lack it): "
+        f"with the matrices of {part} at zero, two samples get the same logits"
+    )
+    reproduction = (
+        f"part = model.get_submodule({part!r})  # work on a copy of the model\n"
+        "for p in part.parameters(): p.data.mul_(p.dim() < 2)\n"
+        "# now model(...) gives the same output for any input: nothing leads around this part"
+    )
+    whole = _is_whole_block(adapter, block)
+    places = [name for name, _ in suspects] if whole else [caller]
+    if len(places) > SHOWN or len(places) == len(family):
+        places = places[:1]
+    return [Finding("missing_residual", "fail", place, message, HINT, reproduction) for place in places]
+
+
+def _is_whole_block(adapter: ModelAdapter, block: str) -> bool:
+    """Tell whether a module's own code puts branches together, rather than being one branch of its caller's."""
+    module = adapter.module.get_submodule(block)
+    if isinstance(module, (nn.Sequential, nn.MultiheadAttention)):
+        return False
+    return any(isinstance(child, NORMS) for child in module.modules()) or len(matrices(adapter.module, block)) > 4

@@ -1,0 +1,141 @@
+"""How strongly each weight of an untrained model amplifies, against theory and against its sisters.
+
+The gain of a matrix is its root mean square times the square root of its fan-in: by how much it scales independent
+inputs. Every usual scheme (LeCun 1998; Glorot and Bengio 2010; He et al. 2015; normal with 0.02) stays between 0.1 and
+2. Zeros are on purpose and never counted. One odd matrix is told by its sisters, the matrices of the same role in
+other blocks.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from statistics import median
+
+from torch import Tensor, nn
+
+from utils.adapters.model_adapter import ModelAdapter
+from utils.validation.check import Finding
+
+LARGEST_SOUND_GAIN = 2.2
+LARGE, TINY = 3.0, 1e-3
+"""Gains that no scheme gives to half of the matrices."""
+STRAY = 30.0
+"""How many times its sisters' gain makes one matrix stand out."""
+LARGEST_TABLE = 20.0
+"""Standard deviation of an embedding; the largest in use is 1, or the square root of the width of small models."""
+SAMPLED = 65_536
+EXPLODING_HINT = (
+    "Initialise with a standard deviation near 1/sqrt(fan-in) (0.02 is usual), residual outputs smaller still."
+)
+VANISHING_HINT = (
+    "Initialise with a standard deviation near 1/sqrt(fan-in); only exact zeros on a bypassed branch are fine."
+)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix of a layer."""
+
+    name: str
+    gain: float
+    spread: float
+    fan_in: int
+    table: bool
+    """Whether it is an embedding, which is read and not multiplied with."""
+
+
+def weights(adapter: ModelAdapter) -> list[Weight]:
+    """Return every matrix that is not all zero, in registration order, but no depthwise kernels and no small ones."""
+    found = []
+    for name, parameter in adapter.module.named_parameters():
+        if parameter.dim() < 2 or not parameter.is_floating_point() or parameter.numel() < 16:
+            continue
+        owner = adapter.module.get_submodule(name.rpartition(".")[0])
+        if not isinstance(owner, nn.Embedding) and min(parameter.shape[:2]) < 2:
+            continue
+        if not (spread := _spread(parameter)):
+            continue
+        fan_in = _fan_in(owner, parameter)
+        found.append(Weight(name, spread * math.sqrt(fan_in), spread, fan_in, isinstance(owner, nn.Embedding)))
+    return found
+
+
+def largest_gain(adapter: ModelAdapter) -> float:
+    """Return the largest gain among the matrices that are multiplied with; 0 when there are none."""
+    return max((weight.gain for weight in weights(adapter) if not weight.table), default=0.0)
+
+
+def largest_weight(adapter: ModelAdapter) -> str | None:
+    """Return the name of the matrix with the largest gain if it is beyond what schemes give."""
+    largest = max(weights(adapter), key=lambda weight: weight.gain, default=None)
+    return largest.name if largest is not None and largest.gain > LARGEST_SOUND_GAIN else None
+
+
+def weight_faults(adapter: ModelAdapter) -> list[Finding]:
+    """Find matrices of an untrained model that are far too large or all but zero.
+
+    Codes: ``exploding_init``, ``vanishing_init``.
+    """
+    every = weights(adapter)
+    hidden = [weight for weight in every if not weight.table]
+    if not hidden:
+        return []
+    large = [weight for weight in hidden if weight.gain > LARGE]
+    tiny = [weight for weight in hidden if weight.gain < TINY]
+    if len(large) * 2 > len(hidden) and len(large) > 1:
+        worst = large[0]
+        message = f"{len(large)} of {len(hidden)} matrices amplify more than {LARGE:g} times, {_stated(worst)} first"
+        return [_finding("exploding_init", worst, message)]
+    if len(tiny) * 2 > len(hidden) and (len(tiny) > 1 or len(hidden) == 1):
+        message = (
+            f"{len(tiny)} of {len(hidden)} matrices keep less than {TINY:g} of the signal, {_stated(tiny[0])} first"
+        )
+        return [_finding("vanishing_init", tiny[0], message)]
+    findings = []
+    for weight in every:
+        if weight.table:
+            if weight.spread > LARGEST_TABLE:
+                message = f"the embedding's standard deviation is {weight.spread:.3g}; usual is 0.02 to 1"
+                findings.append(_finding("exploding_init", weight, message))
+            continue
+        sisters = [other.gain for other in hidden if other is not weight and _role(other.name) == _role(weight.name)]
+        if len(sisters) < 2:
+            continue
+        usual = median(sisters)
+        message = f"{_stated(weight)} beside {usual:.2g} for the same matrix of its {len(sisters)} sisters"
+        if weight.gain > max(LARGE, STRAY * usual):
+            findings.append(_finding("exploding_init", weight, message))
+        elif weight.gain < min(TINY, usual / STRAY):
+            findings.append(_finding("vanishing_init", weight, message))
+    return findings[:3]
+
+
+def _spread(parameter: Tensor) -> float:
+    """Return the root mean square of a parameter, from a sample of a large one."""
+    flat = parameter.detach().flatten()
+    return float(flat[:: max(1, flat.numel() // SAMPLED)].float().square().mean().sqrt())
+
+
+def _fan_in(owner: nn.Module, parameter: Tensor) -> int:
+    """Return how many numbers one output is summed from; for layers of unknown layout the smaller side."""
+    if isinstance(owner, nn.Embedding):
+        return 1
+    known = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+    if isinstance(owner, known):
+        return parameter[0].numel()
+    return min(parameter.shape[-2:])
+
+
+def _role(name: str) -> str:
+    """Return a parameter's name without its numbers, the same for the same part of every block."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _stated(weight: Weight) -> str:
+    return f"{weight.name} (standard deviation {weight.spread:.2g}, fan-in {weight.fan_in}: gain {weight.gain:.2g})"
+
+
+def _finding(code: str, weight: Weight, message: str) -> Finding:
+    hint = EXPLODING_HINT if code == "exploding_init" else VANISHING_HINT
+    reproduction = f"w = model.get_parameter({weight.name!r})\nprint(w.std(), w.std() * {weight.fan_in} ** 0.5)"
+    return Finding(code, "fail", weight.name, message, hint, reproduction)
