@@ -32,7 +32,7 @@ def test_make_targets_exist(root, readme):
 
 def test_the_command_line_examples_parse(readme):
     lines = re.findall(r"^    python -m utils (.+)$", readme, re.MULTILINE)
-    assert {line.split()[0] for line in lines} == {"validate", "train", "resume", "export"}
+    assert {line.split()[0] for line in lines} == {"validate", "train", "resume", "export", "link"}
     for line in lines:
         build_parser().parse_args(line.split())
 
@@ -57,3 +57,13 @@ def test_every_public_name_loads():
         assert getattr(utils, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'lod_model'; it has"):
         utils.lod_model  # noqa: B018
+
+
+def test_every_code_and_check_is_documented(root):
+    from utils.tier1_critical_validation import TIER1
+    from utils.tier2_advanced_analysis import TIER2
+    from utils.validation.codes import MEANING
+
+    text = (root / "docs/validation.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"[a-z0-9_]+", text))
+    assert set(MEANING) <= words and {check.id for check in (*TIER1, *TIER2)} <= words

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from utils.adapters.capture import named_tensors
 from utils.adapters.detection import Detection, config_number
 from utils.adapters.inputs import longest_length, table_sizes
 from utils.adapters.tasks import LANGUAGE_MODELS
@@ -14,6 +18,15 @@ CHEAP = 20_000_000
 
 if TYPE_CHECKING:
     from utils.adapters.model_adapter import ModelAdapter
+
+
+def reads_columns(adapter: ModelAdapter, inputs: Mapping[str, Tensor], output: Any) -> bool:
+    """Tell whether a user's whole numbers are columns of a table: no part reads them as one, no answer per column."""
+    main = inputs[adapter.main_input]
+    if adapter.spec.example_inputs is None or main.dim() != 2 or main.shape[1] < 2 or adapter.spec.vocab_size:
+        return False
+    per_column = any(tensor.shape[:2] == main.shape for _, tensor in named_tensors(output) if tensor.dim() == 3)
+    return not per_column and not any(table.reads == adapter.main_input for table in adapter.tables)
 
 
 def find_vocab_size(adapter: ModelAdapter, shape: tuple[int, ...]) -> Detection[int | None]:

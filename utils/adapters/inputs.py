@@ -121,7 +121,8 @@ def stretched(
         modality: As in `utils.adapters.ModelAdapter`.
         batch_size: Wanted number of samples.
         length: Wanted tokens per sample, or None to keep the example's.
-        vocab_size: Range from which the main input's token ids are drawn anew; None keeps to the ids that occur.
+        vocab_size: Range from which the main input's token ids are drawn anew; with None each column keeps to the
+            values that it has, for columns of a table have ranges of their own.
         generator: Draws them.
         device: Where the tensors go.
     """
@@ -135,11 +136,20 @@ def stretched(
         along_tokens = modality == "tokens" and rows.dim() > 1 and value.shape[1] == main.shape[1]
         if length is not None and along_tokens:
             rows = rows.repeat(1, -(-length // rows.shape[1]), *[1] * (rows.dim() - 2))[:, :length]
-        if name == main_name and modality == "tokens" and rows.dim() == 2:
-            top = vocab_size or int(value.max()) + 1
-            rows = torch.randint(top, rows.shape, generator=generator).to(value.dtype)
+        if name == main_name and not value.is_floating_point() and rows.dim() == 2:
+            rows = _drawn(rows, value, vocab_size, generator)
         result[name] = rows.to(device)
     return result
+
+
+def _drawn(rows: Tensor, examples: Tensor, vocab_size: int | None, generator: torch.Generator) -> Tensor:
+    """Return whole numbers in the shape of `rows`: any below `vocab_size`, or else what each column of examples has."""
+    if vocab_size is not None:
+        return torch.randint(vocab_size, rows.shape, generator=generator).to(rows.dtype)
+    chosen = torch.randint(len(examples), (len(rows), examples.shape[1]), generator=generator)
+    drawn = examples.cpu().gather(0, chosen)
+    # Columns beyond the example's exist only where it was lengthened.
+    return torch.cat([drawn, rows[:, examples.shape[1] :].cpu()], dim=1)[:, : rows.shape[1]]
 
 
 def table_sizes(module: nn.Module) -> list[int]:

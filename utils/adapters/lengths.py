@@ -45,9 +45,13 @@ def find_lengths(run: Callable[[int], None], probe: int) -> Lengths:
             return False
         return True
 
-    if probe == 1 or runs(1):
+    if probe == 1:
         return Lengths()
-    if not runs(probe - 1) and not runs(probe + 1):
+    # One token runs by broadcasting even where a table is added that has a row per position of one fixed length.
+    neighbours = runs(probe - 1) or runs(probe + 1)
+    if neighbours and runs(1):
+        return Lengths()
+    if not neighbours:
         step = next((n for n in STEPS if probe % n == 0 and runs(probe + n)), None)
         if step is None:
             # The probe may itself be the shortest or the longest.

@@ -28,7 +28,7 @@ from utils.adapters.detection import (
     forward_signature,
 )
 from utils.adapters.examples import made_up
-from utils.adapters.facts import find_max_length, find_num_labels, find_pad_token_id, find_vocab_size
+from utils.adapters.facts import find_max_length, find_num_labels, find_pad_token_id, find_vocab_size, reads_columns
 from utils.adapters.inputs import stretched
 from utils.adapters.lengths import Lengths, find_lengths
 from utils.adapters.logits import USUAL, arranged, choose_logits, confirmed_arrangement
@@ -422,6 +422,9 @@ class ModelAdapter:
             self._ids_known = True
             self.__dict__.pop("vocab_size", None)
             self.__dict__.pop("pad_token_id", None)
+            if reads_columns(self, inputs, outputs[-1]):
+                self.modality, self.tables = "features", []
+                break
         output = outputs[-1] if outputs else self.forward(inputs)
         self._output = self._choose_output(output, inputs)
         if self.modality == "tokens" and self._shortened(output, inputs):

@@ -1,7 +1,7 @@
 """Where the tensors of a forward pass come from: products of activations, softmaxes, and what they are multiplied with.
 
 A torch function mode sees every operation of Python code and keeps a note per tensor, by weak reference. It never
-changes a result. Operations it does not know end a trail, so what is reported was really followed.
+changes a result. Operations it does not know end a trail, so what is reported was followed.
 """
 
 import math
@@ -39,6 +39,9 @@ from utils.adapters.operations import (
 )
 from utils.adapters.traces import Contraction, Layer, Product, Softmax, Trace
 
+Report = Callable[[Contraction], None]
+LayerReport = Callable[[Layer, Trace], None]
+
 
 class Tracer(TorchFunctionMode):
     """Follows one forward pass and reports every sum weighted by a softmax; use it through `traced`.
@@ -50,9 +53,7 @@ class Tracer(TorchFunctionMode):
         softmaxes: Module, axis counted from the end, and shape of every softmax of something that depends on the input.
     """
 
-    def __init__(
-        self, report: Callable[[Contraction], None], layers: Callable[[Layer, Trace], None] | None = None
-    ) -> None:
+    def __init__(self, report: Report, layers: LayerReport | None = None) -> None:
         """Start without knowledge.
 
         Args:
@@ -85,10 +86,8 @@ class Tracer(TorchFunctionMode):
         """Return what is known about a tensor; None for constants."""
         if not isinstance(value, Tensor):
             return None
-        if (known := self._traces.get(value)) is not None:
-            found: Trace = known
-            return found
-        return Trace(parameter=value) if isinstance(value, nn.Parameter) else None
+        known: Trace | None = self._traces.get(value)
+        return known or (Trace(parameter=value) if isinstance(value, nn.Parameter) else None)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,7 +203,11 @@ class Tracer(TorchFunctionMode):
                 places = [moved(axis, shape, stride, tensor, shared) for axis in axes]
                 axes = (places[0], places[1]) if places[0] is not None and places[1] is not None else None
             weighted = trace.weighted if tensor.shape == shape else ()
-            return replace(trace, axes=axes, weighted=weighted, pair=trace.pair if tensor.shape == shape else None)
+            # Dropout that is active even now changes weights.
+            exact = trace.exact and (name != "dropout" or tensor is first or torch.equal(tensor, first))
+            return replace(
+                trace, axes=axes, exact=exact, weighted=weighted, pair=trace.pair if tensor.shape == shape else None
+            )
 
         return describe
 
@@ -456,14 +459,10 @@ class Tracer(TorchFunctionMode):
 
 
 @contextmanager
-def traced(
-    module: nn.Module,
-    report: Callable[[Contraction], None],
-    layers: Callable[[Layer, Trace], None] | None = None,
-) -> Iterator[Tracer]:
+def traced(module: nn.Module, report: Report, layers: LayerReport | None = None) -> Iterator[Tracer]:
     """Follow what `module` computes while the block runs.
 
-    Kernels that run a whole layer at once are turned off meanwhile; they compute the same from the same weights.
+    Kernels that run a whole layer at once are turned off meanwhile; they compute the same.
 
     Args:
         module: The model; its hooks are removed afterwards.
