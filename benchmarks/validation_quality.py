@@ -1,6 +1,7 @@
 """What Tier 1 finds in the zoo of broken models, and what it says wrongly of sound ones.
 
     python benchmarks/validation_quality.py                        everything, one seed
+    python benchmarks/validation_quality.py --set holdout          models that no check was tuned on
     python benchmarks/validation_quality.py --public               bugs of public trackers only
     python benchmarks/validation_quality.py --sound --seeds 3      sound models only, three seeds each
     python benchmarks/validation_quality.py --code future_leakage --json answers.json
@@ -26,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.zoo import Entry, entries
+from benchmarks import holdout, zoo
+from benchmarks.zoo import Entry
 
+SETS = {"zoo": (zoo,), "holdout": (holdout,), "all": (zoo, holdout)}
 LEVEL = {"warn": 1, "fail": 2}
 
 
@@ -150,6 +153,7 @@ def print_costs(answers: list[dict[str, Any]], seeds: int) -> None:
 def main() -> None:
     """Run the selection and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=tuple(SETS), default="zoo", help="models of the zoo or those kept apart")
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--code", action="append", default=[], help="models of this code; may be repeated")
     parser.add_argument("--public", action="store_true", help="bugs of public trackers only")
@@ -163,7 +167,8 @@ def main() -> None:
     signal.signal(signal.SIGALRM, on_timer)
     selection = [
         entry
-        for entry in entries(
+        for source in SETS[chosen.set]
+        for entry in source.entries(
             sound=not chosen.public, public=not chosen.sound, broken=not (chosen.public or chosen.sound)
         )
         if chosen.only in entry.name and (not chosen.code or (entry.codes and entry.codes[0] in chosen.code))

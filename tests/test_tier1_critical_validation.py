@@ -1,6 +1,10 @@
 """Tier 1 as a whole: every kind of sound model is ready, arguments are checked."""
 
+import ast
 import dataclasses
+import functools
+import inspect
+import sys
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch import nn
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.runtime.errors import AdapterError, ConfigError
 from utils.tier1_critical_validation import TIER1, run_tier1, validate
+from utils.validation.codes import MEANING
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -107,5 +112,56 @@ def test_adapter_spec_and_config_are_used():
 
 
 def test_checks_are_registered_once():
-    """Ids are unique, and all belong to tier 1."""
-    assert len({check.id for check in TIER1}) == len(TIER1) == 7 and {check.tier for check in TIER1} == {1}
+    """Ids are unique, all belong to tier 1, and every kind of finding has a check that looks for it."""
+    assert len({check.id for check in TIER1}) == len(TIER1) and {check.tier for check in TIER1} == {1}
+    listed = {code for check in TIER1 for code in check.codes}
+    assert set(MEANING) - listed == {"process_died", "timed_out"}, "those two end the validation before any check"
+    assert listed <= set(MEANING)
+
+
+ASKED_ONLY = {"padding": "mixes_samples", "signal_propagation": "weight_faults", "low_precision": "weight_faults"}
+"""Functions of other checks that a check calls to learn whether it applies; it reports nothing of what they find."""
+
+
+@pytest.mark.parametrize("check", TIER1, ids=lambda check: check.id)
+def test_codes_of_a_check_are_those_its_functions_can_report(check):
+    """Found by reading the source: every code in a function that the check reaches is listed, and no other."""
+    assert codes_behind(check.run, ASKED_ONLY.get(check.id)) == set(check.codes)
+
+
+def codes_behind(function, left_out):
+    """Return the codes written in a function and in what it uses of `utils.validation`, except to compare with them."""
+    found, seen, todo = set(), {(function.__module__, left_out)}, [(function.__module__, function.__name__)]
+    while todo:
+        place = todo.pop()
+        node = defined(place[0]).get(place[1])
+        if place in seen or node is None:
+            continue
+        seen.add(place)
+        if isinstance(node, tuple):
+            todo.append(node)
+            continue
+        compared = {id(part) for test in ast.walk(node) if isinstance(test, ast.Compare) for part in ast.walk(test)}
+        for part in ast.walk(node):
+            if isinstance(part, ast.Constant) and part.value in MEANING and id(part) not in compared:
+                found.add(part.value)
+            elif isinstance(part, ast.Name):
+                todo.append((place[0], part.id))
+    return found
+
+
+@functools.cache
+def defined(module):
+    """Map each name at the top of a module to its node, or to the module of `utils.validation` it is imported from."""
+    names = {}
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("utils.validation"):
+            names |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {name.id: node for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names

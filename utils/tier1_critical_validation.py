@@ -162,7 +162,7 @@ TIER1: tuple[Check, ...] = (
         "do the weights start well?",
         check_initialization,
         share=1,
-        codes=("exploding_init", "vanishing_init", "symmetric_init", "zero_init"),
+        codes=("exploding_init", "vanishing_init", "symmetric_init", "zero_init", "exploding_gradient"),
     ),
     Check(
         "signal_propagation",

@@ -145,6 +145,7 @@ class Picture(nn.Module):
             )
         self.layers = nn.ModuleList(Layer(32) for _ in range(2 if mixing else 0))
         self.head, self.use, self.pooling = nn.Linear(32, 5), positions, pooling
+        self.config = {"image_size": 16}
 
     def forward(self, pixel_values):
         x = self.patches(pixel_values).flatten(2).transpose(1, 2)

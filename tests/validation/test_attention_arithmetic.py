@@ -302,6 +302,7 @@ SOUND = {
     "scaled after the mask": lambda: Attend(lambda q, k, v: (causal(q @ k.mT) / root(q)).softmax(-1) @ v),
     "one over d": lambda: Attend(lambda q, k, v: causal(q @ k.mT / q.shape[-1]).softmax(-1) @ v),
     "by the whole width": lambda: Attend(lambda q, k, v: causal(q @ k.mT / 32**0.5).softmax(-1) @ v),
+    "active dropout": lambda: Attend(lambda q, k, v: F.dropout(causal(q @ k.mT / root(q)).softmax(-1), 0.2, True) @ v),
     "cosine": Normalised,
     "soft cap": lambda: Attend(soft_capped),
     "linear": lambda: Attend(linear_attention),

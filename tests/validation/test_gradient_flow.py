@@ -1,5 +1,7 @@
 """Gradient flow: parts that never train, told apart; look-alikes left alone."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -97,9 +99,146 @@ def test_frozen_on_purpose(tiny, purpose):
     assert check_gradient_flow(model).findings == ()
 
 
-def test_expert_not_routed(tiny):
-    """Experts that this batch did not choose are no fault."""
-    assert check_gradient_flow(tiny.Experts()).findings == ()
+class Routed(nn.Module):
+    """Routes each batch to one of its experts, by a layer or by a rule without weights."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.router = nn.Linear(8, 3) if layer else None
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.leave = nn.Linear(8, 4)
+
+    def forward(self, x):
+        scores = self.router(x).softmax(-1) if self.router else nn.functional.one_hot(x[:, 0].gt(0).long(), 3).float()
+        mixed = sum(scores[:, k : k + 1] * self.experts[k](x) for k in scores.argmax(-1).unique().tolist())
+        return self.leave(mixed.relu())
+
+
+@pytest.mark.parametrize("layer", [True, False])
+def test_expert_not_routed(layer):
+    """Experts that this batch did not choose are no fault, unless no batch can choose them."""
+    never = [] if layer else [("unused_parameter", "experts.2")]
+    assert codes(check_gradient_flow(Routed(layer))) == never
+
+
+def test_layer_of_a_list_never_called(tiny):
+    """Nothing routes: the others of the list are not used either way."""
+    result = check_gradient_flow(tiny.Experts())
+    assert [(*code, f.severity) for code, f in zip(codes(result), result.findings, strict=True)] == [
+        ("unused_parameter", "experts.1", "fail"),
+        ("unused_parameter", "experts.2", "fail"),
+    ]
+
+
+def decorated(function):
+    """Hide a forward behind a decorator, as libraries do."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Seeing(nn.Module):
+    """A classifier of features that also takes pictures, and holds a vector for masked training."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.body, self.head = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.mask_token = nn.Parameter(torch.zeros(1, 8))
+
+    @decorated
+    def forward(self, x, pixel_values=None, use_mask=False):
+        if use_mask:
+            x = x + self.mask_token
+        if pixel_values is not None:
+            x = x + self.tower(pixel_values.flatten(1))
+        return self.head(self.body(x).relu())
+
+
+def test_part_that_waits_for_an_optional_input():
+    """A tower without pixels is no fault, and neither is a vector of another objective."""
+    result = check_gradient_flow(Seeing())
+    assert result.findings == ()
+    assert result.details["waiting_for_input"] == {"parts": ["tower", "mask_token"], "inputs": ["pixel_values"]}
+
+
+def test_unused_part_beside_one_that_waits():
+    """What no method reads waits for nothing."""
+    model = Seeing()
+    model.forgotten = nn.Linear(8, 8)
+    result = check_gradient_flow(model)
+    assert codes(result) == [("unused_parameter", "forgotten")] and result.findings[0].severity == "fail"
+
+
+def test_embedding_ids_given_as_vectors_are_no_content():
+    """Another form of the same input keeps nothing waiting."""
+
+    class Either(Seeing):
+        def forward(self, x, inputs_embeds=None, labels=None):
+            return self.tower(inputs_embeds) if inputs_embeds is not None else self.head(self.body(x).relu())
+
+    assert ("unused_parameter", "tower") in codes(check_gradient_flow(Either()))
+
+
+def test_method_that_a_subclass_replaces_reads_nothing():
+    """The base class used the part; the forward that runs does not."""
+
+    class Forgets(Seeing):
+        def forward(self, x):
+            return self.head(x)
+
+    result = check_gradient_flow(Forgets())
+    assert ("body", "fail") in [(f.where, f.severity) for f in result.findings]
+
+
+def test_gradients_that_are_sparse():
+    """Bags of embeddings with sparse gradients."""
+
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(50, 16, sparse=True), nn.Linear(16, 4)
+
+        def forward(self, input_ids):
+            return self.head(self.bag(input_ids))
+
+    result = check_gradient_flow(Bag())
+    assert result.status == "pass" and not result.details.get("could_not_run")
+
+
+class Corrected(nn.Module):
+    """A frozen matrix with two thin ones beside it."""
+
+    def __init__(self, inside, outside, rank=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outside, inside) / inside**0.5, False)
+        self.a, self.b = nn.Parameter(torch.randn(rank, inside) * 0.1), nn.Parameter(torch.zeros(outside, rank))
+
+    def forward(self, x):
+        return x @ self.weight.T + x @ self.a.T @ self.b.T
+
+
+def test_low_rank_correction_of_frozen_matrices():
+    """Hand-made LoRA."""
+    model = nn.Sequential(Corrected(16, 32), nn.ReLU(), Corrected(32, 32), nn.ReLU(), Corrected(32, 8))
+    assert check_gradient_flow(model).findings == ()
+
+
+def test_balancing_bias_of_a_router():
+    """A vector that a rule of its own moves, not the gradient."""
+
+    class Balanced(Routed):
+        def __init__(self):
+            super().__init__(True)
+            self.balance = nn.Parameter(torch.zeros(3), False)
+
+        def forward(self, x):
+            scores = (self.router(x) + self.balance).softmax(-1)
+            return self.leave(sum(scores[:, k : k + 1] * self.experts[k](x) for k in range(3)).relu())
+
+    assert check_gradient_flow(Balanced()).findings == ()
 
 
 def test_zero_gradients_are_no_fault(tiny):
@@ -234,14 +373,30 @@ def test_backward_that_only_eval_mode_breaks():
 
 
 def test_all_gradients_zero(tiny):
-    """Logits times zero."""
+    """Logits rounded; where they are multiplied by zero the output is constant, which another check reports."""
 
     class Zero(tiny.GPT):
         def forward(self, input_ids):
-            return super().forward(input_ids) * 0
+            return (super().forward(input_ids) * 10).round()
 
     result = check_gradient_flow(Zero())
     assert codes(result) == [("zero_gradient", "Zero")] and "gradients are exactly zero" in result.why
+
+    class Constant(tiny.GPT):
+        def forward(self, input_ids):
+            return super().forward(input_ids) * 0
+
+    assert codes(check_gradient_flow(Constant())) == []
+
+
+def test_output_not_finite_is_one_finding(tiny):
+    """NaN in the logits makes all gradients NaN; only the output is reported, by numerical_stability."""
+
+    class Root(tiny.GPT):
+        def forward(self, input_ids):
+            return super().forward(input_ids).sqrt()
+
+    assert codes(check_gradient_flow(Root())) == []
 
 
 def rectified(shift, functional):

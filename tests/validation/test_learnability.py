@@ -8,7 +8,7 @@ from torch import nn
 
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.validation.check import Budget, Check
-from utils.validation.learnability import check_learnability
+from utils.validation.learnability import EPSILON, _adam, check_learnability
 from utils.validation.runner import run_check
 
 CHECK = Check("learnability", 1, "can it learn one batch?", check_learnability)
@@ -162,3 +162,18 @@ def test_no_verdict_after_a_few_steps():
     """Without time for all step sizes nothing is claimed, and the report says what was left out."""
     outcome = check_learnability(ModelAdapter(Reversed()), Budget(0.0))
     assert outcome.findings == []
+
+
+def test_its_adam_is_torchs():
+    """Step by step, also for gradients of an embedding that are sparse."""
+    tables = [nn.Embedding(7, 3, sparse=sparse) for sparse in (True, False)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    reference = torch.optim.Adam(tables[1].parameters(), lr=0.01, eps=EPSILON)
+    moments = [(torch.zeros(7, 3), torch.zeros(7, 3))]
+    for step in range(1, 20):
+        for table in tables:
+            table.zero_grad()
+            (table(torch.tensor([1, 2, step % 7])) - 3).square().sum().backward()
+        _adam(list(tables[0].parameters()), moments, 0.01, step)
+        reference.step()
+    torch.testing.assert_close(tables[0].weight, tables[1].weight)

@@ -129,6 +129,23 @@ def test_messages_name_the_operation_and_the_devices():
     assert finding.message.startswith("cast to bfloat16 this raises: RuntimeError")
 
 
+def test_values_are_there_on_the_other_device():
+    """Branches, shapes and loops that depend on values go as they do here, and views still share their values."""
+
+    def forward(part, h):
+        rows = torch.zeros_like(h)
+        rows[0, 1:3].fill_(2)
+        columns = rows.transpose(1, 2).contiguous().unsqueeze_(0)[0]
+        assert columns.sum().item() == 2 * 2 * 16 and len(torch.nonzero(columns)) == 2 * 16
+        assert torch.arange(4, device=h.device).flip(0).tolist() == [3, 2, 1, 0]
+        first = torch.zeros(2, device="cpu").copy_(h[0, 0, :2])
+        assert first.tolist() == h[0, 0, :2].tolist()
+        return h + columns.sum() * torch.randn(16, device=h.device, dtype=h.dtype)
+
+    result = result_of(check_portability, Model(forward))
+    assert result.status == "pass" and result.details["tried"]["another device"] == "runs", result.why
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama", "vit", "swin", "mamba", "rwkv", "whisper", "deberta"])
 def test_transformers_models_are_portable(name):

@@ -123,3 +123,9 @@ def test_reproduction_runs():
     finding = judged(RunningMean(), **LM).findings[0]
     exec(finding.reproduction, {"model": RunningMean(), "print": printed.append})
     assert printed[0].item() < 1e-5 and len(finding.reproduction.splitlines()) <= 3
+
+
+def test_config_may_switch_positions_off():
+    """BEiT's default: no kind of position, and it says so."""
+    (finding,) = judged(Picture("none"), {"use_absolute_position_embeddings": False}).findings
+    assert finding.severity == "warn" and "`use_absolute_position_embeddings`" in finding.message

@@ -1,4 +1,4 @@
-"""Loops over positions, samples and heads are found with their module; recurrences, layers and experts are not loops."""
+"""Loops over positions, samples and heads are found with their module; recurrences, layers and experts are none."""
 
 import math
 
@@ -79,6 +79,18 @@ class Layer(nn.Module):
         q, k, v = (t.chunk(4, -1) for t in self.qkv(x).chunk(3, -1))
         return torch.cat([functional.scaled_dot_product_attention(*qkv) for qkv in zip(q, k, v, strict=True)], -1)
 
+    def head_by_head_projected(self, x):
+        outputs = []
+        for h in range(4):
+            q, k, v = (part[..., 4 * h : 4 * h + 4] for part in self.qkv(x).split(16, -1))
+            outputs.append((q @ k.mT / 2).softmax(-1) @ v)
+        return torch.cat(outputs, -1)
+
+    def feature_by_feature(self, x):
+        return torch.stack([self.one(x)] * 1 + [torch.tanh(x)], 0).sum(0) + torch.stack(
+            [torch.tanh(x[..., j]) * 2 for j in range(16)], -1
+        )
+
     # Sound ones.
     def batched(self, x):
         q, k, v = self.heads(x)
@@ -116,6 +128,9 @@ class Layer(nn.Module):
             if len(chosen):
                 out[chosen] = expert(flat[chosen])
         return out.view_as(x)
+
+    def averaged_dropout(self, x):
+        return sum(self.one(functional.dropout(x, 0.5, self.training)) for _ in range(5)) / 5
 
     def gated(self, x):
         i, f, g, o = torch.cat([self.qkv(x), self.one(x)], -1).chunk(4, -1)
@@ -159,8 +174,19 @@ NEEDLESS = {
     "positions_averaged": "per position", "queries": "per position", "samples": "per sample",
     "samples_and_positions": "per sample", "tokens_to_experts": "per sample", "head_by_head": "matmul is called on 4",
     "head_by_head_fused": "scaled_dot_product_attention is called on 4",
+    "head_by_head_projected": "linear is called 4 times on the very same tensors",
+    "feature_by_feature": "tanh is called on 16 slices",
 }  # fmt: skip
-SOUND = ("batched", "recurrent_module", "recurrent_cell", "recurrent_by_hand", "scan", "routed", "gated")
+SOUND = (
+    "batched",
+    "recurrent_module",
+    "recurrent_cell",
+    "recurrent_by_hand",
+    "scan",
+    "routed",
+    "gated",
+    "averaged_dropout",
+)
 
 
 @pytest.mark.parametrize("how", NEEDLESS)

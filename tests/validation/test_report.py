@@ -31,24 +31,11 @@ def compare(name, text):
     assert text == path.read_text(encoding="utf-8")
 
 
-def normalised(report):
-    """Replace what differs between runs and machines: times, rates, rounding noise, the device's memory."""
-    results = []
-    for result in report.results:
-        if result.check in ("inference_speed", "memory_footprint"):
-            result = dataclasses.replace(result, value="X", threshold="X", why="depends on the machine")
-        elif isinstance(result.value, float):
-            result = dataclasses.replace(result, value=round(result.value, 2), why=re.sub(r"\d\.\d+", "X", result.why))
-        if isinstance(result.threshold, float) and result.threshold < 1e-3:
-            result = dataclasses.replace(result, threshold="X")
-        findings = tuple(
-            dataclasses.replace(
-                finding, message=re.sub(r"\|change\| \S+, noise \S+,", "|change| X, noise X,", finding.message)
-            )
-            for finding in result.findings
-        )
-        results.append(dataclasses.replace(result, seconds=0.0, findings=findings))
-    return dataclasses.replace(report, results=tuple(results), seconds=0.0)
+def stable(report):
+    """Return what neither the machine nor a new check changes in a report's text: the head and the findings."""
+    head = report.text().partition("\ncheck ")[0]
+    head = re.sub(r" +Tier 1, \d+ checks, \S+ s", "  Tier 1", head)
+    return re.sub(r"\|change\| \S+, noise \S+,", "|change| X, noise X,", head).rstrip() + "\n"
 
 
 def fixed_report(**changes):
@@ -74,8 +61,8 @@ def test_golden_of_a_fixed_report():
 
 @pytest.mark.parametrize(("name", "settings"), [("sound", {}), ("leaking", {"mask": "none"})])
 def test_golden_of_a_real_report(tiny, name, settings):
-    """A real validation; what depends on the machine is normalised."""
-    compare(f"report_{name}.txt", normalised(validate(tiny.GPT(**settings), progress=False)).text())
+    """Verdict and findings of a real validation; the table depends on the machine."""
+    compare(f"report_{name}.txt", stable(validate(tiny.GPT(**settings), progress=False)))
 
 
 def test_verdict_sentence():

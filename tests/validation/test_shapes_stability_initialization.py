@@ -187,11 +187,60 @@ def test_trained_scales_are_not_held_to_the_same(tiny):
 
 
 def test_default_embedding_tied_to_the_head(tiny):
-    """N(0, 1) embeddings under a tied head start far above chance: worth a look, no failure."""
+    """N(0, 1) embeddings under a tied head start far above chance, and still train: worth a look, no failure."""
     model = tiny.GPT(width=64, tied=True)
     nn.init.normal_(model.tok.weight, std=1.0)
-    result = check_parameter_initialization(model)
-    assert result.status in ("pass", "warn")
+    finding = check_parameter_initialization(model).findings[0]
+    assert (finding.code, finding.severity) == ("exploding_init", "warn")
+    nn.init.normal_(model.tok.weight, std=0.1)
+    assert check_parameter_initialization(model).findings == ()
+
+
+def test_untied_head_of_ordinary_scale(tiny):
+    """A head drawn with 1, as some families do, is worth a look at most; with 5 it is a failure."""
+    for std, severities in ((1.0, ([], ["warn"])), (5.0, (["fail"],))):
+        model = tiny.GPT(width=64)
+        nn.init.normal_(model.head.weight, std=std)
+        result = check_parameter_initialization(model)
+        assert [finding.severity for finding in result.findings] in severities
+        assert all(f.code == "exploding_init" and f.where == "head.weight" for f in result.findings)
+
+
+class Usual:
+    """A config whose class draws with 1."""
+
+    def __init__(self, init_std=1.0):
+        self.init_std = init_std
+
+
+@pytest.mark.parametrize(("config", "severity"), [(Usual(), "warn"), (None, "fail")])
+def test_scale_that_the_config_class_states(tiny, config, severity):
+    """Large weights that are the architecture's own default are odd; those of nobody's choice are a fault."""
+    model = tiny.GPT()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=1.0)
+    model.config = config
+    finding = check_parameter_initialization(model).findings[0]
+    assert (finding.code, finding.severity) == ("exploding_init", severity)
+
+
+def test_faint_branch_beside_a_stream():
+    """A branch of products is faint at first; the stream beside it is not."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.out, self.norm = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 4)
+            for layer in (self.gate, self.out):
+                nn.init.normal_(layer.weight, std=1e-3)
+                nn.init.zeros_(layer.bias)
+
+        def forward(self, x):
+            return self.head(self.norm(x + self.out(self.gate(x) * self.gate(x))))
+
+    assert check_parameter_initialization(Gated()).findings == ()
 
 
 def test_vanishing_init():

@@ -29,7 +29,8 @@ def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple
         elif size is not None:
             yield (channel.value, size.value, size.value), f"{size.reason}; channels: {channel.reason}"
         else:
-            for side in (224, 32, 28, 64, 16, 8, 96, 128, 256, 299):
+            # A size that is cheap comes first: a network that takes any size takes this one too.
+            for side in (64, 224, 32, 28, 16, 8, 96, 128, 256, 299):
                 yield (channel.value, side, side), f"the first usual size that runs; channels: {channel.reason}"
 
 

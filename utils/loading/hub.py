@@ -13,6 +13,7 @@ from torch import nn
 
 from utils.loading.instantiate import Built, check_fits
 from utils.loading.namespace import describe
+from utils.runtime.dispatch import weightless
 from utils.runtime.errors import FetchError, InstantiationError
 from utils.runtime.optional import require
 from utils.runtime.secrets import find_secret
@@ -76,7 +77,7 @@ def load_transformers(
 
     notes: tuple[str, ...] = ()
     try:
-        with torch.device("meta"):
+        with weightless():
             empty = fresh()
     except Exception as error:
         notes = (f"The memory needed is unknown beforehand: no instance on the meta device ({describe(error)}).",)

@@ -20,6 +20,7 @@ from utils.loading.config import constructor_settings
 from utils.loading.namespace import describe, execute, forget, locate
 from utils.loading.selection import choose
 from utils.loading.source import Source
+from utils.runtime.dispatch import weightless
 from utils.runtime.errors import InstantiationError, SeedbedError
 from utils.runtime.resources import available_memory, format_bytes
 from utils.runtime.seeding import isolated_streams
@@ -81,7 +82,7 @@ def probe_on_meta(build: Callable[[], nn.Module], name: str) -> tuple[str, ...]:
     """
     try:
         # What the constructor prints appears once, in the real build.
-        with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
+        with weightless(), contextlib.redirect_stdout(io.StringIO()):
             module = build()
     except (Exception, SystemExit) as error:
         return (f"The memory needed is unknown beforehand: no instance on the meta device ({describe(error)}).",)

@@ -153,7 +153,7 @@ def _watch(child: int, notes: Notes, started: float, seconds: float) -> Rehearsa
                 over = True
                 break
             time.sleep(pause)
-            pause = min(0.02, pause * 1.5)
+            pause = min(0.005, pause * 1.5)
     except ChildProcessError:
         over = True
         return Rehearsal("inconclusive", "was awaited by somebody else")

@@ -50,6 +50,6 @@ MEANING = {
     "hardcoded_device": "The model breaks as soon as it is moved to another device.",
     "hardcoded_dtype": "The model breaks as soon as it is cast to bfloat16, float16 or float64.",
     "out_of_memory": "Training will stop with an out-of-memory error.",
-    "process_died": "The same call would have ended the notebook's kernel or the training run, with all that was in it.",
+    "process_died": "The same call would have ended the notebook's kernel or the training run, and lost all in it.",
     "timed_out": "A forward pass that does not come back stops everything after it.",
 }

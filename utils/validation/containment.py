@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from utils.adapters.capture import named_tensors
 from utils.adapters.location import code_location
@@ -104,7 +105,7 @@ def open_model(model: Any, config: Any = None, spec: ModelSpec | None = None, is
     module = module_of(model)
     if module is None:
         return ModelAdapter(model, config, spec)
-    limit = REHEARSAL_SECONDS + SECONDS_PER_BILLION * sum(p.numel() for p in module.parameters()) / 1e9
+    limit = REHEARSAL_SECONDS + SECONDS_PER_BILLION * _size(module) / 1e9
     opening_limit = max(OPENING_SECONDS, 2 * limit)
     if isolate and all(p.device.type == "cpu" for p in module.parameters()):
         rehearsal = rehearse(lambda notes: _first_passes(notes, module, model, config, spec), limit, module)
@@ -116,6 +117,11 @@ def open_model(model: Any, config: Any = None, spec: ModelSpec | None = None, is
         return model
     with contained(module, opening_limit):
         return ModelAdapter(model, config, spec)
+
+
+def _size(module: nn.Module) -> int:
+    """Return the number of parameters that have a shape already."""
+    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
 
 
 def module_of(model: Any) -> nn.Module | None:

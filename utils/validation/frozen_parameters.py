@@ -87,6 +87,9 @@ def _judged(adapter: ModelAdapter, name: str, parameters: dict[str, nn.Parameter
         return None
     if isinstance(owner, LAYERS):
         return "fail"
+    if parameters[name].dim() < 2 and not type(owner).__module__.startswith("torch.nn"):
+        # Moved by a rule of its own, as the biases that balance the load of experts.
+        return None
     alike = [child for child in adapter.module.modules() if type(child) is type(owner)]
     return "warn" if any(p.requires_grad for child in alike for p in child.parameters()) else None
 
@@ -118,9 +121,24 @@ def _is_adapter(adapter: ModelAdapter, trainable: dict[str, nn.Parameter]) -> bo
     """Tell whether what trains is what one trains on top of a frozen model: adapters, prompts, vectors, the head."""
     head = last_wide_module(adapter)
     return all(
-        ADAPTER_NAME.search(name) or p.dim() < 2 or (head and name.startswith(f"{head}."))
+        ADAPTER_NAME.search(name)
+        or p.dim() < 2
+        or (head and name.startswith(f"{head}."))
+        or _is_low_rank(adapter, name, p)
         for name, p in trainable.items()
     )
+
+
+def _is_low_rank(adapter: ModelAdapter, name: str, parameter: Tensor) -> bool:
+    """Tell whether a matrix is one of the two thin ones beside a frozen matrix that it corrects (Hu et al. 2021)."""
+    owner = name.rpartition(".")[0]
+    thin = min(parameter.shape[:2])
+    for place in (owner, owner.rpartition(".")[0]):
+        inside = adapter.module.get_submodule(place).named_parameters() if place else ()
+        bases = [p for _, p in inside if not p.requires_grad and p.dim() > 1]
+        if any(2 * thin <= min(base.shape[:2]) and set(parameter.shape) & set(base.shape) for base in bases):
+            return True
+    return False
 
 
 def last_wide_module(adapter: ModelAdapter) -> str | None:

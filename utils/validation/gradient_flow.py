@@ -14,10 +14,12 @@ from torch import nn
 
 from utils.adapters.capture import observe
 from utils.adapters.model_adapter import ModelAdapter
+from utils.runtime.errors import AdapterError
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
+from utils.validation.dependence import as_double, double_twin
 from utils.validation.frozen_parameters import frozen_parameters
-from utils.validation.gradient_reach import still_missing, training_inputs, without_gradient
+from utils.validation.gradient_reach import still_missing, training_inputs, waiting, without_gradient
 from utils.validation.probing import crash_site, first_line, is_finite, is_out_of_memory, logits
 from utils.validation.rectifiers import dead_rectifiers, watch_rectifiers
 from utils.validation.train_mode import check_train_mode
@@ -54,10 +56,13 @@ def check_gradient_flow(adapter: ModelAdapter, budget: Budget) -> Outcome:
         in_eval = [replace(findings[0], severity="warn", message=message)]
         loss = None
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    for parameter in trainable.values():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
     norms = {name: float(p.grad.float().norm()) for name, p in trainable.items() if p.grad is not None}
     findings = in_eval + _explosions(adapter, trainable, norms, loss)
     findings += dead_rectifiers(adapter, rectified)
-    if norms and not any(norms.values()):
+    if norms and not any(norms.values()) and not _explained(adapter):
         findings.append(
             Finding("zero_gradient", "fail", adapter.name, f"all {len(norms)} gradients are exactly zero", ZERO_HINT)
         )
@@ -79,11 +84,36 @@ def check_gradient_flow(adapter: ModelAdapter, budget: Budget) -> Outcome:
         "loss": loss,
         "norms": norms,
         "without_gradient": missing,
+        "waiting_for_input": {"parts": waiting(adapter, missing, ran), "inputs": list(adapter.unfilled_inputs)},
         "zero_gradient": zero,
         "frozen": [name for name, p in parameters.items() if not p.requires_grad],
     }
     why = f"all {len(norms)} trainable tensors get a finite gradient (norm {total:.3g})"
     return Outcome(total, LARGEST_NORM, why, findings, details)
+
+
+def _explained(adapter: ModelAdapter) -> bool:
+    """Tell whether gradients of zero follow from what other checks report.
+
+    These are an output that is the same for any input, and a signal so faint that float32 cannot hold its gradient
+    although float64 can.
+    """
+    inputs = training_inputs(adapter)
+    result = logits(adapter, inputs)
+    if len(result) > 1 and torch.equal(result[0], result[1]):
+        return True
+    if (twin := double_twin(adapter)) is None:
+        return False
+    normalise_batches(twin)
+    seed_streams(0, "forward")
+    try:
+        exact = twin.logits(as_double(inputs))
+        loss = twin.loss(exact, adapter.random_labels(result).to(exact.device))
+        trainable = [p for p in twin.module.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
+    except (AdapterError, RuntimeError, TypeError, ValueError):
+        return False
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 class _BackwardError(Exception):
@@ -133,6 +163,9 @@ def _explosions(
     """Find gradients that are not finite or extreme."""
     bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
     hint = "Normalise before each block, scale attention by 1/sqrt(d), initialise with a standard deviation near 0.02."
+    if bad and loss is not None and not math.isfinite(loss):
+        # Logits that are not finite, or a loss of them, are numerical_stability's finding.
+        return []
     if bad:
         # A norm of finite numbers can overflow; the place is where a number itself is not finite.
         truly = [name for name in bad if (grad := parameters[name].grad) is not None and not is_finite(grad)]

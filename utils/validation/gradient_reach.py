@@ -3,10 +3,15 @@
 The two are told apart by changing the parameter: one that moves the output and gets no gradient is cut off.
 """
 
+import inspect
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from utils.adapters.capture import named_tensors
+from utils.adapters.capture import named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.structure import blocks
 from utils.runtime.seeding import seed_streams
@@ -15,6 +20,8 @@ from utils.validation.probing import has_length, is_out_of_memory, logits, short
 from utils.validation.substitution import parameters_as
 
 SHOWN = 6
+LARGE_MODEL, LARGE_MODEL_LENGTH = 20_000_000, 9
+"""Parameters from which on each token costs, and the tokens that such a model gets."""
 DETACHED_HINT = "Remove detach(), .data, no_grad(), argmax or numpy from the path between this part and the loss."
 UNUSED_HINT = (
     "Call it in forward(), or delete it: it takes memory, confuses the optimizer and breaks DistributedDataParallel."
@@ -22,8 +29,11 @@ UNUSED_HINT = (
 
 
 def training_inputs(adapter: ModelAdapter) -> dict[str, Tensor]:
-    """Return a small batch as training would use it."""
-    return adapter.example_inputs(2, short_length(adapter) if has_length(adapter) else None)
+    """Return a small batch as training would use it, a shorter one for a large model."""
+    if not has_length(adapter):
+        return adapter.example_inputs(2)
+    large = adapter.num_parameters > LARGE_MODEL
+    return adapter.example_inputs(2, adapter.legal_length(LARGE_MODEL_LENGTH) if large else short_length(adapter))
 
 
 def still_missing(adapter: ModelAdapter, missing: list[str]) -> list[str]:
@@ -55,7 +65,12 @@ def without_gradient(
 ) -> list[Finding]:
     """Describe parameters without a gradient, one finding per part that is wholly without."""
     findings = []
-    parts = [(where, names) for where, names in groups(adapter, missing) if not _unrouted_expert(adapter, where, norms)]
+    spared = set(waiting(adapter, missing, ran))
+    parts = [
+        (where, names)
+        for where, names in groups(adapter, missing)
+        if where not in spared and not _unrouted_expert(adapter, where, norms)
+    ]
     # The part that ran last stands next to the cut.
     parts.sort(key=lambda group: -ran.get(group[0], -1))
     for where, names in parts:
@@ -67,11 +82,10 @@ def without_gradient(
         else:
             module_ran = where in ran or (where.rpartition(".")[0] in ran and where in names)
             message = f"{size} have no influence on the output" + ("" if module_ran else ": the module never runs")
-            # A single learned vector that only some other objective uses (a mask token) costs nothing; a part that
-            # runs and is not asked for its result (a pooler under a language model's head) is waste, not a fault.
-            shape = adapter.module.get_parameter(names[0]).shape
-            token = len(names) == 1 and where == names[0] and sum(size > 1 for size in shape) <= 1
-            mild = token or module_ran or _is_optional(adapter, where)
+            # A part that runs and is not asked for its result (a pooler under a language model's head) is waste, not a
+            # fault, and nobody but its maker can mend a library.
+            mild = module_ran or _is_vector(adapter, where, names) or _is_optional(adapter, where)
+            mild = mild or _is_from_package(adapter, where)
             findings.append(Finding("unused_parameter", "warn" if mild else "fail", where, message, UNUSED_HINT))
     if len(findings) > SHOWN:
         rest = len(findings) - SHOWN
@@ -79,6 +93,22 @@ def without_gradient(
         shortened = Finding(last.code, last.severity, last.where, f"{last.message}; and {rest} more parts", last.hint)
         findings = [*findings[: SHOWN - 1], shortened]
     return findings
+
+
+def waiting(adapter: ModelAdapter, missing: list[str], ran: dict[str, int]) -> list[str]:
+    """Return the parts that only an input or an objective uses which this task does not have.
+
+    A part that never ran waits for an optional input if there is one that nobody could fill, and if the code of its
+    owner reads it. A single vector (a mask token) that the code reads costs nothing either way.
+    """
+    found = []
+    for where, names in groups(adapter, missing):
+        never = where not in ran and not any(name.startswith(f"{where}.") for name in ran)
+        if _is_optional(adapter, where) and (
+            _is_vector(adapter, where, names) or (never and bool(adapter.unfilled_inputs))
+        ):
+            found.append(where)
+    return found
 
 
 def groups(adapter: ModelAdapter, missing: list[str], trainable: bool = True) -> list[tuple[str, list[str]]]:
@@ -106,21 +136,78 @@ def _unrouted_expert(adapter: ModelAdapter, where: str, norms: dict[str, float])
     if not isinstance(parent, (nn.ModuleList, nn.ModuleDict)):
         return False
     siblings = [key for key, child in parent.named_children() if key != leaf and type(child) is type(module)]
-    return any(name.startswith(f"{parent_name}.{key}.") for key in siblings for name in norms) and not _is_block(
-        adapter, where
-    )
+    if _is_block(adapter, where):
+        return False
+    used = any(name.startswith(f"{parent_name}.{key}.") for key in siblings for name in norms)
+    return used and (_has_router(adapter, parent_name, len(siblings) + 1) or _runs_for_others(adapter, where))
+
+
+def _has_router(adapter: ModelAdapter, parts: str, count: int) -> bool:
+    """Tell whether a matrix beside a list of modules has one row or column for each of them."""
+    owner = adapter.module.get_submodule(parts.rpartition(".")[0])
+    inside = parts.rpartition(".")[2] + "."
+    return any(p.dim() > 1 and count in p.shape for key, p in owner.named_parameters() if not key.startswith(inside))
+
+
+def _runs_for_others(adapter: ModelAdapter, where: str) -> bool:
+    """Tell whether a module runs in a larger batch, in which rules without weights choose more of the parts."""
+    seen: set[str] = set()
+    inputs = adapter.example_inputs(16)
+    with observe(adapter.module, lambda name, *_: seen.add(name)):
+        logits(adapter, inputs)
+    return where in seen
+
+
+def _is_vector(adapter: ModelAdapter, where: str, names: list[str]) -> bool:
+    """Tell whether a part is one parameter of at most one axis that is not of size one."""
+    return names == [where] and sum(size > 1 for size in adapter.module.get_parameter(where).shape) <= 1
 
 
 def _is_optional(adapter: ModelAdapter, where: str) -> bool:
-    """Tell whether the code that holds a module reads it outside the constructor: for other inputs it may run."""
-    parent, _, leaf = where.rpartition(".")
+    """Tell whether the code that holds a part reads it outside the constructor: for other inputs it may run."""
+    leaf = where.rpartition(".")[2]
+    return any(leaf in _names(code) for name, code in _methods(adapter, where) if name != "__init__")
+
+
+def _is_from_package(adapter: ModelAdapter, where: str) -> bool:
+    """Tell whether the constructor that makes a part belongs to an installed package."""
+    leaf = where.rpartition(".")[2]
+    codes = [code for name, code in _methods(adapter, where) if name == "__init__"]
+    return any(leaf in _names(code) and "-packages" in code.co_filename for code in codes)
+
+
+def _methods(adapter: ModelAdapter, where: str) -> Iterator[tuple[str, CodeType]]:
+    """Yield the methods of the class that holds a part, also those behind decorators."""
     try:
-        kind = type(adapter.module.get_submodule(parent))
+        kind = type(adapter.module.get_submodule(where.rpartition(".")[0]))
     except AttributeError:
-        return False
-    own = [part for part in kind.__mro__ if part is not nn.Module and issubclass(part, nn.Module)]
-    methods = [(name, item) for part in own for name, item in vars(part).items() if name != "__init__"]
-    return any(leaf in code.co_names for _, item in methods if (code := getattr(item, "__code__", None)) is not None)
+        return
+    replaced: set[str] = set()
+    for part in kind.__mro__:
+        if part is nn.Module or not issubclass(part, nn.Module):
+            continue
+        for name, item in vars(part).items():
+            item = item.fget if isinstance(item, property) else item
+            code = getattr(_unwrapped(item), "__code__", None)
+            if code is None or name in replaced:
+                continue
+            yield name, code
+            if "super" not in code.co_names:
+                replaced.add(name)
+
+
+def _unwrapped(item: Any) -> Any:
+    """Return the function under decorators; what cannot be unwrapped stays as it is."""
+    try:
+        return inspect.unwrap(item)
+    except ValueError:
+        return item
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the attributes that a function reads or writes, the functions inside it included."""
+    inner = [item for item in code.co_consts if isinstance(item, CodeType)]
+    return set(code.co_names).union(*(_names(item) for item in inner))
 
 
 def _is_block(adapter: ModelAdapter, where: str) -> bool:

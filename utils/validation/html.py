@@ -38,14 +38,17 @@ overflow-wrap:anywhere}
 .seedbed-report th,.seedbed-report td{text-align:left;vertical-align:top;padding:5px 10px 5px 0;
 border-bottom:1px solid var(--line);background:none;color:inherit}
 .seedbed-report td:first-child code{white-space:nowrap}
-.seedbed-report td.number,.seedbed-report th.number{text-align:right;
-font-variant-numeric:tabular-nums;white-space:nowrap}
+.seedbed-report td.number,.seedbed-report th.number{text-align:right;max-width:130px;
+font-variant-numeric:tabular-nums;overflow-wrap:break-word}
 .seedbed-report td.pass,.seedbed-report td.fail,.seedbed-report td.warn,.seedbed-report td.skip{font-weight:600}
 .seedbed-report td.pass{color:var(--pass)}.seedbed-report td.fail{color:var(--fail)}
 .seedbed-report td.warn{color:var(--warn)}.seedbed-report td.skip{color:var(--skip)}
 .seedbed-report details{margin:4px 0}
 .seedbed-report summary{cursor:pointer;color:var(--soft)}
-.seedbed-report figure{margin:10px 0}.seedbed-report figcaption{color:var(--soft);font-size:12.5px}
+.seedbed-report h3{font-size:14px;margin:18px 0 4px;border-bottom:1px solid var(--line)}
+.seedbed-report .pictures{display:flex;flex-wrap:wrap;gap:8px 28px}
+.seedbed-report figure{margin:6px 0;max-width:640px}.seedbed-report figure>b,.seedbed-report figure>img{display:block}
+.seedbed-report figcaption{color:var(--soft);font-size:12.5px}
 .seedbed-report svg{max-width:100%;height:auto;display:block}
 .seedbed-report svg rect{fill:var(--bar)}.seedbed-report svg text{fill:var(--soft);font:10px system-ui,sans-serif}
 """
@@ -78,6 +81,7 @@ def report_fragment(report: "ValidationReport") -> str:
         "<th class='number'>threshold</th><th class='number'>seconds</th><th>why</th></tr></thead><tbody>",
         *(_row(result) for result in report.results),
         "</tbody></table>",
+        *(_pictures(result) for result in report.results),
         _detections(report),
     ]
     return f'<div class="seedbed-report">{"".join(parts)}</div>'
@@ -101,7 +105,7 @@ def badge(report: "ValidationReport") -> str:
 def result_html(result: CheckResult) -> str:
     """Return one check's result as an element with its own scoped style."""
     body = "".join(finding_html(finding) for finding in result.findings)
-    table = f"<table><tbody>{_row(result)}</tbody></table>"
+    table = f"<table><tbody>{_row(result)}</tbody></table>{_pictures(result)}"
     return f'<div class="seedbed-report"><style>{STYLE}</style>{body}{table}</div>'
 
 
@@ -139,9 +143,8 @@ def _row(result: CheckResult) -> str:
 
 def _evidence(result: CheckResult) -> str:
     """Return a check's details, with a picture where numbers per layer exist."""
-    drawn = "".join(picture.html() for picture in result.pictures)
     if not result.details:
-        return drawn
+        return ""
     picture = ""
     for key, title in (("norms", "gradient norm per parameter"), ("scale_by_depth", "signal scale by depth")):
         series = result.details.get(key)
@@ -152,7 +155,15 @@ def _evidence(result: CheckResult) -> str:
     text = json.dumps(json_safe(result.details), indent=1, ensure_ascii=False)
     if len(text) > 20_000:
         text = text[:20_000] + "\n(shortened; to_json() has everything)"
-    return f"{drawn}<details><summary>evidence</summary>{picture}<pre>{escape(text)}</pre></details>"
+    return f"<details><summary>evidence</summary>{picture}<pre>{escape(text)}</pre></details>"
+
+
+def _pictures(result: CheckResult) -> str:
+    """Return a check's pictures under its name, side by side where they fit."""
+    if not result.pictures:
+        return ""
+    drawn = "".join(picture.html() for picture in result.pictures)
+    return f'<section><h3><code>{escape(result.check)}</code></h3><div class="pictures">{drawn}</div></section>'
 
 
 def _detections(report: "ValidationReport") -> str:

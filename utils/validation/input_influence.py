@@ -44,7 +44,7 @@ def check_input_influence(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
     Codes: ``constant_output``, ``ignored_input``.
     """
-    inputs = sample_inputs(adapter, 2, bounded_length(adapter, LENGTH))
+    inputs = sample_inputs(adapter, 2 if adapter.spec.example_inputs is None else 4, bounded_length(adapter, LENGTH))
     replaced = {name: _other(adapter, name, value) for name, value in inputs.items()}
     names = [name for name, value in replaced.items() if value is not inputs[name]]
     names = [name for name in names if bool((replaced[name] != inputs[name]).any())]
@@ -192,10 +192,12 @@ def _killer(
             outputs(adapter, inputs)
         with observe(adapter.module, compare):
             outputs(adapter, changed)
+    if faint:
+        return None, 0.0
     inner = [(name, size) for name, size in ends if name]
     if not inner:
-        # Nothing inside was given a difference that it lost, so forward itself dropped it, or it died by degrees.
-        return (None, 0.0) if faint else (adapter.name, 1.0)
+        # Nothing inside was given a difference that it lost, so forward itself dropped it.
+        return adapter.name, 1.0
     name, size = inner[0]
     child = adapter.module.get_submodule(name)
     if isinstance(child, nn.Embedding) or (dead and not any(True for _ in child.parameters(recurse=True))):

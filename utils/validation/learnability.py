@@ -9,7 +9,7 @@ import copy
 import time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.objectives import distinct_labels
@@ -23,6 +23,7 @@ LARGEST = 5_000_000
 """Parameters beyond which a copy and its optimizer cost more than the answer is worth."""
 LEARNING_RATES = (1e-2, 1e-3, 1e-1)
 STEPS = 40
+BETAS, EPSILON = (0.9, 0.999), 1e-6
 ENOUGH = 0.7
 """Share of the first loss at which learning is proven, and training stops."""
 STUCK = 0.99
@@ -33,6 +34,7 @@ SECONDS = 0.4
 SLOWEST_PASS = 0.1
 """Seconds of a forward pass beyond which no copy is trained."""
 LENGTH, BATCH = 8, 2
+HALVES = (torch.float16, torch.bfloat16)
 HINT = (
     "Train on one batch by hand and print the loss. Look for gradients that hooks change, for outputs that no weight "
     "can move, and for weights that forward() writes."
@@ -123,7 +125,12 @@ def _has_gradient(adapter: ModelAdapter, inputs: dict[str, Tensor], labels: Tens
         return False
     trainable = [p for p in adapter.module.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
-    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+    return any(gradient is not None and bool(_dense(gradient).any()) for gradient in gradients)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a gradient in the one layout that everything here takes."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _train(
@@ -134,12 +141,17 @@ def _train(
         module = copy.deepcopy(adapter.module)
     except Exception as error:
         raise Skipped(f"the model cannot be copied ({type(error).__name__})") from None
+    if any(p.dtype in HALVES for p in module.parameters()):
+        # Adam in pure half precision loses its own small numbers; that is no fault of the model.
+        module.float()
+        inputs = {name: value.float() if value.dtype in HALVES else value for name, value in inputs.items()}
+        labels = labels.float() if labels.dtype in HALVES else labels
     twin = copy.copy(adapter)
     twin.module = module
     if module.__class__ is adapter.module.__class__ and not _runs_alone(adapter, twin, inputs):
         raise Skipped("a copy of the model calls the original")
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=rate, eps=1e-6)
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     losses: list[float] = []
     started = time.perf_counter()
     for step in range(STEPS + 1):
@@ -148,15 +160,28 @@ def _train(
         losses.append(float(loss.detach()))
         if losses[-1] < ENOUGH * losses[0] or losses[-1] != losses[-1] or step == STEPS:
             break
-        optimizer.zero_grad()
+        module.zero_grad()
         loss.backward()
-        optimizer.step()
+        _adam(parameters, moments, rate, step + 1)
         if time.perf_counter() - started > SECONDS:
             note = f"{step + 1} of {STEPS} steps of training"
             if note not in budget.reduced:
                 budget.reduced.append(note)
             break
     return losses
+
+
+def _adam(parameters: list[nn.Parameter], moments: list[tuple[Tensor, Tensor]], rate: float, step: int) -> None:
+    """Take a step of Adam (Kingma and Ba, 2015, algorithm 1); torch's own imports its compiler, which takes seconds."""
+    with torch.no_grad():
+        for parameter, (mean, square) in zip(parameters, moments, strict=True):
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            mean.lerp_(gradient, 1 - BETAS[0])
+            square.lerp_(gradient * gradient.conj(), 1 - BETAS[1])
+            scale = (square / (1 - BETAS[1] ** step)).real.sqrt() + EPSILON
+            parameter.sub_(rate / (1 - BETAS[0] ** step) * mean / scale)
 
 
 def _runs_alone(adapter: ModelAdapter, twin: ModelAdapter, inputs: dict[str, Tensor]) -> bool:

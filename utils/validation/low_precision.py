@@ -19,6 +19,7 @@ from utils.adapters.capture import first_tensor, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
 from utils.validation.check import Budget, Finding, Outcome, Skipped
+from utils.validation.gradient_reach import LARGE_MODEL
 from utils.validation.probing import (
     ModelCrash,
     all_finite,
@@ -31,7 +32,8 @@ from utils.validation.probing import (
     logits,
 )
 from utils.validation.substitution import parameters_as, refreshed
-from utils.validation.untrained import enough_samples, normalise_batches
+from utils.validation.untrained import enough_samples, looks_untrained, normalise_batches
+from utils.validation.weight_scales import weight_faults
 
 LENGTH = 9
 RANDOM = "random input"
@@ -65,6 +67,10 @@ def check_low_precision(adapter: ModelAdapter, budget: Budget) -> Outcome:
     usable = {name: inputs for name, inputs in cases.items() if is_finite(references[name])}
     if not usable:
         raise Skipped("the logits are not finite in float32 (see numerical_stability)")
+    if looks_untrained(adapter.module) and weight_faults(adapter):
+        raise Skipped("the weights leave the range of any small type (see initialization)")
+    if all(len(result) > 1 and torch.equal(result[0], result[1]) for result in references.values()):
+        raise Skipped("the output does not depend on the input (see input_influence)")
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
     findings: list[Finding] = []
@@ -121,12 +127,18 @@ def _cases(adapter: ModelAdapter, length: int | None, batches: bool) -> dict[str
     if batches:
         # A constant batch leaves batch normalisation only rounding errors to divide by.
         return {RANDOM: enough_samples(adapter)}
-    random = adapter.example_inputs(2, length)
+    large = adapter.num_parameters > LARGE_MODEL
+    random = adapter.example_inputs(3 if large else 2, length)
     names = {adapter.main_input, content_input(adapter)}
     if adapter.modality == "tokens":
         value: float = (adapter.readable_ids() - 1) // 2
     else:
         value = 0.0
+    if large:
+        # Weights cost more than samples: one pass for both, most rows of it random.
+        for key in names:
+            random[key] = torch.cat((random[key][:2], torch.full_like(random[key][2:], value)))
+        return {RANDOM: random}
     constant = {key: torch.full_like(item, value) if key in names else item for key, item in random.items()}
     return {RANDOM: random, "constant input": constant}
 

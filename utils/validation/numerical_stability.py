@@ -7,9 +7,12 @@ from torch import Tensor
 
 from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Budget, Finding, Outcome
-from utils.validation.probing import content_input, first_nonfinite, has_length, logits, longest_length, short_length
+from utils.validation.gradient_reach import training_inputs
+from utils.validation.probing import content_input, first_nonfinite, has_length, logits, longest_length
 
 HINT = "Look there for a division by zero, log or sqrt of zero, exp of large numbers, softmax over fully masked rows."
+LONG_SECONDS = 1.5
+"""Time for one long sequence; a large model gets a shorter one."""
 LONG_HINT = (
     "It fails only for long input: look at decays, powers and sums over positions, and at the tail of position tables."
 )
@@ -20,7 +23,7 @@ def check_numerical_stability(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
     Codes: ``nan_output``; ``nan_long_sequence`` when only long input is affected.
     """
-    short = short_length(adapter) if has_length(adapter) else None
+    short = training_inputs(adapter)[adapter.main_input].shape[1] if has_length(adapter) else None
     cases = list(_cases(adapter, 2, short, "length " + str(short) if short else "batch size 2"))
     if short is not None:
         one = adapter.legal_length(1)
@@ -30,7 +33,9 @@ def check_numerical_stability(adapter: ModelAdapter, budget: Budget) -> Outcome:
         if problem := _problem(adapter, inputs, situation, tried):
             return _outcome(adapter, inputs, "nan_output", problem, HINT, tried)
     if short is not None:
-        longest = longest_length(adapter, budget, passes=1)
+        allowed = Budget(min(LONG_SECONDS, budget.remaining()))
+        longest = longest_length(adapter, allowed, passes=1)
+        budget.reduced += allowed.reduced
         steps = [longest] if longest > 512 else [adapter.legal_length(n) for n in (64, 256, longest) if n <= longest]
         steps = sorted({n for n in steps if n > short})
         for length in steps:

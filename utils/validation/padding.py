@@ -94,6 +94,8 @@ def check_padding(adapter: ModelAdapter, budget: Budget) -> Outcome:
     length = bounded_length(adapter, LENGTH)
     if length is None:
         raise Skipped("the input is no sequence of tokens")
+    if adapter.task.value in ("image_classification", "audio_classification", "tabular_classification"):
+        raise Skipped(f"tokens of a kind that is not padded ({adapter.task.value}: {adapter.task.reason})")
     pads = min(PADS, length - 2)
     if pads < 1:
         raise Skipped(f"texts of {length} tokens leave no room for padding")

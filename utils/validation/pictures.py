@@ -101,7 +101,7 @@ def heat_map(
     values: np.ndarray, title: str, caption: str = "", low: float | None = None, high: float | None = None
 ) -> Picture:
     """Return a matrix as a picture with its range below."""
-    image = heat_image(values, title, 360, low, high)
+    image = heat_image(values, title, 280, low, high)
     finite = values[np.isfinite(values)]
     extent = f"dark {finite.min():.3g} to light {finite.max():.3g}" if finite.size else "nothing finite"
     return Picture(title, image, f"{caption} {extent}.".strip())

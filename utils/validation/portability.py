@@ -20,7 +20,7 @@ from utils.validation.check import Budget, Finding, Outcome
 from utils.validation.determinism import Inputs, example
 from utils.validation.hidden import Hidden, exchanged, hidden_items
 from utils.validation.probing import first_line, is_out_of_memory
-from utils.validation.relocation import DeviceMismatch, Elsewhere, Recorder, on_meta, swapped
+from utils.validation.relocation import DeviceMismatch, Elsewhere, swapped
 from utils.validation.watching import Intruders
 
 LARGEST_DOUBLE = 20_000_000
@@ -106,14 +106,9 @@ def run_elsewhere(adapter: ModelAdapter, moved: Iterable[Hidden] = ()) -> Failur
         adapter: The model.
         moved: What is hidden in it and moved nevertheless; ``model.to`` would leave it where it is.
     """
-    inputs = example(adapter, 0, 1)
-    failure = _attempt(adapter, _converted(inputs, on_meta), Elsewhere([]), on_meta, moved)
-    if failure is None or failure.mixed:
-        return failure
-    recorder = Recorder()
-    if _attempt(adapter, inputs, recorder, None, ()) is not None:
-        return failure
-    return _attempt(adapter, _converted(inputs, on_meta), Elsewhere(recorder.answers), on_meta, moved)
+    elsewhere = Elsewhere()
+    inputs = _converted(example(adapter, 0, 1), elsewhere.moved)
+    return _attempt(adapter, inputs, elsewhere, elsewhere.moved, moved)
 
 
 def run_cast(adapter: ModelAdapter, dtype: torch.dtype, moved: Iterable[Hidden] = ()) -> Failure | None:

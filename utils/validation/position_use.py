@@ -35,10 +35,9 @@ def check_position_use(adapter: ModelAdapter, budget: Budget) -> Outcome:
         means.append(interval.mean)
         lows.append(interval.low)
         highs.append(interval.high)
-    # Distances are spaced geometrically; each stands for the tokens up to the next.
-    weight = np.diff([0, *reach]) * np.array(means)
-    total = float(weight.sum())
-    half = int(reach[int(np.searchsorted(np.cumsum(weight), total / 2))]) if total > 0 else None
+    # Distances are spaced geometrically, so what lies between is read off the line through them.
+    shares = np.cumsum(np.interp(np.arange(1, place + 1), reach, means))
+    half = int(np.searchsorted(shares, shares[-1] / 2)) + 1 if shares[-1] > 0 else None
     details = {
         "samples": count, "length": length, "distance": reach.tolist(), "influence": means,
         "low": lows, "high": highs, "half_within": half,

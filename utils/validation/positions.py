@@ -11,6 +11,7 @@ Embeddings that start at zero are replaced by noise first: they move with the fi
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ TILES = (2, 3, 4, 5, 7)
 """Tiles per side of an image: for some of these a tile is a whole number of patches."""
 TABLE_NAME = re.compile(r"pos|rope|rotary|wpe|alibi|freq|(^|[._])(cos|sin)", re.IGNORECASE)
 HINT = (
-    "Add positions to the embeddings (x + self.positions(torch.arange(length, device=x.device))), or rotate queries and "
-    "keys by their positions; if there is such a table, follow it to where it should be added."
+    "Add positions to the embeddings (x + self.positions(torch.arange(length, device=x.device))), or rotate queries "
+    "and keys by their positions; if there is such a table, follow it to where it should be added."
 )
 BAG_HINT = "If word order should count, mix positions before pooling: attention with positions, convolution or a GRU."
 
@@ -180,10 +181,19 @@ def _exact_finding(
     )
     language = adapter.task.value in ("causal_lm", "masked_lm", "seq2seq")
     if language or _mixes(adapter, inputs, replaced, length):
-        return [Finding("position_absent", "fail", adapter.name, message, HINT, _reproduction(adapter, length))]
+        finding = Finding("position_absent", "fail", adapter.name, message, HINT, _reproduction(adapter, length))
+        return [_stated(adapter, finding)]
     if adapter.task.value == "text_classification":
         return [Finding("position_absent", "warn", adapter.name, f"a bag of words: {message}", BAG_HINT)]
     return []
+
+
+def _stated(adapter: ModelAdapter, finding: Finding) -> Finding:
+    """Soften a finding where the config itself switches positions off."""
+    keys = [key for key, value in adapter.config.items() if "position" in key and value in (False, "none")]
+    if not keys or any(value is True for key, value in adapter.config.items() if "position" in key):
+        return finding
+    return replace(finding, severity="warn", message=f"{finding.message}; `{keys[0]}` in the config switches them off")
 
 
 def _reproduction(adapter: ModelAdapter, length: int) -> str:
@@ -321,7 +331,7 @@ def _check_image(adapter: ModelAdapter) -> Outcome:
                 f"reversing the order of {count} x {count} tiles of the image leaves the answer exactly as it is; "
                 f"another image changes it by {reach:.2g} of its size"
             )
-            finding = Finding("position_absent", "fail", adapter.name, message, HINT)
+            finding = _stated(adapter, Finding("position_absent", "fail", adapter.name, message, HINT))
             return Outcome(0.0, "above 0", "", [finding], {"tiles": count, "replacing": reach})
     if smallest == float("inf"):
         raise Skipped(f"an image of {tuple(image.shape[-2:])} has no equal tiles to reorder")

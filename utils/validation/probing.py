@@ -141,11 +141,25 @@ def longest_length(adapter: ModelAdapter, budget: Budget, passes: int, batch_siz
     while length > 64 and passes * seconds * (length / reference) > budget.remaining():
         length //= 2
     length = adapter.legal_length(length)
-    if stated and length < limit:
+    if stated is None:
+        length = _longest_that_runs(adapter, length, reference)
+    elif length < limit:
         note = stand_in(length, limit)
         if note not in budget.reduced:
             budget.reduced.append(note)
     return length
+
+
+def _longest_that_runs(adapter: ModelAdapter, length: int, known: int) -> int:
+    """Return a length that runs, at most `length`: where nobody stated a limit, exceeding one is no fault."""
+    while length > known:
+        try:
+            logits(adapter, adapter.example_inputs(1, length))
+        except ModelCrash:
+            length = adapter.legal_length(max(known, length // 2))
+        else:
+            return length
+    return min(length, known)
 
 
 def stand_in(length: int, limit: int) -> str:
@@ -174,6 +188,8 @@ def is_finite(tensor: Tensor) -> bool:
     A sum over squares would overflow for large finite values; extreme values are NaN or infinite exactly when some
     element is.
     """
+    if tensor.is_sparse:
+        tensor = tensor.detach().coalesce().values()
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor.detach())

@@ -27,7 +27,8 @@ PER_STEP = {"position": 0.9, "sample": 0.9}
 """Operators and calls of submodules per further position or sample from which on a module loops."""
 LINEAR = 0.8
 """A loop's count grows by the same number again; that of experts, more of which are met in a larger batch, by less."""
-FEWEST_SLICES = 3
+FEWEST_SLICES, FEWEST_LIGHT_SLICES = 3, 16
+"""Slices of one tensor from which on a loop over them is told, for functions that are heavy and for others."""
 HEAVY = frozenset({"linear", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm", "addmm", "conv1d", "conv2d",
                    "scaled_dot_product_attention", "softmax", "_softmax"})  # fmt: skip
 COLLECTING = frozenset({
@@ -56,7 +57,10 @@ class Work:
     recurrent: set[Site] = field(default_factory=set)
     """Sites whose input was made from an earlier result of theirs."""
     slices: dict[tuple[Any, ...], set[int]] = field(default_factory=lambda: defaultdict(set))
-    """Offsets of the slices that one place passed to one heavy function, beginning with the module that loops."""
+    """Offsets of the slices that one place passed to one function, by a key that begins with the level above the
+    running module and the name of the module that loops."""
+    equal: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    """How often one place passed the very same tensors to one heavy function; keys as before."""
 
     def per_call(self, name: str) -> float:
         """Return a module's own steps in one of its calls."""
@@ -91,8 +95,8 @@ class _Watch(TorchFunctionMode):
         sources = frozenset[Site]().union(*(self._sources(t) for t in given))
         if site in sources:
             work.recurrent.add(site)
-        if name in HEAVY:
-            self._note_slices(site, given)
+        if name not in COLLECTING:
+            self._note_slices(site, given, sources)
         sources |= {site}
         changed = given[:1] if result is None or name.endswith("_") else []
         for tensor in (*(t for _, t in named_tensors(result)), *changed):
@@ -104,19 +108,22 @@ class _Watch(TorchFunctionMode):
         known = self._made_from.get(id(tensor))
         return known[1] if known is not None else frozenset()
 
-    def _note_slices(self, site: Site, given: list[Tensor]) -> None:
-        """Take note of which part of a larger activation is worked on, if it is a part."""
-        module, calls = self._running.name, self._work.calls
-        above = _above(self._running)
-        # A submodule that is called for one slice after the other is not what loops.
-        looping = above if calls[module] > calls[above] else module
+    def _note_slices(self, site: Site, given: list[Tensor], sources: frozenset[Site]) -> None:
+        """Take note of which part of a larger activation is worked on, if it is a part, and of equal calls."""
+        calls = self._work.calls
         shapes = tuple(tuple(tensor.shape) for tensor in given)
-        for index, tensor in enumerate(given):
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._parameters or storage.nbytes() <= tensor.nbytes:
-                continue
-            key = (looping, calls[looping], *site, index, storage._cdata, shapes)
-            self._work.slices[key].add(int(tensor.storage_offset()))
+        # A submodule that is called again and again is not what loops: both are noted, and the inner is asked first.
+        for level, looping in enumerate(self._running.stack[-1:-3:-1]):
+            key = (level, looping, calls[looping], *site)
+            # Averaging over several dropout masks looks like equal calls in eval mode.
+            random = any(name == "dropout" and module.startswith(looping) for module, name, _ in sources)
+            if site[1] in HEAVY and given and not random:
+                self._work.equal[(*key, *map(id, given))] += 1
+            for index, tensor in enumerate(given):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._parameters and storage.nbytes() > tensor.nbytes:
+                    place = (*key, index, storage._cdata, shapes)
+                    self._work.slices[place].add(int(tensor.storage_offset()))
 
 
 def _line() -> int:
@@ -218,13 +225,16 @@ def _recurrent(works: list[Work], name: str) -> bool:
     return any(works[-1].sites[site] > works[0].sites[site] for site in inside)
 
 
-def _slicing(work: Work) -> tuple[str, str, int] | None:
-    """Return a module that passes slices of one tensor to one function, the function, and how many slices."""
-    for (name, _, _, function, *_), offsets in work.slices.items():
+def _slicing(work: Work) -> tuple[str, str] | None:
+    """Return a module that calls one function on slices of one tensor, or on the very same ones, and what it does."""
+    for (_, name, _, _, function, *_), offsets in sorted(work.slices.items(), key=lambda item: item[0][0]):
         within = f"{name}." if name else ""
         dependent = any(s[0] == name or s[0].startswith(within) for s in work.recurrent if s[1] not in COLLECTING)
-        if len(offsets) >= FEWEST_SLICES and not dependent:
-            return name, function.strip("_"), len(offsets)
+        if len(offsets) >= (FEWEST_SLICES if function in HEAVY else FEWEST_LIGHT_SLICES) and not dependent:
+            return name, f"{function.strip('_')} is called on {len(offsets)} slices of one tensor, one after the other"
+    for (_, name, _, _, function, *_), count in sorted(work.equal.items(), key=lambda item: item[0][0]):
+        if count >= FEWEST_SLICES:
+            return name, f"{function.strip('_')} is called {count} times on the very same tensors"
     return None
 
 
@@ -239,8 +249,10 @@ def _growth_finding(adapter: ModelAdapter, names: dict[str, float], what: str, c
     return Finding("slow_python_loop", "warn", where or adapter.name, message, hint)
 
 
-def _slice_finding(adapter: ModelAdapter, where: str, function: str, count: int) -> Finding:
+def _slice_finding(adapter: ModelAdapter, where: str, message: str) -> Finding:
     """Describe a loop over slices of one tensor."""
-    message = f"{function} is called on {count} slices of one tensor, one after the other"
-    hint = "Give the loop's axis its own dimension, (batch, heads, length, width) for heads, and call it once."
+    hint = (
+        "Compute once what does not change in the loop, give the loop's axis its own dimension, (batch, heads, length,"
+        " width) for heads, and call the function once."
+    )
     return Finding("slow_python_loop", "warn", where or adapter.name, message, hint)

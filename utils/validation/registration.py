@@ -196,8 +196,7 @@ def _same_module(adapter: ModelAdapter, child: nn.Module, names: list[str]) -> F
         "modules = dict(model.named_modules(remove_duplicate=False))\n"
         f"print(modules[{names[0]!r}] is modules[{names[1]!r}])"
     )
-    severity = "fail" if indexed or not any(True for _ in child.children()) else "warn"
-    return Finding("shared_weight", severity, where, message, SHARED_HINT, reproduction)
+    return Finding("shared_weight", "fail", where, message, SHARED_HINT, reproduction)
 
 
 def _same_tensor(adapter: ModelAdapter, covered: set[int], declared: list[str]) -> list[Finding]:

@@ -1,8 +1,7 @@
 """A model elsewhere: on another device or in another dtype, without a copy of it and without the device.
 
-Parameters and buffers are exchanged for converted ones while a block runs. The other device is torch's meta device,
-where tensors have shapes and no values; what a forward pass needs to know about values (an ``item()``, the number of
-non-zero elements) is answered from a recording of the same pass on the real device.
+Parameters and buffers are exchanged for converted ones while a block runs. To the model's code the other device is
+torch's meta device, where tensors have shapes and no values; behind each stands a tensor with its values.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from utils.runtime.dispatch import OperatorMode
 
@@ -29,10 +29,6 @@ class DeviceMismatch(Exception):
     """An operation got tensors of two devices."""
 
 
-class Unanswerable(Exception):
-    """The pass asked for values in another order than the recorded one."""
-
-
 @contextmanager
 def swapped(module: nn.Module, convert: Convert) -> Iterator[None]:
     """Exchange every parameter and buffer for what `convert` makes of it while the block runs."""
@@ -42,7 +38,7 @@ def swapped(module: nn.Module, convert: Convert) -> Iterator[None]:
     def converted(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             new = convert(tensor)
-            if isinstance(tensor, nn.Parameter) and new is not tensor:
+            if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
                 new = nn.Parameter(new.detach(), requires_grad=tensor.requires_grad and new.is_floating_point())
             made[id(tensor)] = new
         return made[id(tensor)]
@@ -67,85 +63,89 @@ def awakened(tensor: Tensor) -> Tensor:
     return torch.randn_like(tensor) if weight and float(tensor.detach().abs().max()) < CLOSED else tensor
 
 
-def on_meta(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same shape, strides and dtype without values."""
-    return tensor.detach().to("meta")
+class Elsewhere(OperatorMode):
+    """Runs a pass on the meta device, and refuses to mix devices as a GPU would.
 
-
-class Recorder(OperatorMode):
-    """Records what values a pass asks for.
-
-    Attributes:
-        answers: Name of each operation whose result depends on values, and the result.
+    Each tensor there has a twin with its values where the model really is; operators run on the twins. So whatever
+    asks for a value gets it, and torch's own implementation of the meta device, which is slow and incomplete, is hardly
+    needed.
     """
 
     def __init__(self) -> None:
-        """Start with nothing recorded."""
+        """Start with nothing moved."""
         super().__init__()
-        self.answers: list[tuple[str, Any]] = []
+        self.home = torch.device("cpu")
+        self.twins = WeakTensorKeyDictionary()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation."""
-        result = func(*args, **(kwargs or {}))
-        if _asks_for_values(func, args):
-            self.answers.append((str(func), result))
-        return result
-
-
-class Elsewhere(OperatorMode):
-    """Runs a pass on the meta device: refuses to mix devices as a GPU would, and answers from a recording."""
-
-    def __init__(self, answers: list[tuple[str, Any]]) -> None:
-        """Take the recording of the same pass."""
-        super().__init__()
-        self.answers = iter(answers)
+    def moved(self, tensor: Tensor) -> Tensor:
+        """Return a tensor like this one on the new device."""
+        self.home = tensor.device
+        away = self._with_twin(tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            away = nn.Parameter(away, requires_grad=tensor.requires_grad)
+            self.twins[away] = tensor.detach()
+        return away
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation.
 
         Raises:
             DeviceMismatch: Its tensors are on two devices.
-            Unanswerable: It asks for values that were not recorded.
         """
         given = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
-        # Single numbers on the CPU mix with anything; those of a GPU do not.
-        mixed = {tensor.device.type for tensor in tensors if tensor.dim() > 0 or tensor.device.type == "meta"}
-        if func is aten.copy_.default and len(mixed) > 1:
-            return args[0]
-        if func is aten._to_copy.default and "meta" in mixed:
-            target = given.get("device")
-            if target is not None and torch.device(target).type != "meta":
-                dtype = given.get("dtype") or tensors[0].dtype
-                return torch.zeros(tensors[0].shape, dtype=dtype, device=target)
-        free = func in INDEXING and tensors[0].device.type == "meta"
-        if len(mixed) > 1 and not free and func not in COPIES:
-            shapes = ", ".join(f"{tuple(t.shape)} on {_place(t)}" for t in tensors)
-            raise DeviceMismatch(f"{func.overloadpacket.__name__} of {shapes}")
-        if _asks_for_values(func, args) and any(tensor.device.type == "meta" for tensor in tensors):
-            name, answer = next(self.answers, ("", None))
-            if name != str(func):
-                raise Unanswerable(str(func))
-            return _without_values(answer)
-        return func(*args, **given)
+        target = None if given.get("device") is None else torch.device(given["device"])
+        if not any(_is_away(tensor) for tensor in tensors) and (target is None or target.type != "meta"):
+            return func(*args, **given)
+        _refuse_mixing(func, tensors)
+        twins = {id(tensor): self._twin(tensor) for tensor in tensors}
+        known = {id(twins[id(tensor)]): tensor for tensor in tensors}
+        if target is not None and target.type == "meta":
+            given["device"] = self.home
+
+        def there(result: Tensor) -> Tensor:
+            if id(result) in known:
+                return known[id(result)]
+            return result if target is not None and target.type != "meta" else self._with_twin(result)
+
+        def twin(tensor: Tensor) -> Tensor:
+            return twins[id(tensor)]
+
+        try:
+            result = func(*tree_map_only(Tensor, twin, args), **tree_map_only(Tensor, twin, given))
+        except NotImplementedError:
+            # An operation that only the new device has.
+            return func(*args, **(kwargs or {}))
+        if torch.Tag.inplace_view in func.tags:
+            func(*args, **(kwargs or {}))
+        return tree_map_only(Tensor, there, result)
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        """Return the tensor that has the values of another."""
+        if not _is_away(tensor):
+            return tensor
+        if (twin := self.twins.get(tensor)) is None:
+            twin = self.twins[tensor] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.home)
+        return twin
+
+    def _with_twin(self, values: Tensor) -> Tensor:
+        """Return a tensor on the new device whose twin has these values."""
+        if values.layout is not torch.strided:
+            tensor = values.to("meta")
+        else:
+            tensor = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device="meta")
+        self.twins[tensor] = values
+        return tensor
 
 
-def _place(tensor: Tensor) -> str:
-    return "the new device" if tensor.device.type == "meta" else str(tensor.device)
+def _refuse_mixing(func: Any, tensors: list[Tensor]) -> None:
+    """Raise an error where a GPU would: single numbers on the CPU mix with anything, those of a GPU do not."""
+    places = {tensor.device.type for tensor in tensors if tensor.dim() > 0 or _is_away(tensor)}
+    free = func in COPIES or (func in INDEXING and _is_away(tensors[0]))
+    if len(places) > 1 and not free:
+        shapes = ", ".join(f"{tuple(t.shape)} on {'the new device' if _is_away(t) else t.device}" for t in tensors)
+        raise DeviceMismatch(f"{func.overloadpacket.__name__} of {shapes}")
 
 
-def _without_values(answer: Any) -> Any:
-    """Move the tensors of a recorded answer to the meta device."""
-    if isinstance(answer, Tensor):
-        return on_meta(answer)
-    return type(answer)(_without_values(item) for item in answer) if isinstance(answer, (tuple, list)) else answer
-
-
-def _asks_for_values(func: Any, args: Any) -> bool:
-    """Tell whether the result, or its shape, depends on values."""
-    if func in INDEXING:
-        indices = args[1] if len(args) > 1 else ()
-        return func is aten.index.Tensor and any(
-            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices
-        )
-    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+def _is_away(tensor: Tensor) -> bool:
+    return tensor.device.type == "meta"

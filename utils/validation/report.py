@@ -131,8 +131,9 @@ class ValidationReport:
         lines += ["", f"{'check':<20} {'status':<6} {'value':>12} {'threshold':>12} {'seconds':>8}  why"]
         for result in self.results:
             why = result.why if result.status in ("pass", "skip") else "see above"
-            cells = f"{result.check:<20} {result.status:<6} {value_text(result.value):>12} "
-            cells += f"{value_text(result.threshold):>12} {result.seconds:>8.2f}  "
+            # A value that is a sentence is in the explanation as well.
+            shown = [text if len(text) <= 12 else "-" for text in map(value_text, (result.value, result.threshold))]
+            cells = f"{result.check:<20} {result.status:<6} {shown[0]:>12} {shown[1]:>12} {result.seconds:>8.2f}  "
             lines += _wrap(why, cells, indent=len(cells))
             for note in result.details.get("reduced", ()):
                 lines += _wrap(f"reduced: {note}", " " * len(cells))

@@ -1,4 +1,4 @@
-"""One finding, reproduced: the check that made it runs again, alone, and its evidence is shown as numbers and pictures."""
+"""One finding, reproduced: its check runs again, alone, and the evidence is shown as numbers and pictures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -21,9 +21,12 @@ LARGE, TINY = 3.0, 1e-3
 """Gains that no scheme gives to half of the matrices."""
 STRAY = 30.0
 """How many times its sisters' gain makes one matrix stand out."""
+LARGEST_HEAD = 3.0
+"""Standard deviation of a matrix; some families draw heads with 1."""
 LARGEST_TABLE = 20.0
 """Standard deviation of an embedding; the largest in use is 1, or the square root of the width of small models."""
 SAMPLED = 65_536
+INIT_KEY = re.compile(r"init\w*_(range|std|scale)$|^init_std$")
 EXPLODING_HINT = (
     "Initialise with a standard deviation near 1/sqrt(fan-in) (0.02 is usual), residual outputs smaller still."
 )
@@ -71,6 +74,25 @@ def largest_weight(adapter: ModelAdapter) -> str | None:
     return largest.name if largest is not None and largest.gain > LARGEST_SOUND_GAIN else None
 
 
+def as_configured(adapter: ModelAdapter) -> bool:
+    """Tell whether the matrices are drawn as the config's class states by default: no accident, however odd."""
+    config = getattr(adapter.module, "config", None)
+    if config is None or isinstance(config, dict):
+        return False
+    try:
+        usual = vars(type(config)())
+    except Exception:
+        # Configs without defaults state nothing.
+        return False
+    stated = {
+        float(value)
+        for key, value in vars(config).items()
+        if INIT_KEY.search(key) and isinstance(value, (int, float)) and usual.get(key) == value
+    }
+    spreads = [weight.spread for weight in weights(adapter) if not weight.table]
+    return bool(spreads) and any(0.7 * value < median(spreads) < 1.4 * value for value in stated)
+
+
 def weight_faults(adapter: ModelAdapter) -> list[Finding]:
     """Find matrices of an untrained model that are far too large or all but zero.
 
@@ -108,6 +130,12 @@ def weight_faults(adapter: ModelAdapter) -> list[Finding]:
         elif weight.gain < min(TINY, usual / STRAY):
             findings.append(_finding("vanishing_init", weight, message))
     return findings[:3]
+
+
+def exploding_head(adapter: ModelAdapter) -> str | None:
+    """Return the name of the largest matrix that no scheme draws, nor a config: beyond `LARGEST_HEAD`."""
+    large = [w for w in weights(adapter) if not w.table and w.spread > LARGEST_HEAD and w.gain > LARGE]
+    return max(large, key=lambda weight: weight.gain).name if large else None
 
 
 def _spread(parameter: Tensor) -> float:
