@@ -251,7 +251,7 @@ TAKES: list[tuple[type[nn.Module], str, tuple[str, ...], tuple[int, ...]]] = [
     (Siamese, "regression", ("x1", "x2"), (2,)),
     (Triplet, "embedding", ("anchor", "positive", "negative"), (2, 3)),
     (Table, "tabular_classification", ("x_num", "x_cat"), (2, 2)),
-    (Denoiser, "embedding", ("x", "t"), (2, 3, 224, 224)),
+    (Denoiser, "embedding", ("x", "t"), (2, 3, 64, 64)),
     (Vectors, "embedding", ("input_ids",), (2, 3)),
     (Means, "embedding", ("input_ids",), (2, 16)),
     (Wave, "audio_classification", ("waveform",), (2, 5)),

@@ -27,7 +27,12 @@ TRANSFORMERS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "kind", "name"), TRANSFORMERS)
+QUICK = ("gpt2", "mamba", "fnet", "t5", "resnet", "wav2vec2")
+"""One of each family; the others are slow together."""
+MARKED = [pytest.param(*kind, marks=[] if kind[1] in QUICK else [pytest.mark.slow]) for kind in TRANSFORMERS]
+
+
+@pytest.mark.parametrize(("family", "kind", "name"), MARKED)
 def test_transformers(family: str, kind: str, name: str) -> None:
     pytest.importorskip("transformers")
     from benchmarks.architectures import build

@@ -11,7 +11,7 @@ from torch import nn
 
 from utils.adapters import ModelAdapter
 from utils.tier1_critical_validation import TIER1, validate
-from utils.validation import Budget, Check, Finding, Outcome, Skipped, run_checks
+from utils.validation import Budget, Check, Finding, Outcome, Skipped, run_checks, runner
 
 
 def fingerprint(model):
@@ -257,3 +257,17 @@ def test_rwkv_rescales_its_weights_in_eval_mode():
     same(before, fingerprint(model))
     assert "state_across_calls" in [finding.code for finding in report.findings]
     assert not report.incomplete
+
+
+def test_time_is_divided_among_the_tiers_as_they_usually_take():
+    """Tier 1 does not starve beside Tier 2, nor the other way round; within a tier the shares decide."""
+    checks = [
+        Check("a", 1, "?", None, share=1),
+        Check("b", 1, "?", None, share=3),
+        Check("c", 2, "?", None, share=7),
+    ]
+    weights = runner._weights(checks)
+    assert weights[1] == pytest.approx(3 * weights[0])
+    assert (weights[0] + weights[1], weights[2]) == pytest.approx(
+        (runner.DEFAULT_SECONDS[1], runner.DEFAULT_SECONDS[2])
+    )

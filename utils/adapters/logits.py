@@ -62,10 +62,13 @@ def confirmed_arrangement(
 
 
 def arranged(tensor: Tensor, how: str, batch: int) -> Tensor:
-    """Put an output's axes into the usual order ``(batch, seq, width)``."""
+    """Put an output's axes into the usual order ``(batch, seq, width)``.
+
+    `batch` is a ``shape[0]`` and no ``len()``, which would fix it for good when the model is exported.
+    """
     if how == CHANNELS_FIRST and tensor.dim() == 3:
         return tensor.transpose(1, 2)
-    if how == FLAT and tensor.dim() == 2 and len(tensor) % batch == 0:
+    if how == FLAT and tensor.dim() == 2 and tensor.shape[0] % batch == 0:
         return tensor.reshape(batch, -1, tensor.shape[-1])
     return tensor
 

@@ -166,10 +166,9 @@ class ModelAdapter:
         def draw_ids(name: str, shape: tuple[int, ...]) -> Tensor:
             return self._random_ids(name, shape, generator)
 
-        tokens = length or self._plan.length
-        plan, real = self._plan, self._real_dtype
+        plan, tokens = self._plan, length or self._plan.length
         return {
-            name: made_up(plan, name, batch_size, tokens, draw_ids, real, generator).to(self.device)
+            name: made_up(plan, name, batch_size, tokens, draw_ids, self._real_dtype, generator).to(self.device)
             for name in self.input_names
         }
 
@@ -227,7 +226,7 @@ class ModelAdapter:
                 f"Expected its logits at `{self._output.value}` as before.",
                 "Return the same structure for every input.",
             ) from None
-        return arranged(found_at, self._arrangement, len(inputs[self.main_input]))
+        return arranged(found_at, self._arrangement, inputs[self.main_input].shape[0])
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the task's mean loss in nats; see `utils.adapters.objectives.task_loss`."""
@@ -445,7 +444,7 @@ class ModelAdapter:
             inputs = self.example_inputs()
             found = tensor_at(self.forward(inputs), self._output.value or "")
         self._arrangement = self._confirmed_arrangement(tuple(found.shape), inputs)
-        self._probe_shape = tuple(arranged(found, self._arrangement, len(inputs[self.main_input])).shape)
+        self._probe_shape = tuple(arranged(found, self._arrangement, inputs[self.main_input].shape[0]).shape)
         self.__dict__.pop("vocab_size", None)
 
     def _confirmed_arrangement(self, shape: tuple[int, ...], inputs: Mapping[str, Tensor]) -> str:

@@ -50,6 +50,7 @@ def run_checks(
         started: When the time began to count, by `time.perf_counter`; now by default.
     """
     started = time.perf_counter() if started is None else started
+    weights = _weights(checks)
     total = time_budget if time_budget is not None else sum(DEFAULT_SECONDS[tier] for tier in {c.tier for c in checks})
     results: list[CheckResult] = []
     changed = adapter.changed
@@ -60,7 +61,7 @@ def run_checks(
                 for index, check in enumerate(checks):
                     bar.set_description_str(check.title)
                     left = max(0.0, total - (time.perf_counter() - started))
-                    share = check.share / sum(later.share for later in checks[index:])
+                    share = weights[index] / sum(weights[index:])
                     ended = any(finding.code == "timed_out" for result in results for finding in result.findings)
                     hanging = HANGING_AGAIN_SECONDS if ended else HANGING_SECONDS
                     results.append(_told_once(run_check(adapter, check, left * share, seed, hanging), results))
@@ -78,6 +79,12 @@ def run_checks(
         tiers=tuple(sorted({check.tier for check in checks})),
         detections=tuple(adapter.describe() if adapter.failure is None else ()),
     )
+
+
+def _weights(checks: Sequence[Check]) -> list[float]:
+    """Return how the time is divided: among the tiers as they usually take, within a tier by the checks' shares."""
+    shares = {tier: sum(check.share for check in checks if check.tier == tier) for tier in DEFAULT_SECONDS}
+    return [DEFAULT_SECONDS[check.tier] * check.share / shares[check.tier] for check in checks]
 
 
 def run_check(
