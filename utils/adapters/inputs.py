@@ -20,7 +20,9 @@ def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple
     channels = config_number(config, "channels")
     if channels is None and convolution is not None:
         channels = Detection(convolution.in_channels, "inputs of the first Conv2d")
-    counts = [channels] if channels else [Detection(3, "colour is usual"), Detection(1, "grey is usual")]
+    usual = [Detection(3, "colour is usual"), Detection(1, "grey is usual")]
+    # The first convolution may come after a transform that makes other channels.
+    counts = [channels, *(usual[:1] if channels.value > 4 else [])] if channels else usual
     size = config_number(config, "image_size")
     pair = next((config[key] for key in CONFIG_KEYS["image_size"] if isinstance(config.get(key), (list, tuple))), None)
     for channel in counts:
@@ -134,7 +136,7 @@ def stretched(
             result[name] = value
             continue
         rows = value.repeat(-(-batch_size // value.shape[0]), *[1] * (value.dim() - 1))[:batch_size]
-        along_tokens = modality == "tokens" and rows.dim() > 1 and value.shape[1] == main.shape[1]
+        along_tokens = modality == "tokens" and rows.dim() > 1 < main.dim() and value.shape[1] == main.shape[1]
         if length is not None and along_tokens:
             rows = rows.repeat(1, -(-length // rows.shape[1]), *[1] * (rows.dim() - 2))[:, :length]
         if name == main_name and not value.is_floating_point() and rows.dim() == 2:

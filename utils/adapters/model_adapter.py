@@ -38,7 +38,7 @@ from utils.adapters.plans import InputPlan, example_plan, input_plans
 from utils.adapters.roles import is_content
 from utils.adapters.spec import ModelSource, ModelSpec
 from utils.adapters.tasks import ASSUMED, find_task
-from utils.adapters.troubles import first_line, gpu_missing, needs_gpu, none_succeeded, tensor_missing
+from utils.adapters.troubles import UNREADABLE, first_line, gpu_missing, needs_gpu, none_succeeded, tensor_missing
 from utils.adapters.wrapping import compiled_parts, lazy_parameters, uncompiled, unwrapped
 from utils.runtime.errors import AdapterError, SeedbedError
 from utils.runtime.isolation import ModelChangedError, preserved
@@ -413,7 +413,7 @@ class ModelAdapter:
                 self.tables = embedding_uses(self.module, partial(run, inputs), inputs, self.main_input)
             except Exception as error:
                 self.failure = (
-                    f"{self.name} runs, but not with token ids below {self.readable_ids(self.main_input)}: "
+                    f"{self.name} runs, {UNREADABLE} {self.readable_ids(self.main_input)}: "
                     f"{first_line(error)}. "
                     "Correct vocab_size in the config, or pass ModelSpec(vocab_size=...)."
                 )

@@ -90,7 +90,9 @@ def example_plan(examples: Mapping[str, Any]) -> InputPlan:
             "Give the tensors with which model(**example_inputs) is a valid call.",
         )
     main = flat[name]
-    modality = "tokens" if not main.is_floating_point() else "image" if main.dim() == 4 else "features"
+    # One id per sample is a column of a table, not a text.
+    tokens = not main.is_floating_point() and main.dim() > 1
+    modality = "tokens" if tokens else "image" if main.dim() == 4 else "features"
     others = (key for key, value in flat.items() if isinstance(value, Tensor) and key != name)
     return InputPlan(
         "ModelSpec.example_inputs",

@@ -14,8 +14,8 @@ GPU_ERRORS = re.compile(
     re.IGNORECASE,
 )
 """Messages of kernels, and of torch, where a model can run on a GPU only."""
-
-
+UNREADABLE = "but not with token ids below"
+"""How an adapter says that a model reads a few ids and crashes on others that its vocabulary has."""
 MOVES = re.compile(r"not compiled with cuda|no nvidia driver|no cuda gpus", re.IGNORECASE)
 """What torch says where code moves a tensor to a GPU, or makes it there, on a machine without one."""
 

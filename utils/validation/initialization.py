@@ -203,7 +203,8 @@ def _symmetric(adapter: ModelAdapter) -> list[Finding]:
         if not isinstance(child, kinds) or getattr(child, "groups", 1) > 1:
             continue
         for key, weight in child.named_parameters(recurse=False):
-            if weight.dim() < 2 or weight.shape[0] < 2 or id(weight) in seen or not weight.requires_grad:
+            # One number per unit is a gain.
+            if weight.dim() < 2 or weight.shape[0] < 2 or weight[0].numel() < 2 or id(weight) in seen:
                 continue
             seen.add(id(weight))
             rows = weight.detach()

@@ -55,12 +55,14 @@ def _cases(
     random = adapter.example_inputs(batch_size, length)
     names = {adapter.main_input, content_input(adapter)} if adapter.modality == "tokens" else {adapter.main_input}
 
-    def filled(value: float) -> dict[str, Tensor]:
-        return {key: torch.full_like(item, value) if key in names else item for key, item in random.items()}
+    def filled(value: float | dict[str, int]) -> dict[str, Tensor]:
+        chosen = value if isinstance(value, dict) else dict.fromkeys(names, value)
+        return {key: torch.full_like(item, chosen[key]) if key in names else item for key, item in random.items()}
 
     if adapter.modality == "tokens":
-        last = adapter.readable_ids() - 1
-        middle = last // 2
+        # Each input has a table of its own, and two languages have two vocabularies.
+        last = {name: adapter.readable_ids(name) - 1 for name in names}
+        middle = {name: top // 2 for name, top in last.items()}
         return [
             (f"random tokens, {size}", random),
             (f"one token repeated, {size}", filled(middle)),

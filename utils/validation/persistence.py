@@ -19,6 +19,7 @@ from utils.validation.check import Budget, Finding, Outcome
 from utils.validation.determinism import answer, example
 from utils.validation.hidden import Hidden, hidden_items
 from utils.validation.portability import Failure, dtypes, run_cast, run_elsewhere
+from utils.validation.probing import ModelCrash
 from utils.validation.registration import altered, influences
 from utils.validation.watching import alike
 
@@ -47,9 +48,12 @@ def check_persistence(adapter: ModelAdapter, budget: Budget) -> Outcome:
     for dtype in dtypes(adapter)[:1]:
         stuck += _left_behind(held, real, lambda moved, dtype=dtype: run_cast(adapter, dtype, moved))  # type: ignore[misc]
     for item in stuck:
-        _add(
-            findings, item.where, "stays where it is when the model is moved or cast, and the forward pass then raises"
-        )
+        what = "stays where it is when the model is moved or cast, and the forward pass then raises"
+        if not _made_anew(adapter, item):
+            _add(findings, item.where, what)
+        elif not _keyed_by_device(item):
+            # Whoever moves the model before the first call never meets it.
+            _add(findings, item.where, f"is kept from an earlier call; it {what}", "warn")
     for item in _trained(adapter, plain):
         _add(findings, item.where, "changes in train mode and the output depends on it, but state_dict() lacks it")
     buffers = _temporary_buffers(adapter.module)
@@ -65,12 +69,38 @@ def check_persistence(adapter: ModelAdapter, budget: Budget) -> Outcome:
     return Outcome(len(plain) + len(buffers), "none lost", why, list(findings.values()))
 
 
-def _add(findings: dict[str, Finding], where: str, what: str) -> None:
+def _made_anew(adapter: ModelAdapter, item: Hidden) -> bool:
+    """Tell whether forward makes a tensor again where it is missing, with the same answer."""
+    with preserved(adapter.module):
+        before = answer(adapter, example(adapter, 0))
+        for space, key, value in item.slots:
+            space[key] = type(value)() if isinstance(value, (dict, list)) else None
+        try:
+            return torch.equal(answer(adapter, example(adapter, 0)), before)
+        except ModelCrash:
+            return False
+        finally:
+            for space, key, value in item.slots:
+                space[key] = value
+
+
+def _keyed_by_device(item: Hidden) -> bool:
+    """Tell whether a tensor lies in a dict under its own device, where another device finds a place of its own."""
+    device = {str(item.tensors[0].device), item.tensors[0].device.type}
+    held = [value for _, _, value in item.slots if isinstance(value, dict)]
+    return bool(held) and all(any(str(part) in device for key in space for part in _parts(key)) for space in held)
+
+
+def _parts(key: Any) -> tuple[Any, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _add(findings: dict[str, Finding], where: str, what: str, severity: str = "fail") -> None:
     """Add a finding on one tensor, if there is none yet."""
     reproduction = f"print({where.rpartition('.')[2]!r}, [key for key in model.state_dict() if {where!r} in key])"
     hint = HINT.format(name=where.rpartition(".")[2])
     message = f"this tensor {what}"
-    findings.setdefault(where, Finding("buffer_not_registered", "fail", where, message, hint, reproduction))
+    findings.setdefault(where, Finding("buffer_not_registered", severity, where, message, hint, reproduction))
 
 
 def _lost(other: nn.Module | None) -> str:

@@ -140,14 +140,22 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
         return []
     probe = Probe(adapter, inputs)
     watch = AttentionWatch(adapter.module)
+    varying: set[str] = set()
+
+    def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        before = first_tensor(given)
+        if before is not None and before.is_floating_point() and before.dim() > 1 and _differ(before):
+            varying.add(name)
+
     try:
-        with watch:
+        with watch, observe(adapter.module, note):
             logits(adapter, inputs)
     finally:
         watch.remove()
     findings: list[Finding] = []
     for family in families:
-        blocks = [name for name in family if shapes_kept.get(name)]
+        # A block whose own stream is alike for all samples (learned queries that read the input) has no input to pass on.
+        blocks = [name for name in family if shapes_kept.get(name) and name in varying]
         lacking = [name for name in blocks if not passing[name] and probe.cuts(name)]
         if not lacking:
             continue
@@ -256,7 +264,7 @@ def _bare_part(probe: Probe, block: str, attending: set[str], sure: bool) -> str
 def _is_branch(module: nn.Module) -> bool:
     """Tell whether a part of a block does more than one linear map that keeps the width."""
     weights = [p for p in module.parameters() if p.dim() > 1]
-    return len(weights) > 1 or weights[0].shape[0] > weights[0].shape[1]
+    return len(weights) > 1 or weights[0].shape[0] > weights[0].shape[1] > 1
 
 
 def _must_be_bypassed(adapter: ModelAdapter, block: str, attending: set[str]) -> bool:

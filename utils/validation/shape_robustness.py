@@ -11,7 +11,7 @@ from utils.adapters.capture import first_tensor, named_tensors, observe, tensor_
 from utils.adapters.detection import config_number, kind_by_name
 from utils.adapters.lengths import Lengths
 from utils.adapters.model_adapter import ModelAdapter
-from utils.adapters.troubles import moves_to_gpu
+from utils.adapters.troubles import UNREADABLE, moves_to_gpu
 from utils.validation.check import Budget, Finding, Outcome
 from utils.validation.portability import DEVICE_HINT
 from utils.validation.probing import (
@@ -107,6 +107,9 @@ def _no_call(adapter: ModelAdapter) -> Outcome:
     if bad and moves_to_gpu(message):
         where = crash_site(adapter, bad)
         return Outcome("no call", "one call", "", [Finding("hardcoded_device", "fail", where, message, DEVICE_HINT)])
+    if bad and UNREADABLE in message:
+        where, hint = crash_site(adapter, bad), "Give the table that reads the ids as many rows as the vocabulary has."
+        return Outcome("no call", "one call", "", [Finding("vocab_mismatch", "fail", where, message, hint)])
     for size in OTHER_BATCH_SIZES if bad else ():
         try:
             good = adapter.example_inputs(size)

@@ -32,11 +32,25 @@ def zero_weights(adapter: ModelAdapter, inputs: dict[str, Tensor], head: str | N
     zeros = _zeros(adapter)
     suspects = [name for name in zeros if head is None or not name.startswith(f"{head}.")]
     matrices = [n for n in suspects if not n.endswith("bias") and adapter.module.get_parameter(n).numel() > 1]
-    if not matrices:
+    if not matrices or _is_last(adapter, inputs, matrices):
         return []
     return _cutting(adapter, inputs, [n for n in zeros if not n.endswith("bias")], matrices) or _trapped(
         adapter, inputs, zeros, matrices
     )
+
+
+def _is_last(adapter: ModelAdapter, inputs: dict[str, Tensor], names: list[str]) -> bool:
+    """Tell whether a lone zero matrix is a head that no module stands for: the logits are linear in it."""
+    if len(names) != 1:
+        return False
+    drawn = torch.randn_like(adapter.module.get_parameter(names[0]))
+    results = []
+    for factor in (0.0, 1.0, -1.0):
+        with parameters_as(adapter, names, lambda parameter, factor=factor: factor * drawn):  # type: ignore[misc]
+            results.append(logits(adapter, inputs).double())
+    zero, there, back = results
+    # A rectifier after it would keep one sign only.
+    return float((there + back - 2 * zero).abs().max()) <= 1e-5 * float((there - back).abs().max())
 
 
 def _zeros(adapter: ModelAdapter) -> list[str]:
