@@ -118,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     link.add_argument(
         "--publish", action="store_true", help="also add the copy to the Gist; needs GITHUB_TOKEN with the scope gist"
     )
+    link.add_argument("--replace", action="store_true", help="replace a notebook of that name in the Gist")
     return parser
 
 
@@ -211,7 +212,7 @@ def _export(options: argparse.Namespace) -> int:
 def _link(options: argparse.Namespace) -> int:
     from utils.loading.links import model_link
 
-    link = model_link(options.model, options.notebook, options.output, publish=options.publish)
+    link = model_link(options.model, options.notebook, options.output, options.publish, options.replace)
     print(json.dumps(link.to_dict(), indent=2) if options.json else link)
     return 0
 

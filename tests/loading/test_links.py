@@ -60,6 +60,25 @@ def test_publishing_adds_the_copy_to_the_gist(gist, tmp_path, monkeypatch):
     assert gist.requests[-1][1]["Authorization"] == "Bearer secret-token"
 
 
+def test_what_is_in_the_gist_is_not_overwritten_unasked(gist, tmp_path, monkeypatch):
+    """A notebook of that name may hold somebody's work."""
+    monkeypatch.setenv("GITHUB_TOKEN", "token")
+    gist.answers[f"/gists/{gist.identifier}"]["files"]["template.ipynb"] = {"content": "{}"}
+    with pytest.raises(ConfigError, match="already holds template.ipynb"):
+        model_link(gist.identifier, directory=tmp_path, publish=True)
+    assert gist.changes == []
+    assert model_link(gist.identifier, directory=tmp_path, publish=True, replace=True).published
+
+
+def test_an_edited_copy_stays(tmp_path):
+    """The next copy gets another name; an equal one is written over itself."""
+    first = prefilled_notebook("template", "example:gpt", tmp_path)
+    assert prefilled_notebook("template", "example:gpt", tmp_path).path == first.path
+    Path(first.path).write_text("edited")
+    second = prefilled_notebook("template", "example:gpt", tmp_path)
+    assert second.path.endswith("template-example-gpt-2.ipynb") and Path(first.path).read_text() == "edited"
+
+
 def test_publishing_without_a_token_says_how_to_get_one(gist, tmp_path):
     """Nothing is sent."""
     with pytest.raises(FetchError, match=r"there is no access token. Expected GITHUB_TOKEN .* scope gist"):

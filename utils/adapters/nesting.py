@@ -34,11 +34,6 @@ def rebuilt(template: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str,
     return filled | {name: value for name, value in inputs.items() if name.split(".")[0] not in template}
 
 
-def is_nested(arguments: Mapping[str, Any]) -> bool:
-    """Tell whether any argument has structure."""
-    return any(_is_nested(value) for value in arguments.values())
-
-
 def _is_nested(value: Any) -> bool:
     return isinstance(value, (Mapping, list, tuple)) and not isinstance(value, torch.Size)
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of positions that do not count, as in `torch.nn.functional.cross_entropy`."""
 
+SWITCHED_OFF = -1e4
+"""Score of a class that a model rules out."""
+
 REAL_VALUED = ("regression", "embedding")
 """Tasks whose targets are numbers rather than classes."""
 
@@ -59,7 +62,13 @@ def random_labels(task: str, logits: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, "labels"))
     if task in REAL_VALUED:
         return torch.randn(logits.shape, generator=generator).to(logits.device)
-    return torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator).to(logits.device)
+    drawn = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator).to(logits.device)
+    # A class that the model switches off is never a label.
+    off = (logits.detach() <= SWITCHED_OFF).flatten(0, -2).all(0) if logits.dim() > 1 else None
+    if off is None or not bool(off.any()) or bool(off.all()):
+        return drawn
+    allowed = (~off).nonzero()[:, 0]
+    return allowed[drawn % len(allowed)]
 
 
 def distinct_labels(shape: tuple[int, ...], classes: int, seed: int = 0) -> Tensor:

@@ -103,7 +103,7 @@ def prefilled_notebook(notebook: str, reference: str, directory: Path | str = ".
     text = filled_notebook(notebook, reference)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder.", "Expected an existing one.", "Make it first.")
-    path = folder / f"{notebook}-{_slug(reference)}.ipynb"
+    path = _free(folder / f"{notebook}-{_slug(reference)}.ipynb", text)
     write_atomic(path, text)
     steps = ["Open the copy: on Drive by double-click, in Colab with File > Upload notebook, or locally with Jupyter."]
     return NotebookLink(reference, str(path), "", False, tuple(steps + _unstamped()))
@@ -114,6 +114,7 @@ def model_link(
     notebook: str = "template",
     directory: Path | str = ".",
     publish: bool = False,
+    replace: bool = False,
     client: GitHubClient | None = None,
 ) -> NotebookLink:
     """Make the link that opens a notebook with a model already filled in.
@@ -123,11 +124,12 @@ def model_link(
         notebook: ``"template"`` or ``"training"``.
         directory: Where the copy is written.
         publish: Whether to add the copy to the Gist, which needs ``GITHUB_TOKEN`` with the scope ``gist``.
+        replace: Whether a notebook of that name in the Gist may be replaced.
         client: Connection to GitHub's API.
 
     Raises:
         ModelReferenceError: The reference cannot be understood.
-        ConfigError: See `prefilled_notebook`; or publishing something that is no Gist.
+        ConfigError: See `prefilled_notebook`; or publishing something that is no Gist, or over what is there.
         FetchError: The Gist does not exist, or cannot be changed.
     """
     parsed = parse_reference(reference)
@@ -152,6 +154,13 @@ def model_link(
     name = f"{notebook}.ipynb"
     address = f"https://colab.research.google.com/gist/{login}/{parsed.target}/{name}"
     if publish:
+        present = answer.get("files")
+        if isinstance(present, dict) and name in present and not replace:
+            raise ConfigError(
+                f"{what} already holds {name}.",
+                "What is there is not overwritten unasked.",
+                "Run again with --replace, or remove it from the Gist first.",
+            )
         content = Path(written.path).read_text(encoding="utf-8")
         path = f"/gists/{quote(parsed.target, safe='')}"
         client.patch_json(path, {"files": {name: {"content": content}}}, what)
@@ -162,6 +171,15 @@ def model_link(
             "then the link opens it."
         ]
     return NotebookLink(parsed.text, written.path, address, publish, tuple(steps + _unstamped()))
+
+
+def _free(path: Path, text: str) -> Path:
+    """Return a path that is not taken by another text: what somebody has worked on is never overwritten."""
+    number, free = 1, path
+    while free.exists() and free.read_text(encoding="utf-8", errors="replace") != text:
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
 
 
 def _slug(reference: str) -> str:

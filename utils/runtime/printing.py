@@ -42,7 +42,11 @@ class _Catcher(io.TextIOBase):
 
     def __init__(self, original: TextIO, elsewhere: Any, printed: Printed) -> None:
         self._original, self._elsewhere, self._printed = original, elsewhere, printed
-        self._thread = threading.get_ident()
+        self._thread: int | None = threading.get_ident()
+
+    def release(self) -> None:
+        """Pass everything on from now on: a log handler may have kept this stream for good."""
+        self._thread, self._elsewhere = None, self._original
 
     def write(self, text: str) -> int:
         """Count or pass on."""
@@ -78,6 +82,9 @@ def captured_output() -> Iterator[Printed]:
             _Catcher(stream, copy or stream, printed) if stream is not None else None
             for stream, copy in zip(streams, copies, strict=True)
         ]
+        for catcher in catchers:
+            if catcher is not None:
+                stack.callback(catcher.release)
         sys.stdout, sys.stderr = catchers
         yield printed
 

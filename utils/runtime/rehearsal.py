@@ -29,7 +29,6 @@ BUSY_SHARE = 0.1
 """A child that used less of its time than this was waiting for something, possibly for what forking took away."""
 NOTABLE_BYTES = 1e9
 FIELD = 512
-OUTCOMES = ("survived", "died", "timed_out", "out_of_memory", "inconclusive")
 
 
 @dataclass(frozen=True)

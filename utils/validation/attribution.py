@@ -44,8 +44,8 @@ class Attribution:
 
     @property
     def error(self) -> float:
-        """The gap as a share of all contributions, ``|gap| / sum |values|``."""
-        return abs(self.gap) / max(float(self.values.abs().sum()), abs(self.change), 1e-30)
+        """The gap as a share of what was to be explained, ``|gap| / |change|``."""
+        return abs(self.gap) / max(abs(self.change), 1e-12)
 
 
 def integrated_gradients(
@@ -163,7 +163,7 @@ def check_attribution(adapter: ModelAdapter, budget: Budget) -> Outcome:
     }
     trust = "they can be trusted" if found.error < 0.05 else "do not trust their sizes: they do not add up"
     agrees = "occlusion was not run" if agreement is None else f"rank correlation with occlusion {agreement:.2f}"
-    why = f"contributions add up to {1 - found.error:.1%} ({trust}); {agrees}"
+    why = f"contributions miss {found.error:.1%} of the change they explain: {trust}; {agrees}"
     return Outcome(found.error, None, why, (), details, _pictures(adapter, inputs, found, per_part, falls))
 
 

@@ -241,6 +241,6 @@ def looks_causal(adapter: ModelAdapter, inputs: Mapping[str, Any], before: Tenso
     """Tell whether the first position is blind to the last token, up to the model's noise."""
     ids = inputs[adapter.main_input].clone()
     ids[:, -1] = (ids[:, -1] + 1) % adapter.readable_ids()
-    after = logits(adapter, {**inputs, adapter.main_input: ids})
+    after = logits(adapter, {**inputs, adapter.main_input: ids}, whole=True)
     noise = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
     return bool((after[:, 0] - before[:, 0]).abs().max() <= noise)

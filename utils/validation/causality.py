@@ -242,11 +242,13 @@ def _test_longest(adapter: ModelAdapter, budget: Budget, tried: list[dict[str, A
     full = adapter.legal_length(min(limit, LONGEST_LENGTH))
     each = forward_seconds(adapter, longest) * full / longest / len(names)
     count = min(len(names), max(1, int(budget.remaining() / (3 * each))))
-    budget.reduced.append(f"at length {full} the first {count} of {len(names)} blocks were tried")
     try:
-        return _test_length(adapter, full, (full - 1,), tried, _output_of_block(names[count - 1]))
-    except (LookupError, ModelCrash):
+        found = _test_length(adapter, full, (full - 1,), tried, _output_of_block(names[count - 1]))
+    except (LookupError, ModelCrash) as error:
+        budget.reduced.append(f"not tried at length {full}: {error}")
         return None
+    budget.reduced.append(f"at length {full} the first {count} of {len(names)} blocks were tried")
+    return found
 
 
 def _output_of_block(name: str) -> Callable[[ModelAdapter, Mapping[str, Any]], Tensor]:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from utils.adapters.capture import first_tensor, named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.seeding import seed_streams
-from utils.validation.probing import ModelCrash, guarded, has_length
+from utils.validation.probing import ModelCrash, guarded, has_length, live
 from utils.validation.substitution import noise, parameters_as
 from utils.validation.watching import Running, running_modules
 
@@ -123,7 +123,7 @@ def outputs(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, Tenso
             return adapter.forward(inputs)
 
     found = named_tensors(guarded(adapter, inputs, "", call))
-    return {path: tensor for path, tensor in found if tensor.is_floating_point()}
+    return {path: live(adapter, tensor, path) for path, tensor in found if tensor.is_floating_point()}
 
 
 @contextmanager

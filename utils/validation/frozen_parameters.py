@@ -144,7 +144,7 @@ def _is_low_rank(adapter: ModelAdapter, name: str, parameter: Tensor) -> bool:
 def last_wide_module(adapter: ModelAdapter) -> str | None:
     """Return the last module to finish whose output is as wide as the logits and that has no parts."""
     found: list[str] = []
-    width = logits(adapter, training_inputs(adapter)).shape[-1:]
+    width = logits(adapter, training_inputs(adapter), whole=True).shape[-1:]
 
     def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.shape[-1:] == width and next(child.children(), None) is None:

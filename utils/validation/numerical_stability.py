@@ -77,7 +77,7 @@ def _problem(
     adapter: ModelAdapter, inputs: dict[str, Tensor], situation: str, tried: list[dict[str, Any]]
 ) -> str | None:
     """Run one input and describe what is not finite."""
-    result = logits(adapter, inputs, situation)
+    result = logits(adapter, inputs, situation, whole=True)
     if not result.is_floating_point():
         result = result.float()
     low, high = (float(value) for value in torch.aminmax(result)) if result.numel() else (0.0, 0.0)

@@ -44,7 +44,6 @@ PAIRING_HINT = (
     "or in the data loader (`targets` already moved by one), never in both."
 )
 DETACHED_HINT = "Remove detach(), item() or no_grad() around the loss."
-SIGN_HINT = "Minimise the negative log-likelihood; look for a lost minus."
 LOSS_HINT = "Use torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()) and its mean over labels."
 
 
@@ -68,7 +67,7 @@ def check_objective(adapter: ModelAdapter, budget: Budget) -> Outcome:
     inputs = adapter.example_inputs(
         TEXTS if tokens else BATCH, adapter.legal_length(_length(adapter)) if tokens else None
     )
-    result = logits(adapter, inputs)
+    result = logits(adapter, inputs, whole=True)
     if (task in REAL_VALUED or result.dim() < 2 or result.shape[-1] < 2) and name is None:
         raise Skipped("the output is real-valued and forward takes no labels: any loss may be right")
     returned = Returned("scores")

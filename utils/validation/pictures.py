@@ -84,8 +84,10 @@ def heat_image(values: np.ndarray, label: str, size: int, low: float | None = No
         high: Value of the lightest colour; the largest finite one by default.
     """
     finite = values[np.isfinite(values)]
-    low = float(finite.min()) if low is None and finite.size else low or 0.0
-    high = float(finite.max()) if high is None and finite.size else high or 1.0
+    if low is None:
+        low = float(finite.min()) if finite.size else 0.0
+    if high is None:
+        high = float(finite.max()) if finite.size else 1.0
     data = base64.b64encode(png(colours(values, low, high))).decode()
     rows, columns = values.shape
     width, height = (
@@ -130,7 +132,7 @@ def line_chart(
         caption: What to see.
     """
     values = [v for line in series.values() for v in line if math.isfinite(v)]
-    low, high = min(0.0, *values), max(values) if values else 1.0
+    low, high = min([0.0, *values]), max(values, default=1.0)
     high = high if high > low else low + 1.0
     left, right = min(positions), max(positions)
     span = (right - left) or 1.0

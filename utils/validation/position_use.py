@@ -8,7 +8,7 @@ from utils.validation.check import Budget, Outcome, Skipped
 from utils.validation.pictures import line_chart
 from utils.validation.responses import affordable_samples, answers, distance, sample_inputs, text_length
 from utils.validation.sensitivity import other_tokens
-from utils.validation.statistics import bootstrap
+from utils.validation.statistics import mean_interval
 
 LENGTH = 64
 DISTANCES = 16
@@ -31,7 +31,7 @@ def check_position_use(adapter: ModelAdapter, budget: Budget) -> Outcome:
         changed = ids.clone()
         changed[:, place - steps] = other_tokens(adapter, ids, generator)[:, place - steps]
         moved = distance(adapter, base, answers(adapter, {**inputs, adapter.main_input: changed}))
-        interval = bootstrap(moved.double().cpu().numpy())
+        interval = mean_interval(moved.double().cpu().numpy())
         means.append(interval.mean)
         lows.append(interval.low)
         highs.append(interval.high)

@@ -22,6 +22,9 @@ UNBOUNDED_LENGTH = 512
 """Length that stands for "long" when a model states no maximum."""
 LARGEST_LOGITS = 400e6
 LONGEST_LENGTH = 4096
+OFF = -1e4
+"""A score that no real class has: models that switch classes off use this, more, or minus infinity."""
+_LIVE: WeakKeyDictionary[ModelAdapter, dict[tuple[str, int], Tensor | None]] = WeakKeyDictionary()
 _SECONDS: WeakKeyDictionary[ModelAdapter, dict[tuple[int | None, int], float]] = WeakKeyDictionary()
 
 
@@ -85,8 +88,14 @@ def crash_site(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> str:
     return adapter.name
 
 
-def logits(adapter: ModelAdapter, inputs: Mapping[str, Any], situation: str = "") -> Tensor:
+def logits(adapter: ModelAdapter, inputs: Mapping[str, Any], situation: str = "", whole: bool = False) -> Tensor:
     """Return the logits without a gradient, on the same random streams each time.
+
+    Args:
+        adapter: The model.
+        inputs: A batch.
+        situation: The input in words, for a crash.
+        whole: Whether to keep classes that are switched off; see `live`.
 
     Raises:
         ModelCrash: The model raised.
@@ -99,7 +108,30 @@ def logits(adapter: ModelAdapter, inputs: Mapping[str, Any], situation: str = ""
             return adapter.logits(inputs)
 
     result: Tensor = guarded(adapter, inputs, situation, call)
-    return result
+    return result if whole else live(adapter, result)
+
+
+def live(adapter: ModelAdapter, result: Tensor, path: str = "") -> Tensor:
+    """Leave out the classes that a model switches off by minus infinity or a huge negative number.
+
+    They carry nothing, and beside their size every real difference would pass for rounding. Which they are is settled
+    by the first output seen.
+
+    Args:
+        adapter: The model.
+        result: ``(..., classes)``.
+        path: Where in the output it is, when it is not the logits.
+    """
+    if not result.is_floating_point() or result.dim() < 2 or not result.numel():
+        return result
+    kept = _LIVE.setdefault(adapter, {})
+    key = (path, result.shape[-1])
+    if key not in kept:
+        # NaN is no way to switch off: it compares as live, and stays in sight.
+        off = (result.detach() <= OFF).flatten(0, -2).all(0)
+        kept[key] = (~off).nonzero()[:, 0] if bool(off.any()) and int((~off).sum()) > 1 else None
+    columns = kept[key]
+    return result if columns is None else result[..., columns.to(result.device)]
 
 
 def content_input(adapter: ModelAdapter) -> str:

@@ -171,6 +171,8 @@ class ValidationReport:
     def to_json(self, path: Path | str | None = None) -> str:
         """Return the report as JSON and, given a path, write it there as well."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        # A message may quote text of the model that no encoding can hold.
+        text = text.encode("utf-8", "replace").decode("utf-8")
         if path is not None:
             write_atomic(Path(path), text)
         return text

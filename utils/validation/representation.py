@@ -30,6 +30,8 @@ class Moments:
     """Length of the vectors."""
     count: int = 0
     """Vectors seen."""
+    pointing: int = 0
+    """Those of them that are not zero."""
     total: Tensor = field(init=False)
     """Sum of the vectors."""
     products: Tensor = field(init=False)
@@ -49,7 +51,10 @@ class Moments:
         self.count += len(rows)
         self.total += rows.sum(0)
         self.products += rows.T @ rows
-        self.directions += (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)).sum(0)
+        lengths = rows.norm(dim=1, keepdim=True)
+        pointing = lengths[:, 0] > 0
+        self.pointing += int(pointing.sum())
+        self.directions += (rows[pointing] / lengths[pointing]).sum(0)
 
     def spectrum(self) -> Tensor:
         """Return the eigenvalues of the covariance, largest first, none below zero."""
@@ -58,10 +63,10 @@ class Moments:
         return torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
 
     def mean_cosine(self) -> float:
-        """Return the mean cosine between two different vectors."""
-        if self.count < 2:
+        """Return the mean cosine between two different vectors, those of length zero left out."""
+        if self.pointing < 2:
             return float("nan")
-        return float((self.directions.square().sum() - self.count) / (self.count * (self.count - 1)))
+        return float((self.directions.square().sum() - self.pointing) / (self.pointing * (self.pointing - 1)))
 
 
 def effective_rank(eigenvalues: Tensor) -> float:

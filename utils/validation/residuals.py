@@ -154,7 +154,7 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
         watch.remove()
     findings: list[Finding] = []
     for family in families:
-        # A block whose own stream is alike for all samples (learned queries that read the input) has no input to pass on.
+        # A block whose own stream is alike for all samples, as learned queries are, has no input to pass on.
         blocks = [name for name in family if shapes_kept.get(name) and name in varying]
         lacking = [name for name in blocks if not passing[name] and probe.cuts(name)]
         if not lacking:

@@ -96,7 +96,8 @@ def embedding_transform(adapter: ModelAdapter, ids: Tensor, transform: Transform
     def hook(child: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         given = args[0] if args else None
         same = isinstance(given, Tensor) and given.shape == ids.shape and bool((given == ids).all())
-        if not same or not isinstance(output, Tensor):
+        # A second table over the same ids (value or hash embeddings) keeps what it gives.
+        if seen or not same or not isinstance(output, Tensor):
             return None
         seen.append(output.detach())
         return transform(output)

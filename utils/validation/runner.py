@@ -123,9 +123,8 @@ def run_check(
         outcome = Outcome(CRASHED, "no crash", str(crash), (finding,))
     except AdapterError as error:
         skipped, could_not_run = f"could not run: {first_line(error)}", True
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
+        # Anything else, Ctrl-C and an alarm of the caller's own among it, is not the model's doing and passes through.
         kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
         skipped, could_not_run = f"could not run: {kind}: {first_line(error)}", True
     finally:

@@ -11,7 +11,7 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Budget, Outcome, Skipped
 from utils.validation.pictures import heat_grid
 from utils.validation.responses import affordable_samples, answers, distance, sample_inputs, with_content
-from utils.validation.statistics import bootstrap
+from utils.validation.statistics import mean_interval
 
 SHARE = 0.1
 NOISE = 0.15
@@ -70,7 +70,7 @@ def check_saliency(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
     salient = moved(maps)
     random = torch.stack([moved(torch.rand(maps.shape, generator=generator).to(maps)) for _ in range(CONTROLS)]).mean(0)
-    gain = bootstrap((salient - random).double().cpu().numpy())
+    gain = mean_interval((salient - random).double().cpu().numpy())
     ratio = float(salient.mean() / random.mean().clamp_min(1e-30))
     better = gain.low > 0
     why = (

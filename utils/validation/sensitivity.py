@@ -21,7 +21,7 @@ from utils.validation.responses import (
     text_length,
     with_content,
 )
-from utils.validation.statistics import Interval, bootstrap
+from utils.validation.statistics import Interval, mean_interval
 
 NOISE_LEVELS = (0.01, 0.03, 0.1, 0.3)
 REPEATS = 4
@@ -49,7 +49,7 @@ def check_sensitivity(adapter: ModelAdapter, budget: Budget) -> Outcome:
         # Repeats of one sample are not independent: each sample counts once, with its mean.
         with torch.no_grad():
             moved = torch.stack([distance(adapter, base, change()) for _ in range(REPEATS)]).mean(0)
-        return bootstrap(moved.double().cpu().numpy())
+        return mean_interval(moved.double().cpu().numpy())
 
     found: dict[str, Interval] = {}
     content = content_of(adapter, inputs)

@@ -52,7 +52,7 @@ def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if adapter.failure is not None:
         return _no_call(adapter)
     standard = adapter.example_inputs(2)
-    reference = tuple(logits(adapter, standard).shape)
+    reference = tuple(logits(adapter, standard, whole=True).shape)
     findings: list[Finding] = []
     tried: list[dict[str, object]] = []
 
@@ -61,7 +61,7 @@ def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
         entry: dict[str, object] = {"input": situation, "expected": str(expected)}
         tried.append(entry)
         try:
-            shape = tuple(logits(adapter, inputs, situation).shape)
+            shape = tuple(logits(adapter, inputs, situation, whole=True).shape)
         except ModelCrash as crash:
             entry["error"] = str(crash)
             where = crash.where if _table_too_short(adapter, crash.where) else shape_origin(adapter, standard, inputs)
@@ -270,7 +270,7 @@ def _try_images(adapter: ModelAdapter, budget: Budget, reference: tuple[int, ...
     def run(height: int, width: int) -> ModelCrash | tuple[int, ...]:
         inputs = _image(adapter, height, width)
         try:
-            return tuple(logits(adapter, inputs, f"image of {height} x {width}").shape)
+            return tuple(logits(adapter, inputs, f"image of {height} x {width}", whole=True).shape)
         except ModelCrash as crash:
             return crash
 

@@ -48,7 +48,8 @@ class Shown:
     def _repr_html_(self) -> str:
         drawn = "".join(picture.html() for picture in self.pictures)
         tables = "".join(result_html(result) for result in self.results)
-        return f"<div><p><b>{escape(self.code)}</b> {escape(self.text)}</p>{drawn}{tables}</div>"
+        head = f"<p><b>{escape(self.code)}</b> {escape(self.text)}</p>"
+        return f'{tables}<div class="seedbed-report">{head}<div class="pictures">{drawn}</div></div>'
 
 
 def reproduce(code: str, adapter: ModelAdapter, checks: Sequence[Check]) -> Shown:

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES = 1000
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -24,22 +22,23 @@ class Interval:
         return f"{self.mean:.3g} (95% {self.low:.3g} to {self.high:.3g}, n = {self.count})"
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
-    """Return the mean of independent values with a percentile bootstrap interval (Efron, 1979).
+def mean_interval(values: np.ndarray) -> Interval:
+    """Return the mean of independent values with Student's t interval, which holds for few of them too.
 
     Args:
-        values: ``(n,)``.
-        seed: Seed of the resampling.
+        values: ``(n,)``; a single one has an interval without ends.
 
     Raises:
         ValueError: There is no value.
     """
-    if not len(values):
+    from scipy.special import stdtrit
+
+    count = len(values)
+    if not count:
         raise ValueError("An interval needs at least one value.")
-    generator = np.random.default_rng(seed)
-    means = values[generator.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high), len(values))
+    mean = float(values.mean())
+    half = float(stdtrit(count - 1, 0.975) * values.std(ddof=1) / np.sqrt(count)) if count > 1 else float("inf")
+    return Interval(mean, mean - half, mean + half, count)
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:

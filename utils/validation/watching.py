@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from utils.adapters.capture import named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
 
+HUGE = 1e4
+"""Numbers from here on are compared among themselves."""
 NUMBERS = (bool, int, float)
 
 
@@ -216,9 +218,17 @@ def change(first: Tensor, second: Tensor) -> float:
         return 0.0
     if not first.is_floating_point():
         return float((first != second).any())
-    a, b = first.detach().double().nan_to_num(), second.detach().double().nan_to_num()
-    if not torch.equal(first.isnan(), second.isnan()):
+    a, b = first.detach().double(), second.detach().double()
+    finite = torch.isfinite(a)
+    # What is infinite must be the same infinity in both; NaN equals NaN.
+    if not torch.equal(finite, torch.isfinite(b)) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
         return float("inf")
-    largest = float((a - b).abs().max())
-    scale = float(torch.maximum(a.abs().max(), b.abs().max()))
-    return largest if largest > 64 * torch.finfo(first.dtype).eps * scale else 0.0
+    a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
+    # The huge numbers that switch classes off are no measure for the others.
+    ordinary = (a.abs() < HUGE) & (b.abs() < HUGE)
+    largest = 0.0
+    for part in (ordinary, ~ordinary):
+        if bool(part.any()):
+            gap, scale = float((a - b)[part].abs().max()), float(torch.maximum(a[part].abs(), b[part].abs()).max())
+            largest = max(largest, gap if gap > 64 * torch.finfo(first.dtype).eps * scale else 0.0)
+    return largest
