@@ -66,7 +66,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_named_by_their_tensor(name):
     act, setup, where = FAULTS[name]
-    # A buffer whose values only look random is proved by a second instance, and this class cannot be built without help.
+    # Values that only look random are proved by a second instance, and this class cannot be built without help.
     severity = "warn" if name == "random and temporary" else "fail"
     assert found(check_persistence, Model(act, setup)) == [(CODE, severity, where)]
 
