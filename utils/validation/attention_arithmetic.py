@@ -25,7 +25,7 @@ BATCH = 3
 SMALLEST_WIDTH = 3
 LARGEST_SCALE = 0.9
 """A product that is multiplied by this or more is not scaled at all."""
-ABSORBED = 1.6
+ABSORBED = 1.9
 """Queries may be larger than keys over the root of the width by this factor and still count as scaled at the start."""
 STATED_SCALE = re.compile(r"scal|multiplier|temperature|alpha", re.IGNORECASE)
 SINGLE = "which has a single element"
