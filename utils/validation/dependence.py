@@ -18,7 +18,7 @@ from utils.adapters.capture import first_tensor, named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.seeding import seed_streams
 from utils.validation.probing import ModelCrash, guarded, has_length, live
-from utils.validation.substitution import noise, parameters_as
+from utils.validation.substitution import faint_gains, noise, parameters_as
 from utils.validation.watching import Running, running_modules
 
 LARGEST_TWIN = 5_000_000
@@ -128,14 +128,14 @@ def outputs(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, Tenso
 
 @contextmanager
 def without_zeros(adapter: ModelAdapter) -> Iterator[None]:
-    """Let parameters that are all zero hold noise inside the block."""
+    """Let parameters that are all zero hold noise inside the block, and gains that start small hold ones."""
     names = [
         name
         for name, parameter in adapter.module.named_parameters()
         if parameter.is_floating_point() and parameter.numel() and not bool(parameter.detach().flatten()[0])
         and not bool(parameter.detach().any()) and not name.endswith("bias")
     ]  # fmt: skip
-    with parameters_as(adapter, names, noise):
+    with parameters_as(adapter, names, noise), parameters_as(adapter, faint_gains(adapter), torch.ones_like):
         yield
 
 

@@ -23,6 +23,7 @@ from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.gradient_reach import training_inputs
 from utils.validation.probing import forward_seconds, guarded, has_length
 from utils.validation.residuals import missing_residuals
+from utils.validation.substitution import faint_gains, parameters_as
 from utils.validation.untrained import BATCH_NORM, enough_samples, normalise_batches
 from utils.validation.weight_scales import weight_faults
 
@@ -62,7 +63,8 @@ def check_signal_propagation(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if not any(p.dim() > 1 for p in adapter.module.parameters()):
         raise Skipped("the model has no layers")
     inputs = enough_samples(adapter)
-    loss, places = gradient_by_depth(adapter, inputs)
+    with parameters_as(adapter, faint_gains(adapter), torch.ones_like):
+        loss, places = gradient_by_depth(adapter, inputs)
     findings = missing_residuals(adapter, training_inputs(adapter)) if _two_samples(adapter) else []
     if math.isfinite(loss):
         # Blocks without skip connections lose the gradient for that reason.

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from utils.adapters.model_adapter import ModelAdapter
 
+FAINT = 0.01
+"""Largest gain that counts as small."""
+
 
 @contextmanager
 def parameters_as(adapter: ModelAdapter, names: Iterable[str], make: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -50,6 +53,24 @@ def refreshed(module: nn.Module) -> Iterator[None]:
     finally:
         for child, kept in recurrent:
             child._flat_weights = kept
+
+
+def faint_gains(adapter: ModelAdapter) -> list[str]:
+    """Return the names of learned gains that all start at one small number.
+
+    CaiT's LayerScale lets branches grow from 1e-5 on; what comes through them is faint at first and not lost.
+    """
+    names = []
+    for name, parameter in adapter.module.named_parameters():
+        if (
+            parameter.requires_grad
+            and parameter.is_floating_point()
+            and parameter.numel() > 1 >= parameter.squeeze().dim()
+        ):
+            first = float(parameter.detach().flatten()[0])
+            if 0 < abs(first) <= FAINT and bool((parameter.detach() == first).all()):
+                names.append(name)
+    return names
 
 
 def zero(parameter: Tensor) -> Tensor:
