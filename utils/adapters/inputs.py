@@ -11,7 +11,7 @@ from utils.adapters.detection import CONFIG_KEYS, Detection, config_number, kind
 
 CONVOLVED_LENGTHS = (64, 100, 128, 256, 512, 1024, 16000)
 LONGEST_PROBE = 2048
-PROBE_SECONDS = 0.12
+PROBE_SECONDS = 1.0
 
 
 def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int, int], str]]:

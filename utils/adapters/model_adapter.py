@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from utils.adapters.capture import named_tensors, tensor_at
 from utils.adapters.description import facts, facts_table
 from utils.adapters.detection import (
+    DECODER_INPUTS,
     LABEL_INPUTS,
     Detection,
     EmbeddingUse,
@@ -35,7 +36,7 @@ from utils.adapters.logits import USUAL, arranged, choose_logits, confirmed_arra
 from utils.adapters.nesting import flattened, rebuilt
 from utils.adapters.objectives import random_labels, task_loss
 from utils.adapters.plans import InputPlan, example_plan, input_plans
-from utils.adapters.roles import is_content
+from utils.adapters.roles import is_content, is_text
 from utils.adapters.spec import ModelSource, ModelSpec
 from utils.adapters.tasks import ASSUMED, find_task
 from utils.adapters.troubles import UNREADABLE, first_line, gpu_missing, needs_gpu, none_succeeded, tensor_missing
@@ -261,6 +262,16 @@ class ModelAdapter:
         """Number of classes or targets; None for language models."""
         return find_num_labels(self, self._probe_shape)
 
+    @cached_property
+    def content_input(self) -> str:
+        """Name of the input whose positions the answer of an encoder-decoder follows: the decoder's."""
+        if usual := next((name for name in self.input_names if name in DECODER_INPUTS), None):
+            return usual
+        # Under other names it is the text that is as long as the answer; of equally long ones, the second.
+        texts = {name: value.shape for name, value in self.example_inputs().items() if is_text(name, value)}
+        fitting = [name for name, shape in texts.items() if shape[1:2] == self._probe_shape[1:2]]
+        return fitting[-1] if fitting else self.main_input
+
     @property
     def probe_length(self) -> int:
         """Tokens per sample of the first pass that succeeded."""
@@ -359,7 +370,7 @@ class ModelAdapter:
         original = self.module
         attempts: list[str] = []
         if self.spec.example_inputs is not None:
-            plans: Iterator[InputPlan] = iter([example_plan(self.spec.example_inputs)])
+            plans: Iterator[InputPlan] = iter([example_plan(self.spec)])
         else:
             plans = input_plans(self.module, self.name, self.config, self._signature)
         first: InputPlan | None = None

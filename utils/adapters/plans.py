@@ -26,6 +26,7 @@ from utils.adapters.inputs import (
 )
 from utils.adapters.nesting import flattened
 from utils.adapters.roles import are_twins, role_of, string_keys
+from utils.adapters.spec import ModelSpec
 from utils.runtime.errors import AdapterError
 
 PROBE_LENGTHS = (12, 16, 32, 64, 128)
@@ -75,12 +76,13 @@ class Arguments:
     """As in `InputPlan`."""
 
 
-def example_plan(examples: Mapping[str, Any]) -> InputPlan:
+def example_plan(spec: ModelSpec) -> InputPlan:
     """Read the plan off inputs that the user gave.
 
     Raises:
         AdapterError: There is no tensor with a batch dimension among them.
     """
+    examples = spec.example_inputs or {}
     flat = flattened(examples)
     name = main_example(flat)
     if name is None:
@@ -91,7 +93,8 @@ def example_plan(examples: Mapping[str, Any]) -> InputPlan:
         )
     main = flat[name]
     # One id per sample is a column of a table, not a text.
-    tokens = not main.is_floating_point() and main.dim() > 1
+    column = main.dim() < 2 or (main.shape[1:] == (1,) and spec.task is None and spec.vocab_size is None)
+    tokens = not main.is_floating_point() and not column
     modality = "tokens" if tokens else "image" if main.dim() == 4 else "features"
     others = (key for key, value in flat.items() if isinstance(value, Tensor) and key != name)
     return InputPlan(

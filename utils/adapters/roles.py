@@ -9,7 +9,8 @@ import re
 import textwrap
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 ROLES = {
     "labels": re.compile(r"^(targets|labels|target|y)$"),
@@ -56,6 +57,12 @@ def role_of(name: str, annotation: Any = None) -> str | None:
 def is_content(name: str) -> bool:
     """Tell whether an optional argument carries content of its own, such as an image beside a text."""
     return role_of(name) is None and not PLAIN.match(name)
+
+
+def is_text(name: str, value: Any) -> bool:
+    """Tell whether an input is token ids ``(batch, seq)``, rather than a mask, positions or a number per sample."""
+    whole = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+    return whole and value.dim() == 2 and role_of(name) is None
 
 
 def are_twins(first: str, second: str) -> bool:

@@ -130,16 +130,15 @@ def _cases(adapter: ModelAdapter, length: int | None, batches: bool) -> dict[str
     large = adapter.num_parameters > LARGE_MODEL
     random = adapter.example_inputs(3 if large else 2, length)
     names = {adapter.main_input, content_input(adapter)}
-    if adapter.modality == "tokens":
-        value: float = (adapter.readable_ids() - 1) // 2
-    else:
-        value = 0.0
+    # Each input has a table of its own, and two languages have two vocabularies.
+    tokens = adapter.modality == "tokens"
+    value = {key: (adapter.readable_ids(key) - 1) // 2 if tokens else 0 for key in names}
     if large:
         # Weights cost more than samples: one pass for both, most rows of it random.
         for key in names:
-            random[key] = torch.cat((random[key][:2], torch.full_like(random[key][2:], value)))
+            random[key] = torch.cat((random[key][:2], torch.full_like(random[key][2:], value[key])))
         return {RANDOM: random}
-    constant = {key: torch.full_like(item, value) if key in names else item for key, item in random.items()}
+    constant = {key: torch.full_like(item, value[key]) if key in names else item for key, item in random.items()}
     return {RANDOM: random, "constant input": constant}
 
 

@@ -68,6 +68,9 @@ def _cases(
             (f"one token repeated, {size}", filled(middle)),
             (f"the last id repeated, {size}", filled(last)),
         ]
+    if not random[adapter.main_input].is_floating_point():
+        # Columns of whole numbers have ranges of their own, and only the example's are known.
+        return [(f"rows of the example, {size}", random)]
     if adapter.modality == "image":
         return [(f"noise, {size}", random), (f"black, {size}", filled(0.0)), (f"white, {size}", filled(1.0))]
     return [(f"noise, {size}", random), (f"zeros, {size}", filled(0.0)), (f"all 3, {size}", filled(3.0))]

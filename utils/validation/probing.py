@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from utils.adapters.capture import named_tensors, observe
-from utils.adapters.detection import DECODER_INPUTS
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
 from utils.runtime.resources import is_out_of_memory
@@ -136,9 +135,7 @@ def live(adapter: ModelAdapter, result: Tensor, path: str = "") -> Tensor:
 
 def content_input(adapter: ModelAdapter) -> str:
     """Return the name of the input whose positions the logits follow: the decoder's in a seq2seq model."""
-    if adapter.task.value == "seq2seq":
-        return next((name for name in adapter.input_names if name in DECODER_INPUTS), adapter.main_input)
-    return adapter.main_input
+    return adapter.content_input if adapter.task.value == "seq2seq" else adapter.main_input
 
 
 def has_length(adapter: ModelAdapter) -> bool:

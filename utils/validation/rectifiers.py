@@ -42,7 +42,9 @@ class Rectified(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call and look at the result of rectifiers."""
         # In place, the input would be gone afterwards.
-        weighed = func in RECTIFIERS and args and args[0].numel() >= FEWEST_VALUES
+        # nn.ReLU6 is a hardtanh from 0 on.
+        rectifies = func in RECTIFIERS or (func is functional.hardtanh and (kwargs or {}).get("min_val") == 0)
+        weighed = rectifies and args and args[0].numel() >= FEWEST_VALUES
         weighed = weighed and (args[0].requires_grad or not torch.is_grad_enabled())
         # Exact zeros come from layers that start at zero on purpose.
         weighed = weighed and bool(args[0].any())

@@ -21,7 +21,7 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.gradient_reach import training_inputs
-from utils.validation.probing import forward_seconds, guarded, has_length
+from utils.validation.probing import ModelCrash, forward_seconds, guarded, has_length
 from utils.validation.residuals import missing_residuals
 from utils.validation.substitution import faint_gains, parameters_as
 from utils.validation.untrained import BATCH_NORM, enough_samples, normalise_batches
@@ -217,7 +217,13 @@ def _by_time(adapter: ModelAdapter, budget: Budget, loss: float) -> list[Finding
     seconds = 4 * forward_seconds(adapter, short) * length / short
     if not budget.afford(seconds, f"the gradient over {length} tokens was not followed") or short == length:
         return []
-    sizes = [_gradient_norm(adapter, size) for size in (short, length)]
+    try:
+        sizes = [_gradient_norm(adapter, size) for size in (short, length)]
+    except ModelCrash:
+        if adapter.max_length.value is not None:
+            raise
+        # Nobody said that so many tokens are legal.
+        return []
     if not all(math.isfinite(size) for size in sizes) or sizes[1] <= max(EXPLODED, 1000 * sizes[0]):
         return []
     message = (
