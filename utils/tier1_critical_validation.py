@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from utils.adapters import ModelAdapter, ModelSpec
+from utils.adapters import ModelSpec
 from utils.runtime.errors import ConfigError
 from utils.validation.attention_arithmetic import check_attention_arithmetic
 from utils.validation.batch_independence import check_batch_independence
@@ -244,8 +244,10 @@ def validate(
         ConfigError: A tier that does not exist in this version, or a budget that is no positive number.
         AdapterError: `model` is no module, or forward needs arguments that nobody can guess.
     """
-    if isinstance(tiers, int):
+    if isinstance(tiers, int) or not isinstance(tiers, Sequence):
         tiers = (tiers,)
+    if spec is not None and not isinstance(spec, ModelSpec):
+        raise ConfigError(f"spec is a {type(spec).__name__}.", "Expected a utils.ModelSpec.", "ModelSpec(task=...).")
     unknown = [tier for tier in tiers if tier not in (1, 2)]
     if unknown or not tiers:
         raise ConfigError(
@@ -253,7 +255,8 @@ def validate(
             "Validation has Tier 1 (is it sound?) and Tier 2 (what does it do with its input?).",
             "Call validate(model) or validate(model, tiers=(1, 2)).",
         )
-    if time_budget is not None and (isinstance(time_budget, bool) or not time_budget > 0):
+    number = isinstance(time_budget, (int, float)) and not isinstance(time_budget, bool)
+    if time_budget is not None and not (number and 0 < time_budget < float("inf")):
         raise ConfigError(f"time_budget is {time_budget!r}.", "Expected seconds, more than 0.", "Or leave it out.")
     started = time.perf_counter()
     checks = [*(TIER1 if 1 in tiers else ()), *(_tier2() if 2 in tiers else ())]
@@ -276,8 +279,14 @@ def show(code: str, model: Any, spec: ModelSpec | None = None, config: Any = Non
     Raises:
         ConfigError: No check looks for this code.
     """
-    keep = isinstance(model, ModelAdapter) and spec is None and config is None
-    return reproduce(code, model if keep else ModelAdapter(model, config, spec), TIER1)
+    try:
+        adapter = open_model(model, config, spec, isolate=True)
+    except UnusableModel as error:
+        # Running it here would end this process as well; what the rehearsal saw is all there is.
+        report = unusable_report(error, TIER1[:1], 0.0)
+        text = f"{error.finding.where}: {error.finding.message}"
+        return Shown(code, error.finding.code == code, text, {}, (), report.results)
+    return reproduce(code, adapter, TIER1)
 
 
 def _tier2() -> tuple[Check, ...]:

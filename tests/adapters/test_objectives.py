@@ -102,3 +102,21 @@ def test_sites_of_the_loss_and_of_the_output() -> None:
         inputs = adapter.example_inputs(3)
         assert loss_site(adapter, inputs, labels) == site
         assert output_site(adapter, inputs, adapter.logits(inputs)) == "net"
+
+
+def test_a_single_score_answers_yes_or_no():
+    """Binary cross-entropy: the softmax of one class would be 1 whatever the score, and its gradient zero."""
+    logits = torch.tensor([[0.3], [-2.0], [1.1]], requires_grad=True)
+    labels = torch.tensor([1, 0, IGNORED])
+    loss = task_loss("text_classification", logits, labels)
+    expected = nn.functional.binary_cross_entropy_with_logits(logits[:2, 0], torch.tensor([1.0, 0.0]))
+    assert torch.equal(loss, expected)
+    drawn = random_labels("text_classification", torch.zeros(64, 1))
+    assert set(drawn.tolist()) == {0, 1}
+
+
+def test_no_label_is_a_class_that_is_switched_off():
+    """Classes at minus infinity, or a number as large, are never right."""
+    logits = torch.randn(200, 6)
+    logits[:, 4:] = float("-inf")
+    assert set(random_labels("causal_lm", logits).tolist()) == {0, 1, 2, 3}

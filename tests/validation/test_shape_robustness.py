@@ -300,3 +300,167 @@ def test_origin_of_a_shape_that_runs_is_the_model():
     """Nothing departs, so there is nothing finer to name."""
     adapter = ModelAdapter(LM())
     assert shape_origin(adapter, adapter.example_inputs(2), adapter.example_inputs(3)) == "LM"
+
+
+def crashes(model, spec):
+    """Return what any check says of inputs that a model refuses, or could not do because of one."""
+    results = validate(model, spec=spec, progress=False).results
+    said = [f.message for result in results for f in result.findings if f.code in ("shape_crash", "vocab_mismatch")]
+    return said + [result.why for result in results if result.could_not_run]
+
+
+class Series(nn.Module):
+    """Reads numbers of shape (batch, time, 6); `fold` works on the time axis in a block of its own."""
+
+    def __init__(self, fold):
+        super().__init__()
+        self.inp, self.fold, self.head = nn.Linear(6, 16), fold, nn.Linear(16, 3)
+
+    def forward(self, features, lengths=None, mask=None):
+        x = self.fold(self.inp(features))
+        if mask is not None:
+            x = x * mask.any(1)[:, None, None]
+        return self.head(x.mean(1))
+
+
+class Fold(nn.Module):
+    """Averages `size` neighbours."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        return x.view(x.shape[0], -1, self.size, x.shape[-1]).mean(2)
+
+
+class UpDown(nn.Module):
+    """Halves the time, doubles it and adds it to what it was: no odd lengths, by design."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv1d(16, 16, 2, 2), nn.ConvTranspose1d(16, 16, 2, 2)
+
+    def forward(self, x):
+        return x + self.up(self.down(x.mT)).mT
+
+
+SERIES = {"features": torch.randn(3, 10, 6, generator=torch.Generator().manual_seed(0))}
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_pairs_of_steps(mask):
+    """Neighbours are averaged by a view, so a series of odd length crashes."""
+    examples = SERIES | ({"mask": torch.ones(3, 10, dtype=torch.bool)} if mask else {})
+    result = check_shape_robustness(Series(Fold(2)), spec=ModelSpec(example_inputs=examples))
+    assert found(result) == [("shape_crash", "fail", "fold")]
+    message = result.findings[0].message
+    assert message.startswith("12 and 14 steps run, 11 do not: RuntimeError: shape '[1, -1, 2, 16]' is invalid")
+    if not mask:
+        with pytest.raises(RuntimeError, match="invalid for input"):
+            exec(result.findings[0].reproduction, {"model": Series(Fold(2))})
+
+
+def test_pairs_of_steps_with_channels_first():
+    class First(Series):
+        def forward(self, signal):
+            return super().forward(signal.mT)
+
+    examples = {"signal": SERIES["features"].mT.contiguous()}
+    result = check_shape_robustness(First(Fold(2)), spec=ModelSpec(example_inputs=examples))
+    assert found(result) == [("shape_crash", "fail", "fold")]
+
+
+@pytest.mark.parametrize("sound", [nn.Identity(), Fold(5), UpDown(), nn.LayerNorm((10, 16))])
+def test_series_of_lengths_that_a_design_has(sound):
+    result = check_shape_robustness(Series(sound), spec=ModelSpec(example_inputs=SERIES))
+    assert found(result) == []
+
+
+class TwoVocabularies(nn.Module):
+    """Sound: an encoder-decoder whose languages have tables of different sizes, and whose inputs have unusual names."""
+
+    def __init__(self, source, target):
+        super().__init__()
+        self.source, self.target = nn.Embedding(source, 16), nn.Embedding(target, 16)
+        self.out = nn.Linear(16, target)
+
+    def forward(self, english, german):
+        return self.out(self.target(german) + self.source(english).mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("sizes", [(200, 30), (30, 200)])
+@pytest.mark.parametrize("positions", [(11, 9), (9, 9)])
+def test_each_language_keeps_to_its_own_table(sizes, positions):
+    """No check hands one language the ids of the other."""
+    examples = {"english": torch.ones(3, positions[0]).long(), "german": torch.ones(3, positions[1]).long()}
+    spec = ModelSpec(task="seq2seq", example_inputs=examples)
+    model = TwoVocabularies(*sizes)
+    assert ModelAdapter(model, spec=spec).content_input == "german"
+    assert found(check_shape_robustness(model, spec=spec)) == []
+    assert crashes(model, spec) == []
+
+
+def test_vocabulary_of_the_predictions_is_not_that_of_the_source():
+    examples = {"english": torch.ones(3, 11).long(), "german": torch.ones(3, 9).long()}
+    spec = ModelSpec(task="seq2seq", vocab_size=200, example_inputs=examples)
+    assert found(check_shape_robustness(TwoVocabularies(30, 200), spec=spec)) == []
+
+
+def test_one_number_per_token():
+    """Sound: scores of shape (batch, seq), which follow the length."""
+
+    class Scorer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tok, self.out = nn.Embedding(50, 16), nn.Linear(16, 1)
+
+        def forward(self, input_ids):
+            return self.out(self.tok(input_ids)).squeeze(-1)
+
+    assert found(check_shape_robustness(Scorer())) == []
+
+
+class Rows(nn.Module):
+    """Sound: categories with tables of their own sizes beside numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(size, 8) for size in (40, 3, 12))
+        self.numbers, self.out = nn.Linear(5, 8), nn.Linear(32, 3)
+
+    def forward(self, cat, num):
+        read = [table(cat[:, column]) for column, table in enumerate(self.tables)]
+        return self.out(torch.cat([*read, self.numbers(num)], 1))
+
+
+class Fields(nn.Module):
+    """Sound: one column per input."""
+
+    def __init__(self):
+        super().__init__()
+        self.user, self.day, self.out = nn.Embedding(900, 8), nn.Embedding(7, 8), nn.Linear(16, 1)
+
+    def forward(self, user, day):
+        return self.out(torch.cat([self.user(user), self.day(day)], -1)).squeeze(-1)
+
+
+def drawn(tops, *shape):
+    """Return columns of ids below `tops`."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(top, shape, generator=generator) for top in tops]
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_columns_as_inputs_of_their_own(shape):
+    """A single id per sample is a column, whether or not it has an axis of its own."""
+    spec = ModelSpec(example_inputs=dict(zip(("user", "day"), drawn((900, 7), *shape), strict=True)))
+    assert ModelAdapter(Fields(), spec=spec).modality == "features"
+    assert crashes(Fields(), spec) == []
+
+
+@pytest.mark.parametrize("order", [("cat", "num"), ("num", "cat")])
+def test_columns_of_their_own_ranges(order):
+    examples = {"cat": torch.stack(drawn((40, 3, 12), 6), 1), "num": torch.randn(6, 5)}
+    spec = ModelSpec(example_inputs={name: examples[name] for name in order})
+    assert crashes(Rows(), spec) == []

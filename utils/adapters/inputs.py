@@ -32,7 +32,7 @@ def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple
             yield (channel.value, size.value, size.value), f"{size.reason}; channels: {channel.reason}"
         else:
             # A size that is cheap comes first: a network that takes any size takes this one too.
-            for side in (64, 224, 32, 28, 16, 8, 96, 128, 256, 299):
+            for side in (64, 224, 32, 28, 16, 8, 96, 128, 256, 299, 48, 84, 100):
                 yield (channel.value, side, side), f"the first usual size that runs; channels: {channel.reason}"
 
 

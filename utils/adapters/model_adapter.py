@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from utils.adapters.capture import named_tensors, tensor_at
 from utils.adapters.description import facts, facts_table
 from utils.adapters.detection import (
-    DECODER_INPUTS,
     LABEL_INPUTS,
     Detection,
     EmbeddingUse,
@@ -36,10 +35,10 @@ from utils.adapters.logits import USUAL, arranged, choose_logits, confirmed_arra
 from utils.adapters.nesting import flattened, rebuilt
 from utils.adapters.objectives import random_labels, task_loss
 from utils.adapters.plans import InputPlan, example_plan, input_plans
-from utils.adapters.roles import is_content, is_text
+from utils.adapters.roles import is_content
 from utils.adapters.spec import ModelSource, ModelSpec
-from utils.adapters.tasks import ASSUMED, find_task
-from utils.adapters.troubles import UNREADABLE, first_line, gpu_missing, needs_gpu, none_succeeded, tensor_missing
+from utils.adapters.tasks import ASSUMED, find_content_input, find_task
+from utils.adapters.troubles import first_line, gpu_missing, ids_unreadable, needs_gpu, none_succeeded, tensor_missing
 from utils.adapters.wrapping import compiled_parts, lazy_parameters, uncompiled, unwrapped
 from utils.runtime.errors import AdapterError, SeedbedError
 from utils.runtime.isolation import ModelChangedError, preserved
@@ -265,12 +264,7 @@ class ModelAdapter:
     @cached_property
     def content_input(self) -> str:
         """Name of the input whose positions the answer of an encoder-decoder follows: the decoder's."""
-        if usual := next((name for name in self.input_names if name in DECODER_INPUTS), None):
-            return usual
-        # Under other names it is the text that is as long as the answer; of equally long ones, the second.
-        texts = {name: value.shape for name, value in self.example_inputs().items() if is_text(name, value)}
-        fitting = [name for name, shape in texts.items() if shape[1:2] == self._probe_shape[1:2]]
-        return fitting[-1] if fitting else self.main_input
+        return find_content_input(self, self._probe_shape)
 
     @property
     def probe_length(self) -> int:
@@ -423,11 +417,7 @@ class ModelAdapter:
             try:
                 self.tables = embedding_uses(self.module, partial(run, inputs), inputs, self.main_input)
             except Exception as error:
-                self.failure = (
-                    f"{self.name} runs, {UNREADABLE} {self.readable_ids(self.main_input)}: "
-                    f"{first_line(error)}. "
-                    "Correct vocab_size in the config, or pass ModelSpec(vocab_size=...)."
-                )
+                self.failure = ids_unreadable(self.name, self.readable_ids(self.main_input), error)
                 return
             self._ids_known = True
             self.__dict__.pop("vocab_size", None)
@@ -476,8 +466,7 @@ class ModelAdapter:
     def _shortened(self, output: Any, inputs: Mapping[str, Tensor]) -> bool:
         """Tell whether the output covers the last position only, as nanoGPT's does without targets."""
         shape = tensor_at(output, self._output.value or "").shape
-        length = inputs[self.main_input].shape[1]
-        return len(shape) == 3 and shape[1] == 1 and length > 1
+        return len(shape) == 3 and shape[1] == 1 < inputs[self.main_input].shape[1]
 
     def _choose_output(self, output: Any, inputs: Mapping[str, Tensor]) -> Detection[str | None]:
         """Choose the tensor that is the logits."""

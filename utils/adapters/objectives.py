@@ -46,11 +46,17 @@ def task_loss(task: str, logits: Tensor, labels: Tensor) -> Tensor:
             position does not count; for regression and embeddings a tensor shaped like `logits`.
 
     Returns:
-        A scalar: cross-entropy in nats, or the mean squared error for regression and embeddings.
+        A scalar: cross-entropy in nats, binary for a single score, or the mean squared error for regression and
+        embeddings.
     """
     if task in REAL_VALUED:
         return functional.mse_loss(logits.float(), labels.float().view_as(logits))
     classes = logits.shape[-1]
+    if classes == 1:
+        # One score for yes or no: the softmax of a single class would be 1 whatever it is.
+        kept = labels.reshape(-1) != IGNORED
+        scores, wanted = logits.reshape(-1).float()[kept], labels.reshape(-1)[kept].float()
+        return functional.binary_cross_entropy_with_logits(scores, wanted)
     return functional.cross_entropy(
         logits.reshape(-1, classes).float(), labels.reshape(-1).long(), ignore_index=IGNORED
     )
@@ -62,7 +68,8 @@ def random_labels(task: str, logits: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, "labels"))
     if task in REAL_VALUED:
         return torch.randn(logits.shape, generator=generator).to(logits.device)
-    drawn = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator).to(logits.device)
+    # A single score answers yes or no.
+    drawn = torch.randint(max(2, logits.shape[-1]), logits.shape[:-1], generator=generator).to(logits.device)
     # A class that the model switches off is never a label.
     off = (logits.detach() <= SWITCHED_OFF).flatten(0, -2).all(0) if logits.dim() > 1 else None
     if off is None or not bool(off.any()) or bool(off.all()):

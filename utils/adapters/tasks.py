@@ -17,7 +17,7 @@ from utils.adapters.detection import (
     language_task_hint,
     task_by_name,
 )
-from utils.adapters.roles import are_twins
+from utils.adapters.roles import are_twins, is_text
 
 if TYPE_CHECKING:
     from utils.adapters.model_adapter import ModelAdapter
@@ -72,6 +72,21 @@ def find_task(adapter: ModelAdapter, shape: tuple[int, ...], uses: Sequence[Embe
     if len(shape) < 2:
         return Detection("regression", "token ids in, one number per text out")
     return _language_task(adapter, shape[-1], uses)
+
+
+def find_content_input(adapter: ModelAdapter, shape: tuple[int, ...]) -> str:
+    """Return which input's positions the answer of an encoder-decoder follows.
+
+    Args:
+        adapter: The model.
+        shape: As in `find_task`.
+    """
+    if usual := next((name for name in adapter.input_names if name in DECODER_INPUTS), None):
+        return usual
+    # Under other names it is the text that is as long as the answer; of equally long ones, the second.
+    texts = {name: value.shape for name, value in adapter.example_inputs().items() if is_text(name, value)}
+    fitting = [name for name, size in texts.items() if size[1:2] == shape[1:2]]
+    return fitting[-1] if fitting else adapter.main_input
 
 
 def _embedding_sign(adapter: ModelAdapter, width: int, uses: Sequence[EmbeddingUse]) -> str | None:

@@ -52,6 +52,14 @@ def tensor_missing(model: str, output: Any, tried: str) -> str:
     )
 
 
+def ids_unreadable(model: str, ids: int, error: BaseException) -> str:
+    """Say that a model reads a few ids and not all of those that its vocabulary has."""
+    return (
+        f"{model} runs, {UNREADABLE} {ids}: {first_line(error)}. Correct vocab_size in the config, or pass "
+        "ModelSpec(vocab_size=...)."
+    )
+
+
 def none_succeeded(model: str, attempts: Sequence[str], by_user: bool) -> str:
     """Say what was tried in vain.
 

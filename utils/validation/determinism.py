@@ -44,7 +44,11 @@ CLOCK_HINT = "Look for the time, an unseeded generator (numpy's default_rng()) o
 STATE_HINT = (
     "Keep nothing on self in forward() that the next call reads; pass caches and hidden states in and out as arguments."
 )
-REPRODUCTION = "inputs = ...  # any valid batch\nmodel.eval()\nprint(model(**inputs), model(**inputs))"
+REPRODUCTION = (
+    "from utils.adapters import ModelAdapter\n"
+    "model.eval(); adapter = ModelAdapter(model); inputs = adapter.example_inputs()\n"
+    "print(adapter.logits(inputs) - adapter.logits(inputs))"
+)
 MUTATION_HINT = "Replace in-place operations on arguments (x += y, x[...] = y, x.op_()) by new tensors, or clone first."
 
 
@@ -162,7 +166,8 @@ def mutations(adapter: ModelAdapter, inputs: Inputs, run: Callable[[Inputs], Any
     message = f"one forward pass in {mode} mode {what} its argument `{key}` in place"
     where = (places[0] if places else "") or adapter.name
     reproduction = (
-        f"inputs = ...  # any valid batch\nbefore = inputs['{key}'].clone(); model(**inputs)\n"
+        "from utils.adapters import ModelAdapter; adapter = ModelAdapter(model); inputs = adapter.example_inputs()\n"
+        f"before = inputs['{key}'].clone(); adapter.forward(inputs)\n"
         f"print((inputs['{key}'] != before).sum())"
     )
     return [Finding("input_mutation", "fail" if changed else "warn", where, message, MUTATION_HINT, reproduction)]

@@ -97,6 +97,11 @@ def _train_output(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> Tensor | 
             child.training = mode
 
 
+def _sure(adapter: ModelAdapter) -> str:
+    """Return how a sigmoid counts: several labels may hold at once, unless somebody said that one class does."""
+    return "fail" if adapter.spec.task is not None and adapter.spec.task.endswith("classification") else "warn"
+
+
 def _sigmoid(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> Returned:
     """Recognise a sigmoid as the last arithmetic of a classifier with one label of several."""
     if float(result.min()) <= 0 or float(result.max()) >= 1:
@@ -125,7 +130,9 @@ def _sigmoid(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -
     )
     check = f"out = model(**inputs)  # all within (0, 1): out{_path(adapter)}.aminmax()"
     hint = f"{SOFTMAX_HINT} For several labels at once say problem_type='multi_label_classification' in the config."
-    return Returned("sigmoid", Finding("double_softmax", "fail", where, message, hint, reproduction(adapter, check)))
+    return Returned(
+        "sigmoid", Finding("double_softmax", _sure(adapter), where, message, hint, reproduction(adapter, check))
+    )
 
 
 def _floor(classes: int) -> float:

@@ -70,7 +70,11 @@ def check_portability(adapter: ModelAdapter, budget: Budget) -> Outcome:
     tried["another device"] = moved.message if moved else "runs"
     if moved is not None and moved.mixed:
         message = f"on another device than the CPU this raises: {moved.message}"
-        reproduction = "model = model.to('cuda')\nmodel(**{name: value.to('cuda') for name, value in inputs.items()})"
+        reproduction = (
+            "from utils.adapters import ModelAdapter  # on a machine with a GPU\n"
+            "inputs = {name: value.to('cuda') for name, value in ModelAdapter(model).example_inputs().items()}\n"
+            "model.to('cuda')(**inputs)"
+        )
         findings.append(Finding("hardcoded_device", "fail", moved.where, message, DEVICE_HINT, reproduction))
     for dtype in dtypes(adapter):
         cast = run_cast(adapter, dtype, held)
@@ -78,7 +82,11 @@ def check_portability(adapter: ModelAdapter, budget: Budget) -> Outcome:
         tried[name] = cast.message if cast else "runs"
         if cast is not None and cast.mixed:
             message = f"cast to {name} this raises: {cast.message}"
-            reproduction = f"import torch\nmodel = model.to(torch.{name})\nmodel(**inputs)  # any valid batch"
+            reproduction = (
+                "import copy, torch; from utils.adapters import ModelAdapter\n"
+                f"cast = copy.deepcopy(model).to(torch.{name})\n"
+                "cast(**ModelAdapter(model).example_inputs())"
+            )
             findings.append(Finding("hardcoded_dtype", "fail", cast.where, message, DTYPE_HINT, reproduction))
         if cast is None or cast.mixed:
             # A second dtype is for models that the first cannot run at all.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from utils.adapters.capture import first_tensor, observe
+from utils.adapters.capture import Observer, first_tensor, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Finding
 from utils.validation.probing import ModelCrash, content_input, logits
@@ -77,6 +77,7 @@ class Probe:
     Attributes:
         adapter: The model, in eval mode.
         plain: Logits per variant of the input with nothing silenced.
+        varying: Names of the modules whose first input differs between the samples, per variant.
     """
 
     def __init__(self, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
@@ -86,14 +87,18 @@ class Probe:
         streams = [[name] for name in names] if len(names) > 1 else [names]
         self.variants: list[dict[str, Tensor]] = []
         self.plain: list[Tensor] = []
+        self.varying: list[set[str]] = []
         for varying in streams:
             variant = {
                 key: value if key in varying else value[:1].expand_as(value).clone() for key, value in inputs.items()
             }
-            result = logits(adapter, variant)
+            moving: set[str] = set()
+            with observe(adapter.module, _note_varying(moving)):
+                result = logits(adapter, variant)
             if _gap(result) > 1e-6 * float(result.abs().max()):
                 self.variants.append(variant)
                 self.plain.append(result)
+                self.varying.append(moving)
 
     def silence(self, parts: list[str]) -> list[Tensor]:
         """Return the logits per variant while the matrices of these modules are zero."""
@@ -103,9 +108,12 @@ class Probe:
 
     def cuts(self, part: str) -> bool:
         """Tell whether nothing leads around a module: silenced, it hides what it hid nothing of before."""
-        for before, after in zip(self.plain, self.silence([part]), strict=True):
-            if bool(torch.isfinite(after).all()) and _gap(after) <= min(
-                1e-6 * float(after.abs().max()), 1e-3 * _gap(before)
+        for before, after, moving in zip(self.plain, self.silence([part]), self.varying, strict=True):
+            # What reads another stream into its own, which is alike for all samples, has no input to pass on.
+            if (
+                part in moving
+                and bool(torch.isfinite(after).all())
+                and _gap(after) <= min(1e-6 * float(after.abs().max()), 1e-3 * _gap(before))
             ):
                 return True
         return False
@@ -113,6 +121,17 @@ class Probe:
     def matters(self, part: str) -> bool:
         """Tell whether the logits change at all when a module is silenced."""
         return any(not torch.equal(a, b) for a, b in zip(self.plain, self.silence([part]), strict=True))
+
+
+def _note_varying(names: set[str]) -> Observer:
+    """Return an observer that collects the modules whose first input differs between the samples."""
+
+    def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        before = first_tensor(given)
+        if before is not None and before.is_floating_point() and before.dim() > 1 and _differ(before):
+            names.add(name)
+
+    return note
 
 
 def missing_residuals(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
@@ -140,12 +159,12 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
         return []
     probe = Probe(adapter, inputs)
     watch = AttentionWatch(adapter.module)
-    varying: set[str] = set()
+    informed: set[str] = set()
 
     def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         before = first_tensor(given)
-        if before is not None and before.is_floating_point() and before.dim() > 1 and _differ(before):
-            varying.add(name)
+        if before is not None and before.dim() > 1 and _differ(before):
+            informed.add(name)
 
     try:
         with watch, observe(adapter.module, note):
@@ -154,8 +173,8 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
         watch.remove()
     findings: list[Finding] = []
     for family in families:
-        # A block whose own stream is alike for all samples, as learned queries are, has no input to pass on.
-        blocks = [name for name in family if shapes_kept.get(name) and name in varying]
+        # What enters the same for any sample (learned queries, latents) carries nothing that could be led around.
+        blocks = [name for name in family if shapes_kept.get(name) and name in informed]
         lacking = [name for name in blocks if not passing[name] and probe.cuts(name)]
         if not lacking:
             continue

@@ -41,6 +41,13 @@ MAXIMUM_HINT = "Make every mask, table and buffer as long as the declared maximu
 IMAGE_HINT = "Use height and width separately, and take both from the input."
 BY_DESIGN = ("kernel size", "output size is too small")
 """What torch says when an input is shorter than a convolution: a limit that the design has, not a slip."""
+FOLDED = (
+    "is invalid for input of size",
+    "don't multiply up to",
+    "can't divide axis",
+    "expects each tensor to be equal",
+)
+"""What is said when an axis is cut into parts of a size that does not divide it."""
 
 
 def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
@@ -86,6 +93,8 @@ def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
         findings += _try_lengths(adapter, budget, attempt)
     if adapter.modality == "image" and not findings:
         findings += _try_images(adapter, budget, reference)
+    if adapter.modality == "features" and not findings:
+        findings += _try_series(adapter, budget)
     if length is not None:
         findings += check_vocabulary(adapter, reference)
     passed = sum("error" not in entry and entry.get("shape") == entry["expected"] for entry in tried)
@@ -190,10 +199,22 @@ def expected_shape(adapter: ModelAdapter, reference: tuple[int, ...], inputs: Ma
     follows = adapter.task.value in LANGUAGE_MODELS or (len(reference) == 3 and reference[1] == default.shape[-1])
     if has_length(adapter) and len(reference) == 3 and follows:
         shape[1] = content.shape[1]
+    if has_length(adapter) and reference == default.shape and _scores_tokens(adapter):
+        shape[1] = content.shape[1]
     if has_length(adapter) and len(reference) == 2 and reference[0] == default.numel():
         # Logits of all texts in one list.
         shape[0] = content.numel()
     return tuple(shape)
+
+
+def _scores_tokens(adapter: ModelAdapter) -> bool:
+    """Tell whether a model gives one number per token, and not as many labels as the default length has tokens."""
+    content = content_input(adapter)
+    longer = adapter.example_inputs(1, adapter.legal_length(2 * adapter.probe_length))
+    try:
+        return tuple(logits(adapter, longer, whole=True).shape) == tuple(longer[content].shape)
+    except ModelCrash:
+        return False
 
 
 def _try_lengths(
@@ -290,6 +311,64 @@ def _try_images(adapter: ModelAdapter, budget: Budget, reference: tuple[int, ...
         where = shape_origin(adapter, adapter.example_inputs(2), _image(adapter, height, width))
         return [Finding(code, severity, where, message, IMAGE_HINT)]
     return []
+
+
+def _try_series(adapter: ModelAdapter, budget: Budget) -> list[Finding]:
+    """Try an odd number of time steps on a model of series that runs on its even neighbours.
+
+    Only a crash where pairs are formed counts: strides and patches that fit some lengths are the design's.
+    """
+    inputs = adapter.example_inputs(1)
+    main = inputs[adapter.main_input]
+    if main.dim() != 3 or not main.is_floating_point():
+        return []
+    if not budget.afford(4 * forward_seconds(adapter, None, 1), f"series of {tuple(main.shape[1:])} only"):
+        return []
+    for axis in (1, 2):
+        even = max(4, main.shape[axis] + main.shape[axis] % 2)
+        crashes = {n: _series_crash(adapter, inputs, axis, n) for n in (even + 2, even + 4)}
+        if any(crashes.values()):
+            # Channels, or patches of another size.
+            continue
+        crash = _series_crash(adapter, inputs, axis, even + 1)
+        if crash is None or not any(words in str(crash.error) for words in FOLDED):
+            return []
+        good, bad = (_series(adapter, inputs, axis, n) for n in (even + 2, even + 1))
+        message = f"{even + 2} and {even + 4} steps run, {crash}"
+        code = f"inputs = ModelAdapter(model).example_inputs(1)['{adapter.main_input}'].narrow({axis}, 0, 1)"
+        lines = f"from utils.adapters import ModelAdapter\n{code}.repeat_interleave({even + 1}, {axis})\nmodel(inputs)"
+        return [
+            Finding(
+                "shape_crash",
+                "fail",
+                shape_origin(adapter, good, bad),
+                message,
+                LENGTH_HINT,
+                lines if list(inputs) == [adapter.main_input] else "",
+            )
+        ]
+    return []
+
+
+def _series(adapter: ModelAdapter, inputs: Mapping[str, Tensor], axis: int, steps: int) -> dict[str, Tensor]:
+    """Return inputs with another number of time steps, in all of them that have as many as the main one."""
+    main = inputs[adapter.main_input]
+    old, index = main.shape[axis], torch.arange(steps, device=main.device) % main.shape[axis]
+    result = dict(inputs)
+    for name, value in inputs.items():
+        shared = 1 if value is not main and isinstance(value, Tensor) and value.dim() == 2 else axis
+        if isinstance(value, Tensor) and value.dim() > shared and value.shape[shared] == old:
+            result[name] = value.index_select(shared, index)
+    return result
+
+
+def _series_crash(adapter: ModelAdapter, inputs: Mapping[str, Tensor], axis: int, steps: int) -> ModelCrash | None:
+    """Run a number of time steps and return the crash."""
+    try:
+        logits(adapter, _series(adapter, inputs, axis, steps), f"{steps} do not")
+    except ModelCrash as crash:
+        return crash
+    return None
 
 
 def _image(adapter: ModelAdapter, height: int, width: int) -> dict[str, Tensor]:

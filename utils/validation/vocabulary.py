@@ -32,7 +32,10 @@ def check_vocabulary(adapter: ModelAdapter, reference: tuple[int, ...]) -> list[
     decoder = content_input(adapter)
     if decoder != adapter.main_input:
         findings += _predictable(adapter, decoder, reference[-1])
-    for token in (0, vocabulary - 1):
+    own = decoder != adapter.main_input and vocabulary == reference[-1] == adapter.readable_ids(decoder)
+    # What counts the ids that are predicted need not count those of the source, which has a vocabulary of its own.
+    last = (adapter.readable_ids() if own else vocabulary) - 1
+    for token in (0, last):
         inputs = adapter.example_inputs(2, short_length(adapter))
         inputs[adapter.main_input] = torch.full_like(inputs[adapter.main_input], token)
         try:
