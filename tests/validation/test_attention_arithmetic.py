@@ -444,3 +444,25 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     assert findings(Model(Attend(sound)).to(dtype)) == []
     assert [f.code for f in findings(Model(Attend(WRONG_AXIS["queries"])).to(dtype))] == ["wrong_softmax_dim"]
     assert [f.code for f in findings(Model(Attend(UNSCALED["matmul"])).to(dtype))] == ["missing_attention_scale"]
+
+
+@pytest.mark.parametrize(("factor", "codes"), [(12 / 4, []), (16**0.5, ["missing_attention_scale"])])
+def test_a_temperature_is_no_forgotten_scale(factor: float, codes: list[str]) -> None:
+    """Width 16: twelve times the usual scale was chosen, a multiplication by the root was not."""
+
+    class Sharp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(50, 16))
+            self.query, self.key = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.out = nn.Parameter(torch.randn(16, 16) / 4)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.table[input_ids]
+            weights = (torch.einsum("bqd,bkd->bqk", self.query(x), self.key(x)) * factor).softmax(-1)
+            # The values, and the projection after them, in one product of three.
+            return torch.einsum("bqk,bkd,de->bqe", weights, x, self.out)
+
+    torch.manual_seed(0)
+    found = findings(Sharp())
+    assert [(f.code, f.severity, f.where) for f in found] == [(code, "fail", "Sharp") for code in codes]

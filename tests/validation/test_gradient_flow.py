@@ -460,3 +460,27 @@ def test_relu_modules_are_named():
     nn.init.zeros_(model[0].weight)
     nn.init.zeros_(model[0].bias)
     assert "dead_relu" not in [code for code, _ in codes(check_gradient_flow(model))]
+
+
+class Carried(nn.Module):
+    """Starts each call in train mode from the state of the last one, with its graph or without."""
+
+    def __init__(self, detach):
+        super().__init__()
+        self.detach, self.state = detach, None
+        self.words, self.rnn, self.head = nn.Embedding(50, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 50)
+
+    def forward(self, input_ids):
+        fits = self.training and self.state is not None and self.state.shape[1] == len(input_ids)
+        x, state = self.rnn(self.words(input_ids), self.state if fits else None)
+        if self.training:
+            self.state = state.detach() if self.detach else state
+        return self.head(x)
+
+
+def test_graph_of_the_last_call():
+    result = check_gradient_flow(Carried(detach=False))
+    crash = next(finding for finding in result.findings if finding.code == "backward_crash")
+    assert (crash.severity, crash.where) == ("fail", "Carried")
+    assert "second backward pass" in crash.message
+    assert "backward_crash" not in codes(check_gradient_flow(Carried(detach=True)))

@@ -201,6 +201,26 @@ def test_sound_models_pass(build, spec):
     assert (result.status, result.findings) == ("pass", ())
 
 
+class LastStateBesideMask(nn.Module):
+    """Gates words by the mask, and reads the state of an LSTM after the padding beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.lstm = nn.Embedding(50, 8), nn.LSTM(8, 8, batch_first=True)
+        self.gate, self.head = nn.Linear(8, 1), nn.Linear(16, 3)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.words(input_ids)
+        gated = (torch.sigmoid(self.gate(x)) * attention_mask[..., None] * x).sum(1)
+        return self.head(torch.cat([gated, self.lstm(x)[0][:, -1]], -1))
+
+
+def test_state_after_the_padding():
+    (finding,) = judged(LastStateBesideMask()).findings
+    assert (finding.code, finding.severity) == ("padding_leakage", "fail")
+    assert finding.where == "LastStateBesideMask"
+
+
 def test_two_way_recurrence_only_warns():
     """Without packing it reads the padding backwards; a mask alone cannot stop it."""
 

@@ -164,3 +164,20 @@ def test_transformers_models_are_portable(name):
     config = transformers.AutoConfig.for_model(name, **small)
     result = result_of(check_portability, transformers.AutoModel.from_config(config))
     assert not result.findings, result.why
+
+
+def test_layers_made_at_the_first_call_are_another_fault():
+    class Later(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.read = nn.Embedding(50, 8), None
+
+        def forward(self, input_ids):
+            x = self.words(input_ids)
+            if self.read is None:
+                self.read = nn.Linear(8, x.shape[-1])
+            return self.read(x)
+
+    result = result_of(check_portability, Later())
+    assert result.status == "skip"
+    assert "makes parameters" in result.why

@@ -129,3 +129,20 @@ def test_config_may_switch_positions_off():
     """BEiT's default: no kind of position, and it says so."""
     (finding,) = judged(Picture("none"), {"use_absolute_position_embeddings": False}).findings
     assert finding.severity == "warn" and "`use_absolute_position_embeddings`" in finding.message
+
+
+class OneRow(nn.Module):
+    """Classifies the mean of words plus the row of a table of positions, or of languages, that is always the same."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.words, self.where, self.head = nn.Embedding(50, 8), nn.Embedding(rows, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids):
+        return self.head((self.words(input_ids) + self.where(torch.zeros_like(input_ids))).relu().mean(1))
+
+
+@pytest.mark.parametrize(("rows", "severity"), [(64, "fail"), (3, "warn")])
+def test_positions_that_are_all_the_same(rows, severity):
+    (finding,) = judged(OneRow(rows), task="text_classification").findings
+    assert (finding.code, finding.severity, finding.where) == ("position_absent", severity, "OneRow")

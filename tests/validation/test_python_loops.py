@@ -206,3 +206,47 @@ def test_no_loops(how):
 @pytest.mark.parametrize("how", ["positions_by_index", "samples", "head_by_head", "head_by_head_fused"])
 def test_loops_over_a_fixed_number_of_patches(how):
     assert [(f.code, f.where) for f in loops(Patches(how))[0]] == [("slow_python_loop", "mix")]
+
+
+class Experts(nn.Module):
+    """Each token takes one of eight experts; those without tokens are skipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.gate = nn.Embedding(60, 16), nn.Linear(16, 8)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.SiLU()) for _ in range(8))
+
+    def forward(self, input_ids):
+        x = self.words(input_ids).flatten(0, 1)
+        best, chosen = self.gate(x).softmax(-1).max(-1)
+        y = x
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero().squeeze(-1)
+            if rows.numel():
+                y = y.index_add(0, rows, expert(x[rows]) * best[rows, None])
+        return y.view(*input_ids.shape, 16)
+
+
+class TwoLayers(nn.Module):
+    """Its own forward runs two layers, each a loop over time."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.weight = nn.Embedding(60, 16), nn.Parameter(torch.randn(2, 16, 16) / 4)
+
+    def forward(self, input_ids):
+        x = self.words(input_ids)
+        for weight in self.weight:
+            x = torch.stack([torch.tanh(x[:, t] @ weight) for t in range(x.shape[1])], 1)
+        return x
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_that_more_tokens_wake_are_no_loop(seed):
+    torch.manual_seed(seed)
+    assert find_loops(ModelAdapter(Experts()), True)[0] == []
+
+
+def test_layers_one_after_another_hide_no_loop():
+    (finding,), _ = find_loops(ModelAdapter(TwoLayers()), True)
+    assert (finding.code, finding.severity, finding.where) == ("slow_python_loop", "warn", "TwoLayers")

@@ -224,3 +224,23 @@ def test_hidden_items_are_listed_once_with_their_owner():
     items = hidden_items(part)
     assert [item.where for item in items] == ["table", "inner"]
     assert len(items[0].slots) == 2
+
+
+class Chained(nn.Module):
+    """Lists of layers from one assignment; with `both`, both names are used."""
+
+    def __init__(self, both):
+        super().__init__()
+        self.both, self.words = both, nn.Embedding(50, 8)
+        self.keys = self.values = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, input_ids):
+        x = self.words(input_ids)
+        for key, value in zip(self.keys, self.values, strict=True):
+            x = x + key(x).sigmoid() * (value(x) if self.both else x)
+        return x
+
+
+def test_lists_from_one_assignment():
+    assert found(check_registration, Chained(True)) == [("shared_weight", "fail", "values")]
+    assert found(check_registration, Chained(False)) == []

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from string import ascii_letters
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MATRIX_PRODUCTS = {"matmul": (0, 1), "bmm": (0, 1), "mm": (0, 1), "mv": (0, 1), "baddbmm": (1, 2), "addmm": (1, 2)}
@@ -66,6 +67,41 @@ def factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors
     if not isinstance(left, Tensor) or not isinstance(right, Tensor) or not left.dim() or not right.dim():
         return None
     return Factors(left, right, _matrix_labels(left.dim(), right.dim()))
+
+
+def summed(pair: tuple[Tensor, Tensor], shape: torch.Size) -> Factors:
+    """Read ``(a * b).sum(-1)``, whose product has this shape, as a product of the two; broadcast axes belong to one."""
+    letters = ascii_letters[: len(shape)]
+    sides = []
+    for tensor in pair:
+        whole = tensor.detach()[(None,) * (len(shape) - tensor.dim())]
+        kept = [axis for axis, size in enumerate(whole.shape) if size == shape[axis]]
+        index = tuple(slice(None) if axis in kept else 0 for axis in range(len(shape)))
+        sides.append((whole[index], "".join(letters[axis] for axis in kept)))
+    (left, first), (right, second) = sides
+    return Factors(left, right, Labels(first, second, letters[:-1]))
+
+
+def first_of_many(args: tuple[Any, ...]) -> tuple[str, list[Tensor], str] | None:
+    """Take an einsum of three or more tensors apart: the product of the first two, and what is left to do.
+
+    Args:
+        args: Arguments of the einsum.
+
+    Returns:
+        The equation of the first product, all tensors, and the equation in which its result takes the place of the
+        two; None for other calls, and for equations with an ellipsis or without an arrow.
+    """
+    if len(args) < 2 or not isinstance(args[0], str) or "." in args[0] or "->" not in args[0]:
+        return None
+    tensors = list(args[1]) if isinstance(args[1], (list, tuple)) else list(args[1:])
+    given, _, out = args[0].replace(" ", "").partition("->")
+    left, right, *others = given.split(",") if "," in given else (given, "")
+    if not others or len(tensors) != len(others) + 2 or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return None
+    needed = set("".join(others) + out)
+    between = "".join(letter for letter in dict.fromkeys(left + right) if letter in needed)
+    return f"{left},{right}->{between}", tensors, f"{','.join((between, *others))}->{out}"
 
 
 def _matrix_labels(left: int, right: int) -> Labels:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from string import ascii_letters
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from utils.adapters.capture import named_tensors
-from utils.adapters.contractions import Factors, Labels, factors
+from utils.adapters.contractions import Factors, factors, first_of_many, summed
 from utils.adapters.operations import (
     ADDING,
     ALMOST_NOTHING,
@@ -141,6 +140,9 @@ class Tracer(TorchFunctionMode):
         trace = self.trace(first)
         if name in REARRANGING and trace is not None and isinstance(first, Tensor):
             return self._rearranged(name, first, trace, args, kwargs)
+        if name in CUTTING and live and trace is not None and not trace.live:
+            # Rows of a parameter that the input chooses: a table of tokens without nn.Embedding.
+            return lambda tensor: fresh
         if name in CUTTING and trace is not None and isinstance(first, Tensor):
             dims = first.dim()
             cut = replace(trace, exact=False, casts=0, upcast=False, pair=None, weighted=())
@@ -155,6 +157,13 @@ class Tracer(TorchFunctionMode):
             return lambda tensor: joined
         if name in ("softmax", "log_softmax") and trace is not None and isinstance(first, Tensor):
             return self._softmaxed(name, first, trace, args, kwargs)
+        # A product of many tensors is followed as one of two after another.
+        while name == "einsum" and (many := first_of_many(args)) is not None:
+            equation, (one, two, *others), rest = many
+            between = torch.einsum(equation, one.detach(), two.detach())
+            if (pair := factors(name, (equation, one, two), {})) is not None:
+                self._note(between, self._multiplied(name, pair, {}))
+            args = (rest, between, *others)
         if (pair := factors(name, args, kwargs)) is not None:
             bias = first if name in ("addmm", "baddbmm") and isinstance(first, Tensor) else None
             multiplied = self._multiplied(name, pair, kwargs, bias=bias)
@@ -320,15 +329,7 @@ class Tracer(TorchFunctionMode):
 
     def _summed_pair(self, pair: tuple[Tensor, Tensor], shape: torch.Size) -> Trace:
         """Describe ``(a * b).sum(-1)``: a product of activations if each has an axis of its own."""
-        letters = ascii_letters[: len(shape)]
-        sides = []
-        for tensor in pair:
-            whole = tensor.detach()[(None,) * (len(shape) - tensor.dim())]
-            kept = [axis for axis, size in enumerate(whole.shape) if size == shape[axis]]
-            index = tuple(slice(None) if axis in kept else 0 for axis in range(len(shape)))
-            sides.append((whole[index], "".join(letters[axis] for axis in kept)))
-        (left, first), (right, second) = sides
-        return self._multiplied("einsum", Factors(left, right, Labels(first, second, letters[:-1])), {}, pair)
+        return self._multiplied("einsum", summed(pair, shape), {}, pair)
 
     def _reduced(
         self, name: str, first: Tensor, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -176,7 +176,7 @@ def scale_fault(call: AttentionCall, config: dict[str, Any]) -> tuple[str, str]:
     scale, width = call.scale, call.head_dim
     if scale is None or width is None or width < SMALLEST_WIDTH or call.bounded or not call.projected:
         return "", ""
-    if scale < LARGEST_SCALE or _stated(scale, config) or _absorbed(call, width):
+    if scale < LARGEST_SCALE or not _forgotten(scale, width) or _stated(scale, config) or _absorbed(call, width):
         return "", ""
     wanted = f"1/sqrt({width}) = {width**-0.5:.3g}"
     if scale > 1.1:
@@ -189,6 +189,15 @@ def scale_fault(call: AttentionCall, config: dict[str, Any]) -> tuple[str, str]:
     if call.upcast:
         return "warn", f"{message}; both are cast to float32 first, so it may be on purpose"
     return "fail", message
+
+
+def _forgotten(scale: float, width: int) -> bool:
+    """Tell whether a factor is a scale left out or turned round; any other is a temperature that somebody chose.
+
+    Turned round is a multiplication by the root of a width: of the head, or of the model, a multiple of it.
+    """
+    heads = scale * scale / width
+    return scale < 1.1 or (heads > 0.9 and abs(heads - round(heads)) < 0.01 * heads) or math.isclose(scale, width)
 
 
 def _absorbed(call: AttentionCall, width: int) -> bool:

@@ -323,6 +323,9 @@ def _padding_finding(adapter: ModelAdapter, padded: Padded, filler: int, leak: f
     """Describe a leak by the module where it starts; None where convolution or recurrence has it by nature."""
     name, inputs = adapter.main_input, padded.inputs
     other = torch.where(padded.real, inputs[name], replace_ids(adapter, name, inputs[name]))
+    if adapter.task.value != "seq2seq" and logits(adapter, inputs).shape[:2] != padded.real.shape:
+        # Of one answer per text only that of the text padded on the right counts; the other must not lead astray.
+        other = torch.cat([other[:1], inputs[name][1:]])
     where = first_leak(adapter, inputs, {**inputs, name: other}, _part(padded.real), leak)
     attending = attends(adapter, inputs, (padded.real.shape[1],), where)
     if not inverted and not attending and _by_nature(adapter, padded, other, where):

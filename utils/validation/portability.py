@@ -16,7 +16,7 @@ from torch import Tensor
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.isolation import preserved
 from utils.runtime.seeding import seed_streams
-from utils.validation.check import Budget, Finding, Outcome
+from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.determinism import Inputs, example
 from utils.validation.hidden import Hidden, exchanged, hidden_items
 from utils.validation.probing import first_line, is_out_of_memory
@@ -91,10 +91,20 @@ def check_portability(adapter: ModelAdapter, budget: Budget) -> Outcome:
         if cast is None or cast.mixed:
             # A second dtype is for models that the first cannot run at all.
             break
+    if findings and _makes_parameters(adapter):
+        raise Skipped("its first forward pass makes parameters (see registration); nothing can be moved before")
     why = f"it runs on another device and in {' and '.join(list(tried)[1:]) or 'its own dtype'}"
     return Outcome(
         "; ".join(f"{key}: {value}" for key, value in tried.items()), "runs", why, findings, {"tried": tried}
     )
+
+
+def _makes_parameters(adapter: ModelAdapter) -> bool:
+    """Tell whether a forward pass registers parameters: what a model has then can be moved like any other."""
+    before = {name for name, _ in adapter.module.named_parameters()}
+    with preserved(adapter.module), torch.no_grad():
+        adapter.forward(example(adapter, 0, 1))
+        return any(name not in before for name, _ in adapter.module.named_parameters())
 
 
 def dtypes(adapter: ModelAdapter) -> list[torch.dtype]:

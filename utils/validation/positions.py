@@ -180,12 +180,31 @@ def _exact_finding(
         f"it by {reach:.2g} of its size"
     )
     language = adapter.task.value in ("causal_lm", "masked_lm", "seq2seq")
-    if language or _mixes(adapter, inputs, replaced, length):
+    if language or _mixes(adapter, inputs, replaced, length) or _one_place_only(adapter, inputs, length):
         finding = Finding("position_absent", "fail", adapter.name, message, HINT, _reproduction(adapter, length))
         return [_stated(adapter, finding)]
     if adapter.task.value == "text_classification":
         return [Finding("position_absent", "warn", adapter.name, f"a bag of words: {message}", BAG_HINT)]
     return []
+
+
+def _one_place_only(adapter: ModelAdapter, inputs: Mapping[str, Tensor], length: int) -> bool:
+    """Tell whether a table of positions is there but every token is given the same row of it.
+
+    Tables of languages or of the kinds of a token have fewer rows than a text has tokens.
+    """
+    found: list[str] = []
+
+    def look(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        asked = next((t for t in given if isinstance(t, Tensor) and not t.is_floating_point()), None)
+        if not isinstance(child, nn.Embedding) or asked is None or asked.shape[-1:] != (length,):
+            return
+        if child.num_embeddings >= length and bool((asked == asked.flatten()[0]).all()):
+            found.append(name)
+
+    with observe(adapter.module, look):
+        outputs(adapter, inputs)
+    return bool(found)
 
 
 def _stated(adapter: ModelAdapter, finding: Finding) -> Finding:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from utils.adapters.capture import named_tensors
 from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Finding
-from utils.validation.probing import logits
+from utils.validation.probing import ModelCrash, logits
 from utils.validation.watching import Running, running_modules
 
 LENGTHS = (8, 24, 40)
@@ -54,8 +54,8 @@ class Work:
     """Operators in all."""
     sites: Counter[Site] = field(default_factory=Counter)
     """How often each place in the code called its function."""
-    recurrent: set[Site] = field(default_factory=set)
-    """Sites whose input was made from an earlier result of theirs."""
+    recurrent: Counter[Site] = field(default_factory=Counter)
+    """How many results of a site, each made from the one before, led to its input, for sites that have such inputs."""
     slices: dict[tuple[Any, ...], set[int]] = field(default_factory=lambda: defaultdict(set))
     """Offsets of the slices that one place passed to one function, by a key that begins with the level above the
     running module and the name of the module that loops."""
@@ -77,7 +77,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._running, self._work = running, work
         self._parameters = {p.untyped_storage()._cdata for p in module.parameters() if p.layout == torch.strided}
-        self._made_from: dict[int, tuple[Tensor, frozenset[Site]]] = {}
+        self._made_from: dict[int, tuple[Tensor, frozenset[Site], dict[Site, int]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function and take note of it."""
@@ -92,21 +92,23 @@ class _Watch(TorchFunctionMode):
         site = (module, name, _line())
         work.sites[site] += 1
         given = [t for _, t in named_tensors((args, kwargs or {}))]
-        sources = frozenset[Site]().union(*(self._sources(t) for t in given))
+        known = [self._made_from[id(t)] for t in given if id(t) in self._made_from]
+        sources = frozenset[Site]().union(*(sites for _, sites, _ in known))
+        chains: dict[Site, int] = {}
+        for _, _, earlier in known:
+            for place, count in earlier.items():
+                chains[place] = max(count, chains.get(place, 0))
         if site in sources:
-            work.recurrent.add(site)
+            chains[site] = chains.get(site, 0) + 1
+            work.recurrent[site] = max(work.recurrent[site], chains[site])
         if name not in COLLECTING:
             self._note_slices(site, given, sources)
         sources |= {site}
         changed = given[:1] if result is None or name.endswith("_") else []
         for tensor in (*(t for _, t in named_tensors(result)), *changed):
             # Holding on to the tensor keeps its id from being reused.
-            self._made_from[id(tensor)] = (tensor, sources)
+            self._made_from[id(tensor)] = (tensor, sources, chains)
         return result
-
-    def _sources(self, tensor: Tensor) -> frozenset[Site]:
-        known = self._made_from.get(id(tensor))
-        return known[1] if known is not None else frozenset()
 
     def _note_slices(self, site: Site, given: list[Tensor], sources: frozenset[Site]) -> None:
         """Take note of which part of a larger activation is worked on, if it is a part, and of equal calls."""
@@ -134,9 +136,11 @@ def _line() -> int:
     return hash((frame.f_code, frame.f_lasti))
 
 
-def count_work(adapter: ModelAdapter, batch_size: int, length: int | None) -> Work:
-    """Return what one forward pass does, module by module."""
-    inputs = adapter.example_inputs(batch_size, length)
+def count_work(
+    adapter: ModelAdapter, batch_size: int, length: int | None, inputs: dict[str, Tensor] | None = None
+) -> Work:
+    """Return what one forward pass does, module by module; on drawn inputs of this size unless some are given."""
+    inputs = adapter.example_inputs(batch_size, length) if inputs is None else inputs
     work = Work()
 
     def enter(name: str, parent: str) -> None:
@@ -197,7 +201,7 @@ def find_loops(adapter: ModelAdapter, sequence: bool) -> tuple[list[Finding], di
         names = _growing(works, numbers, what)
         if what == "position":
             names = {name: rate for name, rate in names.items() if not _recurrent(works, name)}
-        if names:
+        if names := _whatever_it_reads(adapter, names, base, places, what):
             findings.append(_growth_finding(adapter, names, what, counts))
     if not findings and (name := _slicing(base)):
         findings.append(_slice_finding(adapter, *name))
@@ -215,21 +219,52 @@ def _growing(works: list[Work], numbers: list[Any], what: str) -> dict[str, floa
     return found
 
 
+def _whatever_it_reads(
+    adapter: ModelAdapter, names: dict[str, float], base: Work, places: list[tuple[int, int | None]], what: str
+) -> dict[str, float]:
+    """Return those modules that take as many steps where more input is but the same input again.
+
+    Experts that are skipped when no token is sent to them run more often the more different tokens there are.
+    """
+    if not names:
+        return {}
+    (few, short), (many, long) = ((batch, length or 0) for batch, length in (places[0], places[-1]))
+    repeated = {}
+    for key, value in adapter.example_inputs(few, short).items():
+        if isinstance(value, Tensor) and what == "sample" and value.shape[:1] == (few,):
+            value = value[torch.arange(many, device=value.device) % few]
+        elif isinstance(value, Tensor) and what == "position" and value.shape[1:2] == (short,):
+            value = value[:, torch.arange(long, device=value.device) % short]
+        repeated[key] = value
+    try:
+        again = count_work(adapter, many, places[-1][1], repeated)
+    except ModelCrash:
+        return names
+    more = many - few if what == "sample" else long - short
+    return {n: r for n, r in names.items() if again.per_call(n) - base.per_call(n) >= PER_STEP[what] * more}
+
+
 def _recurrent(works: list[Work], name: str) -> bool:
-    """Tell whether the steps of a module's loop depend on each other."""
+    """Tell whether the steps of a module's loop depend on each other: chains of them get longer with the input."""
     inside = [
         site
         for site in works[-1].recurrent
         if (site[0] == name or site[0].startswith(f"{name}." if name else "")) and site[1] not in COLLECTING
     ]
-    return any(works[-1].sites[site] > works[0].sites[site] for site in inside)
+    return any(works[-1].recurrent[site] > works[0].recurrent[site] for site in inside)
 
 
 def _slicing(work: Work) -> tuple[str, str] | None:
     """Return a module that calls one function on slices of one tensor, or on the very same ones, and what it does."""
     for (_, name, _, _, function, *_), offsets in sorted(work.slices.items(), key=lambda item: item[0][0]):
         within = f"{name}." if name else ""
-        dependent = any(s[0] == name or s[0].startswith(within) for s in work.recurrent if s[1] not in COLLECTING)
+        chains = [
+            count
+            for site, count in work.recurrent.items()
+            if (site[0] == name or site[0].startswith(within)) and site[1] not in COLLECTING
+        ]
+        # Layers that a model's own code runs one after another are a chain too, but not one as long as the loop.
+        dependent = max(chains, default=0) * 2 >= len(offsets) - 1
         if len(offsets) >= (FEWEST_SLICES if function in HEAVY else FEWEST_LIGHT_SLICES) and not dependent:
             return name, f"{function.strip('_')} is called on {len(offsets)} slices of one tensor, one after the other"
     for (_, name, _, _, function, *_), count in sorted(work.equal.items(), key=lambda item: item[0][0]):

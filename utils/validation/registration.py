@@ -244,17 +244,18 @@ def _is_table(child: nn.Module) -> bool:
 
 
 def _runs(adapter: ModelAdapter, child: nn.Module) -> int:
-    """Return how often a module runs in one forward pass."""
-    count = 0
+    """Return how often a module runs in one forward pass; of a list of modules, how often any one of them does."""
+    counts: dict[int, int] = {}
 
     def note(name: str, ran: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        nonlocal count
-        count += ran is child
+        counts[id(ran)] = counts.get(id(ran), 0) + 1
 
     inputs = example(adapter, 0)
     with preserved(adapter.module), observe(adapter.module, note):
         answer(adapter, inputs)
-    return count
+    # A list does not run itself; its members do.
+    parts = child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
+    return max((counts.get(id(part), 0) for part in parts), default=0)
 
 
 def _announced(adapter: ModelAdapter) -> bool:

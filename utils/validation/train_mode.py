@@ -12,7 +12,14 @@ from utils.runtime.seeding import seed_streams
 from utils.validation.check import Finding
 from utils.validation.probing import all_finite, crash_site, first_line, first_nonfinite, is_out_of_memory
 
+AGAIN = "backward through the graph a second time"
+LARGEST_TWICE = 20_000_000
+"""Models with more parameters are not run a second time, for the time it takes."""
 CRASH_HINT = "Run model.train() and one forward pass by hand; look at what forward does only when self.training is set."
+AGAIN_HINT = (
+    "Detach what one forward pass keeps for the next (self.state = state.detach()), and compute in forward() whatever "
+    "is made from parameters: backward() frees the graph."
+)
 NAN_HINT = "Look at what forward does only when self.training is set: dropout, noise, batch statistics, random masks."
 
 
@@ -29,7 +36,7 @@ def check_train_mode(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[F
         parameter.grad = None
     adapter.module.train()
     try:
-        return _train(adapter, inputs)
+        return _train(adapter, inputs) or _train_again(adapter, inputs)
     finally:
         adapter.module.eval()
 
@@ -65,6 +72,26 @@ def _train(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
             f"{len(bad)} gradients are not finite in train mode, all are in eval mode; the last layer with one is this"
         )
         return [Finding("exploding_gradient", "fail", bad[-1], message, NAN_HINT)]
+    return []
+
+
+def _train_again(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
+    """Run a second step after one that has worked: it crashes where the graph of the first is used again."""
+    if adapter.num_parameters > LARGEST_TWICE:
+        return []
+    seed_streams(0, "forward")
+    try:
+        output = adapter.forward_in_training(inputs)
+        tensors = [t for _, t in named_tensors(output) if t.is_floating_point() and t.requires_grad]
+        weights = [p for p in adapter.module.parameters() if p.requires_grad]
+        if tensors and weights:
+            loss = torch.stack([t.float().square().mean() for t in tensors]).sum()
+            torch.autograd.grad(loss, weights, allow_unused=True)
+    except RuntimeError as error:
+        if AGAIN not in str(error):
+            return []
+        message = f"the second backward pass in train mode raises {type(error).__name__}: {first_line(error)}"
+        return [Finding("backward_crash", "fail", adapter.name, message, AGAIN_HINT)]
     return []
 
 
