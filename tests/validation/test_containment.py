@@ -153,15 +153,18 @@ def test_ctrl_c_of_the_user_passes(tiny):
     assert sys.stdout is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_other_base_exceptions_are_one_checks_result(tiny):
-    class Odd(BaseException):
+def test_an_alarm_of_the_callers_own_passes_through(tiny):
+    class Alarm(BaseException):
         pass
 
-    def odd(adapter, budget):
-        raise Odd("what")
+    def interrupted(adapter, budget):
+        adapter.module.train()
+        raise Alarm("time is up")
 
-    report = run_checks(ModelAdapter(tiny.MLP()), [Check("x", 1, "?", odd)], progress=False)
-    assert report.results[0].why == "could not run: Odd: what"
+    model = tiny.MLP().eval()
+    with pytest.raises(Alarm, match="time is up"):
+        run_checks(ModelAdapter(model), [Check("x", 1, "?", interrupted)], progress=False)
+    assert not model.training
 
 
 def test_prints_stay_away_from_the_terminal(capfd):

@@ -41,7 +41,7 @@ def zero_weights(adapter: ModelAdapter, inputs: dict[str, Tensor], head: str | N
 
 def _is_last(adapter: ModelAdapter, inputs: dict[str, Tensor], names: list[str]) -> bool:
     """Tell whether a lone zero matrix is a head that no module stands for: the logits are linear in it."""
-    if len(names) != 1:
+    if len(names) != 1 or adapter.module.get_parameter(names[0]).dim() < 2:
         return False
     drawn = torch.randn_like(adapter.module.get_parameter(names[0]))
     results = []
