@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "--time-budget-minutes", type=float, metavar="MINUTES", help="stop cleanly after so many minutes"
     )
+    resume.add_argument("--mirror", metavar="DIR", help="keep a second copy of the run here")
 
     export = verb("export", "Write a model in formats that others can run, each checked", "export runs/first exported")
     export.add_argument("model", help=f"the directory of a run, or {REFERENCE_HELP}")
@@ -186,6 +187,7 @@ def _resume(options: argparse.Namespace) -> int:
         options.run_dir,
         trust=options.trust,
         time_budget_minutes=options.time_budget_minutes,
+        mirror=options.mirror,
         progress=not options.quiet,
     )
     return _show_run(run, options.json)

@@ -17,6 +17,7 @@ from utils.ui.views import LiveCurve, in_notebook
 
 if TYPE_CHECKING:
     from utils.training.run import Run
+    from utils.training.session_callback import Observer
 
 __all__ = ["export", "fine_tune", "resume", "train", "train_or_resume"]
 
@@ -54,7 +55,9 @@ def train(
     """
     from utils.training import resume as verbs
 
-    return verbs.train(model, data, config, run_dir, spec=spec, mirror=mirror, progress=progress, view=_view(progress))
+    return verbs.train(
+        model, data, config, run_dir, spec=spec, mirror=mirror, progress=progress, observers=_observers(progress)
+    )
 
 
 def resume(
@@ -76,7 +79,7 @@ def resume(
         time_budget_minutes=time_budget_minutes,
         mirror=mirror,
         progress=progress,
-        view=_view(progress),
+        observers=_observers(progress),
     )
 
 
@@ -128,6 +131,6 @@ def train_or_resume(
 fine_tune = train
 
 
-def _view(progress: bool) -> LiveCurve | None:
+def _observers(progress: bool) -> list["Observer"]:
     """Show curves where they can be seen."""
-    return LiveCurve() if progress and in_notebook() else None
+    return [LiveCurve()] if progress and in_notebook() else []

@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_alone(manager, model, monkeyp
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_manager, "save_weights", full)
+    monkeypatch.setattr(checkpoint_manager, "write_tensors", full)
     with pytest.raises(
         CheckpointError, match=r"disk is full: the checkpoint of step 2 .*step-00000001 is untouched.*Free"
     ):
@@ -132,7 +132,7 @@ def test_another_write_error_is_passed_on_in_words(manager, model, monkeypatch):
     def broken(*args):
         raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
 
-    monkeypatch.setattr(checkpoint_manager, "save_weights", broken)
+    monkeypatch.setattr(checkpoint_manager, "write_tensors", broken)
     with pytest.raises(
         CheckpointError, match="step 1 could not be written: .*Transport endpoint.*no earlier checkpoint"
     ):

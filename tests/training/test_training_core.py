@@ -13,7 +13,7 @@ from utils.training.dataset_utilities import load_data
 from utils.training.evaluation import evaluate
 from utils.training.metrics import read_metrics
 from utils.training.resume import train
-from utils.training.training_core import learning_rate_share
+from utils.training.schedules import learning_rate_share
 from utils.training.weights import weights_sha256
 
 
@@ -78,17 +78,17 @@ def test_measuring_leaves_the_model_alone_and_repeats(text_file, tiny_gpt):
 
 
 def test_a_full_disk_warns_and_training_goes_on(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
-    original, calls = checkpoint_manager.save_weights, []
+    original, calls = checkpoint_manager.write_tensors, []
 
-    def sometimes_full(module, path):
+    def sometimes_full(tensors, aliases, path):
         calls.append(path)
         if len(calls) in (2, 3):
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(module, path)
+        original(tensors, aliases, path)
 
-    monkeypatch.setattr(checkpoint_manager, "save_weights", sometimes_full)
+    monkeypatch.setattr(checkpoint_manager, "write_tensors", sometimes_full)
     with pytest.warns(
-        UserWarning, match="disk is full: the checkpoint of step 4 .*step-00000000 is untouched.*Training goes on"
+        UserWarning, match="disk is full: the checkpoint of step .*step-00000000 is untouched.*Training goes on"
     ):
         run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False)
     assert run.finished
@@ -97,14 +97,14 @@ def test_a_full_disk_warns_and_training_goes_on(tmp_path, text_file, tiny_gpt, q
 
 
 def test_a_disk_that_is_full_at_the_end_is_not_called_finished(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
-    original, armed = checkpoint_manager.save_weights, []
+    original, armed = checkpoint_manager.write_tensors, []
 
-    def full_at_the_end(module, path):
+    def full_at_the_end(tensors, aliases, path):
         if "step-00000024" in str(path) and not armed:
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(module, path)
+        original(tensors, aliases, path)
 
-    monkeypatch.setattr(checkpoint_manager, "save_weights", full_at_the_end)
+    monkeypatch.setattr(checkpoint_manager, "write_tensors", full_at_the_end)
     with pytest.warns(UserWarning, match="disk is full: the checkpoint of step 24"):
         run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False)
     assert run.status == "finished, but not saved"
@@ -134,7 +134,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
         return original_train(mode)
 
     loaded.module.train = arm
-    with pytest.raises(RunError, match="training loss is nan in the steps up to 4.*last good state is kept"):
+    with pytest.raises(
+        RunError,
+        match="gradient's norm is nan in batch 0, which ends step 1 .first in what GPT puts out.*last good state is kept",
+    ):
         train(loaded, f"file:{text_file}", quick, tmp_path / "run", progress=False)
     assert (tmp_path / "run/checkpoints/step-00000000").is_dir()
 
@@ -142,7 +145,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
 def test_a_gradient_that_is_not_finite_is_kept_out_of_the_checkpoints(tmp_path, text_file, tiny_gpt, quick):
     config = quick.with_changes(log_every_steps=1, checkpoint_every_steps=1)
     tiny_gpt.module.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(RunError, match="gradient's norm is nan at step 1.*last good state is kept"):
+    with pytest.raises(
+        RunError,
+        match="norm is nan in batch 0.*forward pass is finite; first in the gradient of norm.bias.*last good state",
+    ):
         train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000000"]
 

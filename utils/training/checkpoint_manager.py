@@ -4,7 +4,7 @@ Layout of one checkpoint, ``step-00000300/``::
 
     model.safetensors   weights and buffers, shared tensors once
     state.pt            the states of all other parts, loadable with weights_only=True
-    manifest.json       format version, step, size and SHA-256 of each file; written last
+    manifest.json       format version, step, held-out loss, size and SHA-256 of each file; written last
 
 A checkpoint is trusted only after its hashes were compared. One that does not verify is left where it is, named in a
 warning, and the next older one is used.
@@ -15,22 +15,73 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.runtime.errors import CheckpointError
 from utils.runtime.files import sha256_file, sync_file
 from utils.runtime.resources import format_bytes
-from utils.training.weights import load_weights, save_weights
+from utils.training.weights import distinct_tensors, load_weights, write_tensors
 
 FORMAT_VERSION = 1
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 STEP_NAME = re.compile(r"^step-(\d{8,})$")
+SPARE_BYTES = 16 << 20
+"""Space that stays free beside a checkpoint, for the metrics and the manifest."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run at one step, apart from the run itself: training can go on while it is written."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    """Weights and buffers on the CPU, shared ones once."""
+    aliases: dict[str, str]
+    """Further names of shared tensors."""
+    state: dict[str, Any]
+    """The states of all other parts, with all tensors on the CPU."""
+    loss: float | None = None
+    """Held-out loss at this step, if it was measured."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *_tensors(self.state)))
+
+
+def take_snapshot(step: int, module: nn.Module, state: dict[str, Any], loss: float | None = None) -> Snapshot:
+    """Copy everything that a checkpoint holds into main memory."""
+    tensors, aliases = distinct_tensors(module, copy=True)
+    return Snapshot(step, tensors, aliases, _copied(state), loss)
+
+
+def _copied(value: Any) -> Any:
+    """Return a value whose tensors are copies on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 @dataclass(frozen=True)
@@ -61,23 +112,31 @@ class Checkpoint:
 class CheckpointManager:
     """Writes, verifies, finds and removes the checkpoints of one run."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, keep_best: int = 0, keep_every_steps: int | None = None) -> None:
         """Manage a directory.
 
         Args:
             directory: Where the checkpoints are; created when the first is written.
             keep: How many of the newest stay.
+            keep_best: How many of those with the lowest held-out loss stay too.
+            keep_every_steps: Those of multiples of this step stay for ever; None for no such.
         """
         self.directory, self.keep = Path(directory), keep
+        self.keep_best, self.keep_every_steps = keep_best, keep_every_steps
         self._trusted: list[Path] = []
+        self._held: list[Path] = []
+        self._lock = threading.Lock()
 
-    def save(self, step: int, module: nn.Module, state: dict[str, Any]) -> Path:
+    def save(self, step: int, module: nn.Module, state: dict[str, Any], loss: float | None = None) -> Path:
+        """Write a checkpoint of the present state and then remove those that are too old; see `write`."""
+        tensors, aliases = distinct_tensors(module)
+        return self.write(Snapshot(step, tensors, aliases, state, loss))
+
+    def write(self, snapshot: Snapshot) -> Path:
         """Write a checkpoint and then remove those that are too old.
 
         Args:
-            step: Optimizer steps done.
-            module: The model.
-            state: The states of all other parts.
+            snapshot: What it holds.
 
         Returns:
             The new checkpoint's directory.
@@ -85,19 +144,22 @@ class CheckpointManager:
         Raises:
             CheckpointError: It could not be written; earlier checkpoints are untouched.
         """
+        step = snapshot.step
         target = self.directory / f"step-{step:08d}"
         temporary = self.directory / f".{target.name}.tmp-{os.getpid()}"
         try:
             self._remove_leftovers()
             temporary.mkdir(parents=True)
-            save_weights(module, temporary / WEIGHTS)
+            require_space(self.directory, snapshot.nbytes)
+            write_tensors(snapshot.tensors, snapshot.aliases, temporary / WEIGHTS)
             with open(temporary / STATE, "wb") as stream:
-                torch.save(state, stream)
+                torch.save(snapshot.state, stream)
             for name in (WEIGHTS, STATE):
                 sync_file(temporary / name)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
+                "validation_loss": snapshot.loss,
                 "files": {
                     name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)}
                     for name in (WEIGHTS, STATE)
@@ -174,19 +236,46 @@ class CheckpointManager:
         found = [path for path in self.directory.iterdir() if STEP_NAME.match(path.name)]
         return sorted(found, key=_step, reverse=True)
 
+    @contextmanager
+    def holding(self, directory: Path) -> Iterator[None]:
+        """Keep a checkpoint from being removed while the block reads it."""
+        with self._lock:
+            self._held.append(directory)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.remove(directory)
+
+    def best(self) -> Checkpoint | None:
+        """Return the checkpoint with the lowest held-out loss that verifies; None when no loss was measured."""
+        for directory in self._by_loss():
+            if self.problem(directory) is None:
+                return Checkpoint(directory, _step(directory))
+        return None
+
+    def _by_loss(self) -> list[Path]:
+        """Return the checkpoints whose held-out loss is known, the lowest first, the earlier of equal ones first."""
+        losses = {path: _loss(path) for path in self._directories()}
+        known = [(loss, _step(path), path) for path, loss in losses.items() if loss is not None]
+        return [path for _, _, path in sorted(known)]
+
     def _trust(self, directory: Path) -> None:
         """Remember a checkpoint that was written or verified in this session as the newest such one."""
         self._trusted = [*(path for path in self._trusted if path != directory), directory]
 
     def _prune(self) -> None:
         """Remove what is older than the checkpoints to keep; what was never verified counts for nothing."""
-        kept = self._trusted[-self.keep :]
-        if len(kept) < self.keep:
+        newest = self._trusted[-self.keep :]
+        if len(newest) < self.keep:
             return
-        oldest = min(_step(path) for path in kept)
-        for path in self._directories():
-            if path not in kept and _step(path) < oldest:
-                shutil.rmtree(path, ignore_errors=True)
+        oldest = min(_step(path) for path in newest)
+        with self._lock:
+            kept = {*newest, *self._held, *(self._by_loss()[: self.keep_best] if self.keep_best else ())}
+            for path in self._directories():
+                forever = self.keep_every_steps is not None and _step(path) % self.keep_every_steps == 0
+                if path not in kept and _step(path) < oldest and not (forever and _step(path)):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
         """Remove what earlier, killed writers left under temporary names."""
@@ -231,3 +320,23 @@ class CheckpointManager:
 def _step(directory: Path) -> int:
     """Return the step in a checkpoint's name."""
     return int(directory.name.split("-")[1])
+
+
+def _loss(directory: Path) -> float | None:
+    """Return the held-out loss in a checkpoint's manifest."""
+    try:
+        loss = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("validation_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(loss) if isinstance(loss, (int, float)) else None
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Make sure that so many bytes fit, before a part of them is written.
+
+    Raises:
+        OSError: They do not (with the number that a full disk has).
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed + SPARE_BYTES:
+        raise OSError(errno.ENOSPC, f"{format_bytes(needed)} are needed and {format_bytes(free)} are free")

@@ -8,12 +8,14 @@ from typing import Any
 from utils.runtime.errors import ConfigError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-OPTIONAL = ("max_steps", "max_epochs", "context_length", "time_budget_minutes", "validation_share")
-NOT_YET = {
-    "growth": "Growing a model while it trains",
-    "continual": "Continual learning",
-    "tracking": "Tracking with an outside service",
-}
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+STRATEGIES = ("auto", "ddp", "fsdp")
+TRACKERS = ("wandb", "tensorboard")
+OPTIONAL = (
+    "max_steps", "max_epochs", "context_length", "time_budget_minutes", "validation_share", "ema_decay",
+    "early_stopping_patience", "keep_every_steps",
+)  # fmt: skip
+NOT_YET = {"growth": "Growing a model while it trains", "continual": "Continual learning"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,32 @@ class TrainingConfig:
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
     """Decay of weight matrices; norms, biases and other vectors are never decayed."""
+    beta2: float = 0.95
+    """AdamW's memory of squared gradients; 0.999 averages longer."""
+    schedule: str = "cosine"
+    """Learning rate after the warm-up: cosine, linear, wsd (stays, then falls at the end) or constant."""
     warmup_share: float = 0.1
     """Share of the steps over which the learning rate rises from zero."""
     final_learning_rate_share: float = 0.1
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak."""
+    decay_share: float = 0.2
+    """Share of the steps over which the wsd schedule falls at the end."""
     clip_norm: float = 1.0
     """Largest gradient norm; larger gradients are scaled down."""
+    label_smoothing: float = 0.0
+    """Share of each label spread over all classes while training; measurements are without."""
+    ema_decay: float | None = None
+    """Decay of a moving average of the weights, which is then measured and exported; None keeps none."""
+    early_stopping_patience: int | None = None
+    """Stop after so many measurements without a better held-out loss; None never does."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the model with torch.compile: slow to start, then faster on a GPU."""
+    augment: bool = False
+    """Shift and flip training images at random."""
+    workers: int = 0
+    """Processes that prepare batches; 0 prepares them between the steps."""
     seed: int = 0
     """Seed of data order, dropout and masking."""
     precision: str = "auto"
@@ -52,6 +74,10 @@ class TrainingConfig:
     """Minutes after which a checkpoint is written even if fewer steps were done."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_best: int = 1
+    """How many of the checkpoints with the lowest held-out loss stay too."""
+    keep_every_steps: int | None = None
+    """Checkpoints of every multiple of this step stay for ever; None keeps none for that reason."""
     val_every_steps: int = 50
     """Steps between measurements on the held-out data; the last step is always measured."""
     log_every_steps: int = 10
@@ -59,15 +85,15 @@ class TrainingConfig:
     time_budget_minutes: float | None = None
     """Stop cleanly, with a checkpoint, after so many minutes in this session."""
     strategy: str = "auto"
-    """Lightning strategy; only auto (one device) in this version."""
+    """How several devices share the work: auto, ddp (a copy of the model on each) or fsdp (a shard on each)."""
     devices: int = 1
-    """Number of devices; only 1 in this version."""
+    """Number of devices, one process each; batch_size counts the samples of one device."""
     growth: Mapping[str, Any] | None = None
     """Settings of growth; not available in this version."""
     continual: Mapping[str, Any] | None = None
     """Settings of continual learning; not available in this version."""
-    tracking: Mapping[str, Any] | None = None
-    """Settings of outside tracking; not available in this version (metrics always go to a CSV file)."""
+    tracking: str | None = None
+    """Outside tracking beside the CSV file: wandb, tensorboard, both with a comma, or None."""
 
     def __post_init__(self) -> None:
         """Check every field and every pair that can contradict.
@@ -83,11 +109,15 @@ class TrainingConfig:
             )
         positive = ("max_steps", "max_epochs", "batch_size", "accumulate", "learning_rate", "clip_norm",
                     "context_length", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints",
-                    "val_every_steps", "log_every_steps", "time_budget_minutes")  # fmt: skip
+                    "val_every_steps", "log_every_steps", "time_budget_minutes", "devices",
+                    "early_stopping_patience", "keep_every_steps")  # fmt: skip
+        counts = ("keep_best", "workers")
         whole = ("max_steps", "batch_size", "accumulate", "context_length", "checkpoint_every_steps",
-                 "keep_checkpoints", "val_every_steps", "log_every_steps", "seed", "devices")  # fmt: skip
-        shares = ("warmup_share", "final_learning_rate_share", "validation_share", "weight_decay")
-        for name in (*positive, *shares, "seed", "devices"):
+                 "keep_checkpoints", "val_every_steps", "log_every_steps", "seed", "devices",
+                 "early_stopping_patience", "keep_every_steps", *counts)  # fmt: skip
+        shares = ("warmup_share", "final_learning_rate_share", "validation_share", "weight_decay", "decay_share",
+                  "label_smoothing", "ema_decay", "beta2")  # fmt: skip
+        for name in (*positive, *counts, *shares, "seed"):
             value = getattr(self, name)
             if value is None and name in OPTIONAL:
                 continue
@@ -96,8 +126,23 @@ class TrainingConfig:
                 raise ConfigError(f"TrainingConfig.{name} is {value!r}.", f"Expected {kind}.")
             if name in positive and not value > 0:
                 raise ConfigError(f"TrainingConfig.{name} is {value!r}.", "Expected a number above 0.")
+            if name in counts and value < 0:
+                raise ConfigError(f"TrainingConfig.{name} is {value!r}.", "Expected 0 or more.")
             if name in shares and not 0 <= value <= 1:
                 raise ConfigError(f"TrainingConfig.{name} is {value!r}.", "Expected a number from 0 to 1.")
+        for name in ("gradient_checkpointing", "compile", "augment"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"TrainingConfig.{name} is {getattr(self, name)!r}.", "Expected true or false.")
+        for name, allowed in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("strategy", STRATEGIES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"TrainingConfig.{name} is {getattr(self, name)!r}.", f"Expected one of {', '.join(allowed)}."
+                )
+        if self.warmup_share + (self.decay_share if self.schedule == "wsd" else 0) > 1:
+            raise ConfigError(
+                f"TrainingConfig.warmup_share is {self.warmup_share} and decay_share is {self.decay_share}.",
+                "Expected at most 1 together: both are shares of the same steps.",
+            )
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise ConfigError(
                 f"TrainingConfig.validation_share is {self.validation_share!r}.",
@@ -109,15 +154,13 @@ class TrainingConfig:
                 "Expected at most 1: AdamW moves every weight by about the learning rate in each step.",
                 "Usual values are 1e-4 to 3e-3.",
             )
-        if self.precision not in PRECISIONS:
+        if self.strategy == "fsdp" and self.devices == 1:
             raise ConfigError(
-                f"TrainingConfig.precision is {self.precision!r}.", f"Expected one of {', '.join(PRECISIONS)}."
+                "TrainingConfig has strategy='fsdp' and devices=1.",
+                "Expected several devices to share the model between.",
+                "Set devices, or strategy='auto'.",
             )
-        if self.devices != 1 or self.strategy != "auto":
-            raise ConfigError(
-                f"TrainingConfig has devices={self.devices!r} and strategy={self.strategy!r}.",
-                "This version trains on one device: devices=1, strategy='auto'.",
-            )
+        self._check_tracking()
         for name, feature in NOT_YET.items():
             if getattr(self, name) is not None:
                 raise ConfigError(
@@ -125,6 +168,22 @@ class TrainingConfig:
                     f"{feature} is not available in this version.",
                     "Leave it at None.",
                 )
+
+    def _check_tracking(self) -> None:
+        """Check the names of outside trackers."""
+        unknown = set(self.trackers) - set(TRACKERS)
+        if unknown:
+            raise ConfigError(
+                f"TrainingConfig.tracking is {self.tracking!r}.",
+                f"Expected None or some of {', '.join(TRACKERS)}, separated by commas.",
+            )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of the outside trackers."""
+        if self.tracking is None:
+            return ()
+        return tuple(name.strip() for name in str(self.tracking).split(","))
 
     @property
     def resolved_precision(self) -> str:
@@ -176,9 +235,14 @@ class TrainingConfig:
         """Return a copy with some settings changed, checked again."""
         return replace(self, **changes)
 
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step, over all devices."""
+        return self.batch_size * self.accumulate * self.devices
+
     def total_steps(self, samples: int) -> int:
         """Return the number of optimizer steps over a training set of `samples` samples."""
         if self.max_steps is not None:
             return self.max_steps
         assert self.max_epochs is not None
-        return max(1, round(self.max_epochs * samples / (self.batch_size * self.accumulate)))
+        return max(1, round(self.max_epochs * samples / self.samples_per_step))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -38,9 +39,16 @@ def model_inputs(adapter: ModelAdapter, batch: dict[str, Tensor]) -> dict[str, T
 
 
 def objective(
-    adapter: ModelAdapter, data: PreparedData, batch: dict[str, Tensor], seed: int
+    adapter: ModelAdapter, data: PreparedData, batch: dict[str, Tensor], seed: int, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a batch and return loss, logits and labels; masked language models are masked anew from `seed`.
+
+    Args:
+        adapter: The model.
+        data: What the batch is from.
+        batch: ``input_ids`` or ``pixel_values``, and ``labels``.
+        seed: Seed of the masking.
+        label_smoothing: Share of each label spread over all classes (Szegedy et al., arXiv:1512.00567, section 7).
 
     Returns:
         The mean loss in nats (a scalar), the logits, and the labels with `IGNORED` where nothing is predicted.
@@ -53,7 +61,15 @@ def objective(
         inputs, labels = mask_tokens(batch["input_ids"], tokenizer.mask_id, tokenizer.vocab_size, special, seed=seed)
         batch = {"input_ids": inputs, "labels": labels}
     logits = adapter.logits(model_inputs(adapter, batch))
-    return adapter.loss(logits, batch["labels"]), logits, batch["labels"]
+    labels = batch["labels"]
+    if label_smoothing:
+        classes = logits.shape[-1]
+        flat = logits.reshape(-1, classes).float()
+        smoothed = functional.cross_entropy(
+            flat, labels.reshape(-1), ignore_index=IGNORED, label_smoothing=label_smoothing
+        )
+        return smoothed, logits, labels
+    return adapter.loss(logits, labels), logits, labels
 
 
 @torch.no_grad()

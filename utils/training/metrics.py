@@ -31,10 +31,10 @@ class MetricsLog:
         rows: All rows so far; a number that was not measured is absent.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Log to `path`; rows that are there already are read."""
-        self.path = Path(path)
-        self.rows: list[dict[str, Any]] = read_metrics(self.path) if self.path.exists() else []
+    def __init__(self, path: Path | None) -> None:
+        """Log to `path`; rows that are there already are read. Without a path rows are kept in memory only."""
+        self.path = path
+        self.rows: list[dict[str, Any]] = read_metrics(path) if path is not None and path.exists() else []
         self._behind = False
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -43,6 +43,8 @@ class MetricsLog:
         if unknown:
             raise ValueError(f"Unknown metrics {sorted(unknown)}; known are {', '.join(COLUMNS)}.")
         self.rows.append(dict(row))
+        if self.path is None:
+            return
         try:
             if self._behind or not self.path.exists():
                 self._rewrite()
@@ -64,6 +66,8 @@ class MetricsLog:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Cut off what was logged after the checkpoint; the resumed run logs it again."""
+        if self.path is None:
+            return
         if len(self.rows) < state["rows"]:
             warnings.warn(
                 f"{self.path.name} has {len(self.rows)} rows, and the checkpoint was made after {state['rows']}: "
@@ -78,6 +82,7 @@ class MetricsLog:
 
     def _rewrite(self) -> None:
         """Write all rows, atomically."""
+        assert self.path is not None
         write_atomic(self.path, _header() + "".join(_line(row) for row in self.rows))
         self._behind = False
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from utils.runtime.errors import RunError
 from utils.runtime.files import sync_file, write_atomic
-from utils.training.checkpoint_manager import MANIFEST, STEP_NAME
+from utils.training.checkpoint_manager import MANIFEST, STEP_NAME, CheckpointManager, require_space
 from utils.training.run import FIGURE, METRICS, RECORD, SUMMARY, UNFINISHED, make_empty
 
 SMALL_FILES = (METRICS, SUMMARY, FIGURE)
 
 
-def mirror_run(directory: Path, target: Path) -> None:
+def mirror_run(directory: Path, target: Path, checkpoints: CheckpointManager | None = None) -> None:
     """Bring a copy of a run up to date.
 
     The newest checkpoint is copied before older ones are removed, and ``run.json``, which makes the copy a run, comes
@@ -25,12 +25,14 @@ def mirror_run(directory: Path, target: Path) -> None:
     Args:
         directory: The run.
         target: Its copy, made when missing.
+        checkpoints: The manager that writes the run at the same time; it keeps what is being copied.
 
     Raises:
         RunError: The target holds another run, or something that is no run.
         OSError: The target cannot be written; what was whole there still is.
     """
     directory, target = Path(directory), Path(target)
+    manager = checkpoints or CheckpointManager(directory / "checkpoints")
     claim(directory, target)
     for part in ("model", "data"):
         for path in sorted((directory / part).rglob("*")):
@@ -46,13 +48,15 @@ def mirror_run(directory: Path, target: Path) -> None:
     for torn in (target / "checkpoints").glob(".step-*.tmp-*"):
         shutil.rmtree(torn, ignore_errors=True)
     for name in steps:
-        if not _is_copied(directory / "checkpoints" / name, target / "checkpoints" / name):
-            _copy_checkpoint(directory / "checkpoints" / name, target / "checkpoints" / name)
+        source = directory / "checkpoints" / name
+        with manager.holding(source):
+            if source.exists() and not _is_copied(source, target / "checkpoints" / name):
+                _copy_checkpoint(source, target / "checkpoints" / name)
     _copy_if_new(directory / RECORD, target / RECORD)
     (target / UNFINISHED).unlink(missing_ok=True)
     if steps:
         for name in _checkpoints(target):
-            if name not in steps and name < steps[0]:
+            if name not in steps and name < steps[-1]:
                 shutil.rmtree(target / "checkpoints" / name, ignore_errors=True)
 
 
@@ -141,6 +145,8 @@ def _copy_checkpoint(directory: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        temporary.mkdir(parents=True)
+        require_space(temporary, sum(path.stat().st_size for path in directory.iterdir()))
         names = sorted((path.name for path in directory.iterdir()), key=lambda name: name == MANIFEST)
         for name in names:
             _copy_file(directory / name, temporary / name)

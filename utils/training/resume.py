@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from utils.training.metrics import read_metrics
 from utils.training.mirror import claim, mirror_run
 from utils.training.module_memory import ModuleMemory, freeze
 from utils.training.prepared_data import PreparedData, load_prepared
+from utils.training.processes import is_started_here, launch, rank_and_world
 from utils.training.run import (
     FIGURE,
     METRICS,
@@ -35,7 +36,7 @@ from utils.training.run import (
 )
 
 if TYPE_CHECKING:
-    from utils.training.training_core import View
+    from utils.training.session_callback import Observer
 
 
 def train(
@@ -47,7 +48,7 @@ def train(
     spec: ModelSpec | None = None,
     mirror: str | Path | None = None,
     progress: bool = True,
-    view: "View | None" = None,
+    observers: "list[Observer] | None" = None,
 ) -> Run:
     """Train a model and keep everything needed to continue in a run directory.
 
@@ -60,7 +61,7 @@ def train(
         spec: Facts about the model that override detection.
         mirror: Where a second copy of the run is kept, such as a folder on Drive.
         progress: Show progress bars.
-        view: Shows the metrics while they come.
+        observers: Follow the metrics while they come.
 
     Returns:
         The run, finished or stopped by its time budget or a signal. Its model is `model`, trained in place.
@@ -77,9 +78,15 @@ def train(
     _check_trainable(adapter)
     prepared = data if isinstance(data, PreparedData) else prepare_data(adapter, data, config)
     check_free(Path(run_dir))
+    if config.devices > 1 and loaded is None:
+        raise RunError(
+            f"TrainingConfig.devices is {config.devices}, and the model is a bare {adapter.name}.",
+            "Expected a model that each of the processes can load by itself from the run's directory.",
+            "Load it with utils.load_model, or set devices=1.",
+        )
     with session_lock(Path(run_dir)):
         run = create_run(Path(run_dir), adapter, loaded, prepared, config)
-        return _session(run, {}, mirror, progress, view)
+        return _session(run, {}, mirror, progress, observers)
 
 
 def resume(
@@ -90,7 +97,7 @@ def resume(
     time_budget_minutes: float | None = None,
     mirror: str | Path | None = None,
     progress: bool = True,
-    view: "View | None" = None,
+    observers: "list[Observer] | None" = None,
 ) -> Run:
     """Continue a run exactly where its newest usable checkpoint is; a finished run is returned as it is.
 
@@ -104,7 +111,7 @@ def resume(
         time_budget_minutes: Budget of this session; None keeps the run's own.
         mirror: Where a second copy of the run is kept.
         progress: Show progress bars.
-        view: Shows the metrics while they come.
+        observers: Follow the metrics while they come.
 
     Returns:
         The run.
@@ -115,7 +122,8 @@ def resume(
     """
     _require_packages()
     record = read_record(Path(run_dir))
-    with session_lock(Path(run_dir)):
+    rank, _ = rank_and_world()
+    with nullcontext() if rank or is_started_here() else session_lock(Path(run_dir)):
         run, state = open_run(run_dir, model=model, trust=trust)
         if time_budget_minutes is not None:
             run.config = run.config.with_changes(time_budget_minutes=time_budget_minutes)
@@ -124,7 +132,7 @@ def resume(
                 _conclude(run, mirror)
             return run
         warn_if_elsewhere(record, run.config)
-        return _session(run, state, mirror, progress, view)
+        return _session(run, state, mirror, progress, observers)
 
 
 def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool = False) -> tuple[Run, dict[str, Any]]:
@@ -188,6 +196,9 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
                 "Move the file away to continue without them.",
             ) from error
     run.status = "finished" if run.step >= run.total_steps else "stopped"
+    patience = config.early_stopping_patience
+    if patience is not None and progress.get("since_best", 0) >= patience:
+        run.status = "finished early"
     adapter.module.eval()
     return run, state
 
@@ -230,16 +241,40 @@ def check_same(
         )
 
 
-def _session(run: Run, state: dict[str, Any], mirror: str | Path | None, progress: bool, view: "View | None") -> Run:
+def _session(
+    run: Run, state: dict[str, Any], mirror: str | Path | None, progress: bool, observers: "list[Observer] | None"
+) -> Run:
     """Train until the run ends or stops."""
     from utils.training.training_core import fit
 
+    rank, world = rank_and_world()
+    if world == 1 and run.config.devices > 1:
+        return _session_of_several(run, mirror, progress)
     target = Path(mirror) if mirror is not None else None
     if target is not None:
         # Another run in that folder is an error now; a mount that fails now may work at the first checkpoint.
         with suppress(OSError):
             claim(run.directory, target)
-    return _conclude(fit(run, state, progress, view, target), target)
+    fit(run, state, progress, observers, target)
+    return run if rank else _conclude(run, target)
+
+
+def _session_of_several(run: Run, mirror: str | Path | None, progress: bool) -> Run:
+    """Let one process for each device train the run, and take over what they reached."""
+    arguments = [] if progress else ["--quiet"]
+    if mirror is not None:
+        arguments += ["--mirror", str(mirror)]
+    if run.config.time_budget_minutes is not None:
+        arguments += ["--time-budget-minutes", str(run.config.time_budget_minutes)]
+    status = launch(run.directory, run.config.devices, [*arguments, "--trust"])
+    reached, _ = open_run(run.directory, model=run.model, trust=True)
+    if status not in (0, 1):
+        raise RunError(
+            f"A process that trained the run in {run.directory} failed with exit status {status}.",
+            f"Expected the {run.config.devices} processes to end by themselves; the run stands at step {reached.step}.",
+            "Read their messages above, and continue with utils.resume.",
+        )
+    return reached
 
 
 def _loaded_of(model: Any) -> LoadedModel | None:

@@ -72,7 +72,10 @@ class Run:
 
     def __post_init__(self) -> None:
         """Find the checkpoints."""
-        self.checkpoints = CheckpointManager(self.directory / "checkpoints", self.config.keep_checkpoints)
+        config = self.config
+        self.checkpoints = CheckpointManager(
+            self.directory / "checkpoints", config.keep_checkpoints, config.keep_best, config.keep_every_steps
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -81,8 +84,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """All planned steps were done."""
-        return self.status == "finished"
+        """All planned steps were done, or there was nothing left to gain (early stopping)."""
+        return self.status in ("finished", "finished early")
 
     def last(self, split: str) -> dict[str, Any]:
         """Return the last row measured on ``train`` or ``validation``; empty when there is none."""

@@ -17,18 +17,27 @@ class SampleStream:
     samples that an uninterrupted one would have handed out, across the ends of passes too.
     """
 
-    def __init__(self, data: Mapping[str, Tensor], batch_size: int, seed: int) -> None:
-        """Shuffle `data`, tensors whose first dimension counts the samples."""
+    def __init__(self, data: Mapping[str, Tensor], batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        """Shuffle some data.
+
+        Args:
+            data: Tensors whose first dimension counts the samples.
+            batch_size: Samples in a batch of one process.
+            seed: Decides the order.
+            rank: Number of this process among those that share the stream; each takes its own part of every batch.
+            world: How many share it.
+        """
         self.data, self.batch_size, self.seed = dict(data), batch_size, seed
+        self.rank, self.world = rank, world
         self.samples = len(next(iter(self.data.values())))
         self.consumed = 0
         self._permutation: tuple[int, Tensor] | None = None
 
     def batches(self, count: int) -> Iterator[dict[str, Tensor]]:
         """Yield the next `count` batches; `advance` says when one has been trained on."""
-        start = self.consumed
+        start = self.consumed + self.rank * self.batch_size
         for number in range(count):
-            yield self.batch_at(start + number * self.batch_size)
+            yield self.batch_at(start + number * self.batch_size * self.world)
 
     def batch_at(self, position: int) -> dict[str, Tensor]:
         """Return the batch that starts at a position of the stream."""
@@ -36,8 +45,8 @@ class SampleStream:
         return {name: tensor[indices] for name, tensor in self.data.items()}
 
     def advance(self) -> None:
-        """Count one batch as trained on."""
-        self.consumed += self.batch_size
+        """Count one batch as trained on, by every process."""
+        self.consumed += self.batch_size * self.world
 
     @property
     def passes(self) -> float:

@@ -14,8 +14,12 @@ ALIASES = "aliases"
 """Key of the file's metadata: a JSON object from the name of a shared tensor to the name it is stored under."""
 
 
-def distinct_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct_tensors(module: nn.Module, copy: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Split a module's state into tensors to store and names that share one of them.
+
+    Args:
+        module: The model.
+        copy: Copy also what is on the CPU already, so that training can go on while the tensors are written.
 
     Returns:
         The tensors by name, contiguous and on the CPU, and for every further name of one the name it is stored under.
@@ -35,7 +39,7 @@ def distinct_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
             aliases[name] = first[key]
         else:
             first[key] = name
-            value = tensor.detach().to("cpu").contiguous()
+            value = tensor.detach().to("cpu", copy=copy).contiguous()
             # Views into one larger tensor must not drag it into the file.
             tensors[name] = value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
     return tensors, aliases
@@ -47,9 +51,17 @@ def save_weights(module: nn.Module, path: Path) -> None:
     Raises:
         OSError: The file cannot be written.
     """
+    write_tensors(*distinct_tensors(module), path)
+
+
+def write_tensors(tensors: dict[str, Tensor], aliases: dict[str, str], path: Path) -> None:
+    """Write what `distinct_tensors` returned to a safetensors file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     from safetensors.torch import save
 
-    tensors, aliases = distinct_tensors(module)
     # `save` and a plain write keep the operating system's own error, such as "No space left on device".
     content = save(tensors, metadata={ALIASES: json.dumps(aliases), "format": "pt"})
     header, start = _sorted_header(content)

@@ -3,9 +3,12 @@
 import io
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.training.figures import training_figure
+
+if TYPE_CHECKING:
+    from utils.training.run import Run
 
 REDRAW_SECONDS = 3.0
 
@@ -25,6 +28,10 @@ class LiveCurve:
         self.zlib_bits_per_byte: float | None = None
         self._handle: Any = None
         self._drawn = 0.0
+
+    def start(self, run: "Run") -> None:
+        """Take the baseline of the run's data."""
+        self.zlib_bits_per_byte = run.data.facts.get("zlib_bits_per_byte")
 
     def update(self, rows: list[dict[str, Any]]) -> None:
         """Redraw when enough time has passed since the last picture."""
