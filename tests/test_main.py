@@ -1,6 +1,9 @@
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -102,8 +105,150 @@ def test_settings_come_from_a_file_and_options_override_it(tmp_path, tiny, text,
     assert "holds list" in capsys.readouterr().err
 
 
+RUN_FILE = """
+model: example:gpt
+model_config: {{vocab_size: 300, d_model: 16, nhead: 1, num_layers: 1}}
+data: {text}
+run_dir: {folder}/run
+mirror: {folder}/copy
+config:
+  max_steps: 6
+  batch_size: 4
+  learning_rate: 1e-3
+  val_every_steps: 3
+search:
+  folder: {folder}/search
+  trials: 2
+  space:
+    learning_rate: {{log_uniform: [1e-4, 1e-2]}}
+    schedule: [cosine, linear]
+export:
+  directory: {folder}/out
+  formats: [safetensors]
+"""
+
+
+def test_one_file_drives_every_verb_and_options_override_it(tmp_path, text, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN_FILE.format(text=text, folder=tmp_path))
+    said = ["--config", str(file), "--quiet"]
+    assert main(["train", *said, "--max-steps", "4", "--time-budget-minutes", "1e-9", "--json"]) == 1
+    run = json.loads(capsys.readouterr().out)
+    assert run["status"] == "stopped by its time budget"
+    assert (run["config"]["max_steps"], run["config"]["learning_rate"]) == (4, 1e-3)
+    assert (tmp_path / "copy" / "run.json").exists()
+    assert main(["resume", *said, "--time-budget-minutes", "9"]) == 0
+    assert "finished at step 4 of 4" in capsys.readouterr().out
+    assert main(["export", *said]) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert main(["report", *said]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+    page = tmp_path / "page.html"
+    assert main(["search", *said, "--space", "clip_norm=uniform:0.5,2", "--best-dir", str(tmp_path / "best"),
+                 "--json"]) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["space"]) == {"clip_norm"} and len(found["trials"]) == 2
+    assert found["best_run"]["status"] == "finished"
+    assert main(["report", str(tmp_path / "search"), "--html", str(page)]) == 0
+    assert capsys.readouterr().out.startswith("Search for GPT")
+    assert "<table>" in page.read_text()
+
+
+@pytest.mark.slow
+def test_a_model_is_compared_with_a_transformer_of_its_size(tmp_path, text, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN_FILE.format(text=text, folder=tmp_path))
+    page = tmp_path / "page.html"
+    arguments = ["benchmark", "--config", str(file), "--folder", str(tmp_path / "out"), "--seeds", "0,1", "--quiet"]
+    assert main([*arguments, "--html", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seeds"] == [0, 1]
+    assert page.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("model: example:gpt\nmax_steps: 3", "setting 'max_steps' beside the section 'model'"),
+        ("model: example:gpt\nserch: {}", "has 'serch', which is unknown.*Did you mean 'search'"),
+        ("modell: example:gpt", "has 'modell', which is unknown.*Did you mean 'model'"),
+        ("config: {max_step: 3}", "no setting 'max_step'.*Did you mean 'max_steps'"),
+        ("config: {max_steps: 3, max_epochs: 2}", "max_steps is 3 and max_epochs is 2"),
+        ("search: {trial: 3}", "The section search of .* has 'trial'.*Did you mean 'trials'"),
+        ("config: 3", "has config: 3"),
+        ("model: [1]", r"has model: \[1\]"),
+        ("config: {seed: 1, seed: 2}", "has 'seed' twice"),
+        ("model: {a", "cannot be read"),
+        ("", "holds nothing"),
+        ("model: example:gpt", "without --run-dir DIR, and .* has no run_dir"),
+        ("run_dir: x", "without MODEL, and .* has no model"),
+        ("run_dir: x\nmodel: example:gpt\npreset: fsat", "fsat"),
+    ],
+)
+def test_a_run_file_that_is_wrong_names_what_is_wrong(tmp_path, content, words, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert main(["train", "--config", str(file), "--quiet"]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_preset_is_changed_by_the_file_and_the_file_by_options(tmp_path):
+    from utils.__main__ import _config
+    from utils.training.run_file import read_run_file
+    from utils.ui.presets import preset
+
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: fast\nconfig: {max_epochs: 2, batch_size: 3}")
+    options = build_parser().parse_args(["train", "--config", str(file), "--batch-size", "5"])
+    config = _config(options, read_run_file(file))
+    assert (config.max_steps, config.max_epochs, config.batch_size) == (None, 2, 5)
+    assert config.learning_rate == preset("fast").learning_rate
+
+
+def test_a_space_on_the_command_line_is_checked(capsys, tmp_path):
+    search = ["search", "example:gpt", "--folder", str(tmp_path / "search"), "--quiet"]
+    assert main([*search, "--space", "learning_rate"]) == 2
+    assert "--space learning_rate is no range" in capsys.readouterr().err
+    assert main([*search, "--space", "seed=integers:1,2"]) == 2
+    assert "choose luck" in capsys.readouterr().err
+    twice = ["--space", "beta2=uniform:0.9,0.95", "--space", "beta2=uniform:0.8,0.9"]
+    assert main([*search, *twice]) == 2
+    assert "gives beta2 twice" in capsys.readouterr().err
+
+
+def test_an_interrupt_before_there_is_a_run_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.__main__._load", interrupted)
+    assert main(["validate", "example:gpt"]) == 130
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_and_says_how_to_continue(tmp_path, root, tiny, text):
+    run = tmp_path / "run"
+    arguments = ["train", "example:gpt", "--model-config", tiny, "--data", text, "--run-dir", str(run)]
+    settings = ["--batch-size", "4", "--max-steps", "100000", "--log-every-steps", "5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "utils", *arguments, *settings, "--quiet"], cwd=root, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.csv").exists() and "train" in (run / "metrics.csv").read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted at step" in output
+    assert "Traceback" not in errors and f"continue with: python -m utils resume {run}" in errors
+    step = int(re.search(r"at step (\d+)", output)[1])
+    assert (run / "checkpoints" / f"step-{step:08d}").is_dir(), "the step under way was saved"
+
+
 def test_help_explains_every_verb_and_every_setting(capsys):
-    for verb in ("validate", "train", "resume", "export", "link"):
+    for verb in ("validate", "train", "resume", "search", "benchmark", "export", "report", "link"):
         with pytest.raises(SystemExit) as left:
             build_parser().parse_args([verb, "--help"])
         assert left.value.code == 0
@@ -111,7 +256,7 @@ def test_help_explains_every_verb_and_every_setting(capsys):
         assert "Example: python -m utils" in output
         if verb == "train":
             for name in TrainingConfig().to_dict():
-                available = name not in ("growth", "continual", "tracking")
+                available = name not in ("growth", "continual")
                 assert (f"--{name.replace('_', '-')} " in output) == available, name
 
 

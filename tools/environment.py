@@ -1,4 +1,4 @@
-"""Create the environment that `.venv` links to, or find it: `python tools/environment.py [dev|replica]`.
+"""Create the environment that `.venv` links to, or find it: `python tools/environment.py [dev|replica|browser]`.
 
 Unusual here: environments live outside the checkout, one for each set of pins, so that several checkouts share them and
 a second run costs nothing. A virtual environment cannot be moved, hence no temporary name: it is built in place under a
@@ -33,6 +33,8 @@ def requirement_files(kind: str, root: str = ROOT, version: tuple = sys.version_
     """Return the requirement files and the constraint files of a kind of environment."""
     if kind == "replica":
         return [os.path.join(root, "tests", "colab", "replica.txt")], []
+    if kind == "browser":
+        return [os.path.join(root, "tests", "ui", "lab.txt")], []
     constraints = [os.path.join(root, "constraints.txt")] if version[:2] >= CONSTRAINED else []
     names = ["requirements-training.txt", "requirements-dev.txt"]
     return [os.path.join(root, name) for name in names], constraints
@@ -244,7 +246,7 @@ def check_python(version: tuple = sys.version_info) -> None:
 def main(arguments: Optional[list] = None) -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description="Create or find an environment of Seedbed.")
-    parser.add_argument("kind", nargs="?", default="dev", choices=("dev", "replica"))
+    parser.add_argument("kind", nargs="?", default="dev", choices=("dev", "replica", "browser"))
     parser.add_argument("--root", default=ROOT, help="the checkout (default: this one)")
     options = parser.parse_args(arguments)
     try:

@@ -1,7 +1,8 @@
 """Seedbed: know whether a PyTorch model is sound, train it where machines vanish, ship it.
 
 The public surface, loaded on first use: `load_model`, `read_code`, `validate`, `show`, `train`, `resume`, `export`,
-`ModelSpec`, `ModelAdapter`, `LoadedModel`, `TrainingConfig`. Importing this package imports only the standard library.
+`bundle`, `publish`, `generate`, `ModelSpec`, `ModelAdapter`, `LoadedModel`, `TrainingConfig`. Importing this package
+imports only the standard library.
 """
 
 from importlib import import_module
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from utils.tier1_critical_validation import show, validate
     from utils.tier3_training_utilities import export, resume, train
     from utils.training import TrainingConfig
+    from utils.training.bundle import bundle
+    from utils.training.generation import generate
+    from utils.training.publish import publish
 
 _HOMES = {
     "load_model": "utils.loading",
@@ -27,6 +31,9 @@ _HOMES = {
     "train": "utils.tier3_training_utilities",
     "resume": "utils.tier3_training_utilities",
     "export": "utils.tier3_training_utilities",
+    "bundle": "utils.training.bundle",
+    "publish": "utils.training.publish",
+    "generate": "utils.training.generation",
     "TrainingConfig": "utils.training",
 }
 
@@ -36,8 +43,11 @@ __all__ = [
     "ModelSpec",
     "TrainingConfig",
     "__version__",
+    "bundle",
     "export",
+    "generate",
     "load_model",
+    "publish",
     "read_code",
     "resume",
     "show",

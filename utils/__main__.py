@@ -1,7 +1,9 @@
-"""The same verbs without a notebook: ``python -m utils validate|train|resume|export|link``.
+"""The same verbs without a notebook: ``python -m utils validate|train|resume|search|benchmark|export|report|link``.
+
+``--config run.yaml`` says everything about a run in one file (`utils.training.run_file`); options override it.
 
 Exit status: 0 when all is well, 1 when a model is not ready, an export failed or a run stopped before its end, 2 when
-the input cannot be used.
+the input cannot be used, 130 after an interrupt that no run could turn into a clean stop.
 """
 
 import argparse
@@ -15,13 +17,17 @@ from typing import Any
 
 from utils.adapters.spec import TASKS, ModelSpec
 from utils.runtime.errors import ConfigError, SeedbedError
+from utils.runtime.files import write_atomic
 from utils.runtime.project import VERSION
 from utils.runtime.settings import field_help
 from utils.training.config import NOT_YET, TrainingConfig
+from utils.training.run_file import RunFile, read_run_file
 
 REFERENCE_HELP = (
     "the model: a Gist id or URL, a GitHub, raw or Colab URL, a file or folder, hub:owner/name, or example:gpt|bert|vit"
 )
+
+DATA, FORMATS = "builtin:python-docs", "safetensors,onnx,torch_export"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,6 +56,26 @@ def build_parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--task", choices=TASKS, help="what the model is for, when detection is wrong")
 
+    def training(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("model", nargs="?", help=REFERENCE_HELP)
+        loading(sub)
+        sub.add_argument(
+            "--data", help="builtin:python-docs, builtin:python-code, builtin:digits, file:PATH or hub:OWNER/NAME "
+            "(default: builtin:python-docs)",
+        )  # fmt: skip
+        sub.add_argument("--config", metavar="FILE", help="YAML file with everything; options override it")
+        sub.add_argument("--preset", metavar="NAME", help="begin with the settings of a preset such as fast")
+        settings = sub.add_argument_group("training settings")
+        texts = field_help(TrainingConfig)
+        for setting in fields(TrainingConfig):
+            if setting.name in NOT_YET:
+                continue
+            default = "" if setting.default in (None, MISSING) else f" (default: {setting.default})"
+            settings.add_argument(
+                f"--{setting.name.replace('_', '-')}", type=_value, metavar="VALUE", dest=f"setting_{setting.name}",
+                help=f"{texts[setting.name].rstrip('.')}{default}".replace("%", "%%"),
+            )  # fmt: skip
+
     validate = verb(
         "validate",
         "Say whether a model is sound, what is wrong and how to mend it",
@@ -69,27 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
         "Train a model and keep everything in a run directory",
         "train example:gpt --run-dir runs/first --max-steps 200",
     )
-    train.add_argument("model", help=REFERENCE_HELP)
-    loading(train)
-    train.add_argument(
-        "--data", default="builtin:python-docs",
-        help="builtin:python-docs, builtin:python-code, builtin:digits or file:PATH (default: %(default)s)",
-    )  # fmt: skip
-    train.add_argument("--run-dir", required=True, metavar="DIR", help="a new or empty directory")
-    train.add_argument("--config", metavar="FILE", help="JSON file with training settings; options below override it")
-    settings = train.add_argument_group("training settings")
-    texts = field_help(TrainingConfig)
-    for setting in fields(TrainingConfig):
-        if setting.name in NOT_YET:
-            continue
-        default = "" if setting.default in (None, MISSING) else f" (default: {setting.default})"
-        settings.add_argument(
-            f"--{setting.name.replace('_', '-')}", type=_value, metavar="VALUE", dest=f"setting_{setting.name}",
-            help=f"{texts[setting.name].rstrip('.')}{default}".replace("%", "%%"),
-        )  # fmt: skip
+    training(train)
+    train.add_argument("--run-dir", metavar="DIR", help="a new or empty directory")
+    train.add_argument("--mirror", metavar="DIR", help="keep a second copy of the run here")
 
     resume = verb("resume", "Continue a run exactly where it stopped", "resume runs/first")
-    resume.add_argument("run_dir", metavar="DIR", help="the run's directory")
+    resume.add_argument("run_dir", metavar="DIR", nargs="?", help="the run's directory")
+    resume.add_argument("--config", metavar="FILE", help="run file that names the directory and the second copy")
     resume.add_argument(
         "--trust", action="store_true", help="run the model's code even if the audit finds something in it"
     )
@@ -98,13 +110,44 @@ def build_parser() -> argparse.ArgumentParser:
     )
     resume.add_argument("--mirror", metavar="DIR", help="keep a second copy of the run here")
 
-    export = verb("export", "Write a model in formats that others can run, each checked", "export runs/first exported")
-    export.add_argument("model", help=f"the directory of a run, or {REFERENCE_HELP}")
-    export.add_argument("directory", help="where the files go")
-    loading(export)
-    export.add_argument(
-        "--formats", default="safetensors,onnx,torch_export", help="separated by commas (default: %(default)s)"
+    search = verb(
+        "search",
+        "Search for better settings; the same command continues a search or joins it",
+        "search example:gpt --folder runs/search --space learning_rate=log_uniform:1e-4,1e-2 --trials 20",
     )
+    training(search)
+    search.add_argument("--folder", metavar="DIR", help="where the search is kept")
+    search.add_argument(
+        "--space", action="append", metavar="FIELD=KIND:A,B",
+        help="what may change: uniform, log_uniform, integers or choice, such as batch_size=choice:8,16; repeatable",
+    )  # fmt: skip
+    search.add_argument("--trials", type=int, help="how many settings to try in all (default: 20)")
+    search.add_argument("--pruner", help="median, hyperband or none (default: median)")
+    search.add_argument("--search-seed", type=int, help="seed of the proposals (default: 0)")
+    search.add_argument("--storage", metavar="URL", help="database that several machines share")
+    search.add_argument("--best-dir", metavar="DIR", help="then train the best settings here, with the full max_steps")
+
+    benchmark = verb(
+        "benchmark",
+        "Compare a model with a plain transformer of its size",
+        "benchmark example:gpt --folder runs/benchmark --seeds 0,1,2",
+    )
+    training(benchmark)
+    benchmark.add_argument("--folder", metavar="DIR", default="runs/benchmark", help="default: %(default)s")
+    benchmark.add_argument("--seeds", default="0,1,2", help="separated by commas (default: %(default)s)")
+    benchmark.add_argument("--html", metavar="FILE", help="also write the comparison as one HTML file")
+
+    export = verb("export", "Write a model in formats that others can run, each checked", "export runs/first exported")
+    export.add_argument("model", nargs="?", help=f"the directory of a run, or {REFERENCE_HELP}")
+    export.add_argument("directory", nargs="?", help="where the files go")
+    export.add_argument("--config", metavar="FILE", help="run file that names the run and the directory")
+    loading(export)
+    export.add_argument("--formats", help="separated by commas (default: safetensors,onnx,torch_export)")
+
+    report = verb("report", "Say how a run or a search stands", "report runs/first")
+    report.add_argument("directory", metavar="DIR", nargs="?", help="the directory of a run or the folder of a search")
+    report.add_argument("--config", metavar="FILE", help="run file that names the directory")
+    report.add_argument("--html", metavar="FILE", help="also write it to this HTML file")
 
     link = verb(
         "link",
@@ -128,8 +171,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
-        verbs = {"validate": _validate, "train": _train, "resume": _resume, "export": _export, "link": _link}
+        verbs = {
+            "validate": _validate, "train": _train, "resume": _resume, "search": _search, "benchmark": _benchmark,
+            "export": _export, "report": _report, "link": _link,
+        }  # fmt: skip
         return verbs[options.verb](options)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is whole, and the same command goes on from there", file=sys.stderr)
+        return 130
     except (SeedbedError, OSError) as error:
         if options.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
@@ -161,20 +210,16 @@ def _validate(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from utils.training.resume import train
 
-    settings = _read_json(options.config) if options.config else {}
-    given = {
-        name.removeprefix("setting_"): value for name, value in vars(options).items() if name.startswith("setting_")
-    }
-    settings |= {name: value for name, value in given.items() if value is not None}
-    if "max_epochs" in settings and "max_steps" not in settings:
-        settings["max_steps"] = None
-    config = TrainingConfig.from_dict(settings)
+    file = _run_file(options)
+    config = _config(options, file)
+    run_dir = _needed(options.run_dir or file.run_dir, "run_dir", "--run-dir DIR", options)
     run = train(
-        _load(options),
-        options.data,
+        _load(options, file),
+        options.data or file.data or DATA,
         config,
-        options.run_dir,
-        spec=ModelSpec(task=options.task),
+        run_dir,
+        spec=ModelSpec(task=options.task or file.task),
+        mirror=options.mirror or file.mirror,
         progress=not options.quiet,
     )
     return _show_run(run, options.json)
@@ -183,32 +228,106 @@ def _train(options: argparse.Namespace) -> int:
 def _resume(options: argparse.Namespace) -> int:
     from utils.training.resume import resume
 
+    file = _run_file(options)
     run = resume(
-        options.run_dir,
+        _needed(options.run_dir or file.run_dir, "run_dir", "DIR", options),
         trust=options.trust,
         time_budget_minutes=options.time_budget_minutes,
-        mirror=options.mirror,
+        mirror=options.mirror or file.mirror,
         progress=not options.quiet,
     )
     return _show_run(run, options.json)
 
 
+def _search(options: argparse.Namespace) -> int:
+    from utils.training.search import hyperparameter_search
+
+    file = _run_file(options)
+    said = dict(file.search)
+    given = {
+        "folder": options.folder, "trials": options.trials, "pruner": options.pruner, "seed": options.search_seed,
+        "storage": options.storage, "best_dir": options.best_dir,
+        "space": _space(options.space) if options.space else None,
+    }  # fmt: skip
+    said |= {name: value for name, value in given.items() if value is not None}
+    folder = _needed(said.pop("folder", None), "search.folder", "--folder DIR", options)
+    best_dir = said.pop("best_dir", None)
+    config, model, data = _config(options, file), _load(options, file), options.data or file.data or DATA
+    result = hyperparameter_search(
+        model, data, folder=folder, config=config, spec=ModelSpec(task=options.task or file.task),
+        progress=not options.quiet, **said,
+    )  # fmt: skip
+    run = None
+    if best_dir is not None and result.best is not None:
+        run = result.train_best(best_dir, model, progress=not options.quiet)
+    if options.json:
+        print(json.dumps({**result.to_dict(), "best_run": None if run is None else run.to_dict()}, indent=2))
+    else:
+        print(result.text() if run is None else f"{result.text()}\n{run}\n{run.directory}")
+    ended = all(trial.state != "running" for trial in result.trials) and result.best is not None
+    return 0 if ended and (run is None or run.finished) else 1
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    from utils.training.baseline import benchmark
+
+    file = _run_file(options)
+    seeds = [_value(part) for part in options.seeds.split(",")]
+    comparison = benchmark(
+        _load(options, file), options.data or file.data or DATA, _config(options, file), options.folder,
+        seeds=seeds, spec=ModelSpec(task=options.task or file.task), progress=not options.quiet,
+    )  # fmt: skip
+    if options.html:
+        comparison.to_html(options.html)
+    print(json.dumps(comparison.to_dict(), indent=2) if options.json else comparison.text())
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     from utils.training.export_utilities import export
 
-    if (Path(options.model) / "run.json").exists():
+    file = _run_file(options)
+    reference = _needed(options.model or file.run_dir, "run_dir", "MODEL", options)
+    directory = _needed(options.directory or file.export.get("directory"), "export.directory", "DIRECTORY", options)
+    if (Path(reference) / "run.json").exists():
         from utils.training.resume import open_run
 
-        model: Any = open_run(options.model, trust=options.trust)[0]
+        model: Any = open_run(reference, trust=options.trust)[0]
     else:
-        model = _load(options)
-    formats = tuple(name.strip() for name in options.formats.split(",") if name.strip())
+        options.model = reference
+        model = _load(options, file)
+    said = options.formats or file.export.get("formats") or FORMATS
+    formats = tuple(said) if isinstance(said, list) else tuple(n.strip() for n in str(said).split(",") if n.strip())
+    task = options.task or file.task
     report = export(
-        model, options.directory, formats, spec=ModelSpec(task=options.task) if options.task else None,
-        progress=not options.quiet,
+        model, directory, formats, spec=ModelSpec(task=task) if task else None, progress=not options.quiet
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.text())
     return 0 if report.passed else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    from utils.training.search_result import SEARCH, read_search
+
+    file = _run_file(options)
+    directory = Path(_needed(options.directory or file.run_dir, "run_dir", "DIR", options))
+    if (directory / SEARCH).exists():
+        result = read_search(directory)
+        text, facts, fragment = result.text(), result.to_dict(), result._repr_html_()
+    else:
+        from utils.training.run_report import read_facts, run_report
+
+        written, run = run_report(directory), read_facts(directory)
+        lines = [f"{name}  {value}" for name, value in run.summary.items() if value is not None]
+        text = "\n".join([*lines, f"report  {written}", *written.notes])
+        facts = {"report": str(written.path), "summary": dict(run.summary), "config": run.settings,
+                 "compared_with": list(written.neighbours), "notes": list(written.notes)}  # fmt: skip
+        fragment = written._repr_html_()
+    if options.html:
+        page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><body>{fragment}</body></html>\n'
+        write_atomic(Path(options.html), page)
+    print(json.dumps(facts, indent=2) if options.json else text)
+    return 0
 
 
 def _link(options: argparse.Namespace) -> int:
@@ -220,15 +339,74 @@ def _link(options: argparse.Namespace) -> int:
 
 
 def _show_run(run: Any, as_json: bool) -> int:
-    print(json.dumps(run.to_dict(), indent=2) if as_json else f"{run}\n{run.directory}")
+    if as_json:
+        print(json.dumps({**run.to_dict(), "notes": run.notes}, indent=2))
+    else:
+        print("\n".join([str(run), str(run.directory), *run.notes]))
+        if not run.finished:
+            print(f"continue with: python -m utils resume {run.directory}", file=sys.stderr)
     return 0 if run.finished else 1
 
 
-def _load(options: argparse.Namespace) -> Any:
+def _run_file(options: argparse.Namespace) -> RunFile:
+    """Read the run file, if one was given."""
+    return read_run_file(options.config) if options.config else RunFile()
+
+
+def _needed(value: Any, name: str, option: str, options: argparse.Namespace) -> str:
+    """Return a value that the run file or an option must give."""
+    if value is None:
+        place = f"{options.config} has no {name}" if options.config else "there is no --config"
+        raise ConfigError(
+            f"python -m utils {options.verb} was called without {option}, and {place}.",
+            f"Expected {option}, or a run file with {name}.",
+        )
+    return str(value)
+
+
+def _config(options: argparse.Namespace, file: RunFile) -> TrainingConfig:
+    """Put preset, run file and options together; the later ones win."""
+    from utils.ui.presets import merged, preset
+
+    lengths = {name: file.config[name] for name in ("max_steps", "max_epochs") if file.config.get(name) is not None}
+    if len(lengths) == 2:
+        # An option that contradicts the file is meant; a file that contradicts itself is told.
+        TrainingConfig.from_dict(lengths)
+    given = {
+        name.removeprefix("setting_"): value for name, value in vars(options).items() if name.startswith("setting_")
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = {}
+    if name := options.preset or file.preset:
+        settings = preset(name).to_dict()
+    return TrainingConfig.from_dict(merged(merged(settings, file.config), given))
+
+
+def _space(texts: Sequence[str]) -> dict[str, Any]:
+    """Read ``FIELD=KIND:A,B`` into the form of a run file."""
+    space: dict[str, Any] = {}
+    for text in texts:
+        name, found, rest = text.partition("=")
+        kind, colon, values = rest.partition(":")
+        if not found or not colon:
+            raise ConfigError(
+                f"--space {text} is no range.", "Expected FIELD=KIND:A,B, such as learning_rate=log_uniform:1e-4,1e-2."
+            )
+        if name in space:
+            raise ConfigError(f"--space gives {name} twice.", "Expected each field once.")
+        space[name] = {kind: [_value(value) for value in values.split(",")]}
+    return space
+
+
+def _load(options: argparse.Namespace, file: RunFile | None = None) -> Any:
     from utils.loading import load_model
 
-    config = _read_json(options.model_config) if options.model_config else None
-    return load_model(options.model, config=config, revision=options.revision, trust=options.trust)
+    file = file or RunFile()
+    reference = _needed(options.model or file.model, "model", "MODEL", options)
+    # Another model than the file's does not take the settings of that one.
+    own = file if options.model in (None, file.model) else RunFile()
+    config = _read_json(options.model_config) if options.model_config else own.model_config
+    return load_model(reference, config=config, revision=options.revision or own.revision, trust=options.trust)
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tier 3: train, continue and ship, with the curves shown when this runs in a notebook.
+"""Tier 3: train, continue, search, compare and ship, with the curves shown when this runs in a notebook.
 
 The verbs of `utils.training` with a live view; `fine_tune` is the historical name of `train`.
 """
@@ -11,15 +11,22 @@ from torch import nn
 
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.loading import LoadedModel, load_model
+from utils.training.baseline import Comparison, benchmark
 from utils.training.config import TrainingConfig
 from utils.training.export_utilities import export
+from utils.training.search import hyperparameter_search
+from utils.training.search_result import SearchResult, read_search
+from utils.training.search_space import Choice, Integers, LogUniform, SearchSpace, Uniform
 from utils.ui.views import LiveCurve, in_notebook
 
 if TYPE_CHECKING:
     from utils.training.run import Run
     from utils.training.session_callback import Observer
 
-__all__ = ["export", "fine_tune", "resume", "train", "train_or_resume"]
+__all__ = [
+    "Choice", "Comparison", "Integers", "LogUniform", "SearchResult", "SearchSpace", "Uniform", "benchmark", "export",
+    "fine_tune", "hyperparameter_search", "read_search", "resume", "train", "train_or_resume",
+]  # fmt: skip
 
 
 def train(

@@ -80,7 +80,7 @@ def test_saving_a_step_again_keeps_the_good_one_and_replaces_a_damaged_one(manag
         (lambda d: (d / MANIFEST).write_text("{"), "manifest.json cannot be read"),
         (lambda d: (d / MANIFEST).write_text("[1]"), "manifest.json cannot be read"),
         (
-            lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text().replace(": 1,", ": 9,", 1)),
+            lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text().replace(": 2,", ": 9,", 1)),
             "format version 9",
         ),
         (
@@ -157,3 +157,86 @@ def test_a_state_that_needs_pickle_is_refused(manager, model):
     (target / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="state.pt cannot be read"):
         manager.latest().load_into(model)
+
+
+def test_the_best_and_those_of_every_so_many_steps_stay_beside_the_newest(tmp_path, model):
+    manager = CheckpointManager(tmp_path / "checkpoints", keep=2, keep_best=1, keep_every_steps=4)
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 1.0, 6: float("inf"), 7: None, 8: None, 9: 5.0}
+    for step, loss in losses.items():
+        manager.save(step, model, {"step": step}, loss)
+    assert names(manager) == [f"step-{step:08d}" for step in (2, 4, 8, 9)]
+    best = manager.best()
+    assert best.step == 2, "the earlier of equal ones"
+    assert best.load_into(model) == {"step": 2}
+    (best.directory / STATE).write_bytes(b"torn")
+    assert manager.best().step == 4
+    assert CheckpointManager(tmp_path / "none").best() is None
+
+
+def test_the_first_state_does_not_stay_for_ever(tmp_path, model):
+    manager = CheckpointManager(tmp_path / "checkpoints", keep=1, keep_every_steps=2)
+    for step in range(4):
+        manager.save(step, model, {})
+    assert names(manager) == ["step-00000002", "step-00000003"]
+
+
+def test_what_is_being_read_is_not_removed(manager, model):
+    held = manager.save(1, model, {})
+    with manager.holding(held):
+        for step in (2, 3, 4):
+            manager.save(step, model, {})
+        assert names(manager) == ["step-00000001", "step-00000003", "step-00000004"]
+    manager.save(5, model, {})
+    assert names(manager) == ["step-00000004", "step-00000005"]
+
+
+def test_a_trusted_checkpoint_that_was_cut_short_counts_for_nothing_when_old_ones_are_removed(manager, model):
+    for step in (1, 2, 3):
+        target = manager.save(step, model, {})
+    (target / WEIGHTS).write_bytes(b"cut")
+    manager.save(4, model, {})
+    assert names(manager) == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_nothing_torn_under_a_final_name(manager, model, monkeypatch):
+    manager.save(1, model, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_manager.shutil, "rmtree", lambda *arguments, **named: None)
+        checkpoint_manager.discard(manager.directory / "step-00000001")
+    assert [path.name for path in manager.directory.iterdir()] == [".step-00000001.tmp-removed"]
+    manager.save(2, model, {})
+    assert names(manager) == ["step-00000002"]
+
+
+def test_a_type_that_the_format_does_not_know_is_named(manager):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("wave", torch.zeros(2, dtype=torch.complex128))
+
+    with pytest.raises(CheckpointError, match="'wave' is of type torch.complex128.*Expected one of float64"):
+        manager.save(1, Odd(), {})
+    assert names(manager) == []
+
+
+def test_the_manifest_is_of_what_is_on_disk(manager, model):
+    torch.manual_seed(0)
+    big = {"x": torch.randn(700_000), "small": torch.ones(3), "nothing": torch.zeros(0)}
+    target = manager.save(1, model, big)
+    described = json.loads((target / MANIFEST).read_text())["files"]
+    for name in (WEIGHTS, STATE):
+        assert described[name] == {"bytes": (target / name).stat().st_size, "sha256": sha256_file(target / name)}
+    loaded = manager.latest().load_into(model)
+    assert all(torch.equal(big[name], loaded[name]) for name in big)
+
+
+def test_disks_that_are_gone_altogether(manager, model, monkeypatch):
+    manager.save(1, model, {})
+
+    def gone(*arguments):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(checkpoint_manager, "write_tensors", gone)
+    monkeypatch.setattr(manager, "_directories", gone)
+    with pytest.raises(CheckpointError, match="step 2 could not be written.*Earlier checkpoints cannot be seen either"):
+        manager.save(2, model, {})

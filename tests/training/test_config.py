@@ -61,3 +61,11 @@ def test_epochs_become_steps():
     config = TrainingConfig(max_steps=None, max_epochs=1.5, batch_size=10, accumulate=2)
     assert config.total_steps(200) == 15
     assert TrainingConfig(max_steps=7).total_steps(200) == 7
+
+
+def test_a_session_must_be_longer_than_the_time_kept_for_saving():
+    from utils.training.clean_stop import MARGIN_MINUTES
+
+    assert TrainingConfig(session_limit_minutes=720).session_limit_minutes == 720
+    with pytest.raises(ConfigError, match=rf"session_limit_minutes is 15.*Expected more than {MARGIN_MINUTES}"):
+        TrainingConfig(session_limit_minutes=15)

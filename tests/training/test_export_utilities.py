@@ -13,6 +13,7 @@ from utils.runtime.errors import ConfigError, ExportError
 from utils.runtime.files import sha256_file
 from utils.tokenization import TextTokenizer, choose_tokenizer
 from utils.training import export_formats, export_utilities
+from utils.training.export_report import ShapeCheck
 from utils.training.export_utilities import export
 from utils.training.weights import read_weights
 
@@ -372,3 +373,39 @@ def test_non_tensor_inputs_of_the_spec_become_constants(tmp_path):
     spec = ModelSpec(example_inputs={"input_ids": torch.randint(50, (2, 8)), "scale": 3})
     report = export(Scaled(), tmp_path, ["torch_export"], spec=spec, progress=False)
     assert report.passed, report.text()
+
+
+def test_int8_is_measured_and_called_approximate(tmp_path):
+    torch.manual_seed(0)
+    loaded = load_model("example:gpt", config=GPT)
+    report = export(loaded, tmp_path, ["onnx", "onnx_int8"], progress=False)
+    exact, int8 = report["onnx"], report["onnx_int8"]
+    assert (exact.status, int8.status) == ("ok", "approximate"), report.text()
+    assert report.passed
+    assert exact.max_difference < 1e-5 < int8.max_difference < 1
+    assert exact.same_choice == 1
+    assert 0.5 < int8.same_choice <= 1
+    assert "Fewer bits, other numbers: the logits differ by up to" in int8.why
+    assert [file.name for file in int8.files] == ["model.int8.onnx"]
+    assert len(int8.checks) == 4
+    saved = json.loads((tmp_path / "export.json").read_text())["results"][1]
+    assert saved["checks"][0]["same_choice"] == int8.checks[0].same_choice
+
+
+def test_numbers_that_are_not_finite_fail_inexact_formats_too():
+    broken = (ShapeCheck((1, 3), torch.inf, "only one of the two is NaN or infinite"),)
+    assert export_utilities._judge(broken, 1e-3, exact=False)[0] == "failed"
+
+
+def test_torchscript_where_it_works_and_where_it_bakes_a_shape_in(tmp_path):
+    good = export(Scores(), tmp_path / "good", ["torchscript"], progress=False)["torchscript"]
+    assert good.status == "ok"
+    assert good.max_difference == 0
+    assert "TorchScript is deprecated by PyTorch" in good.why
+    ids, model = torch.randint(50, (4, 11)), Scores()
+    export(model, tmp_path / "good", ["torchscript"], progress=False)
+    assert torch.equal(torch.jit.load(tmp_path / "good" / "model.ts.pt")(ids), model(ids))
+    baked = export(PythonLoop(), tmp_path / "baked", ["torchscript"], progress=False)["torchscript"]
+    assert baked.status == "failed"
+    assert "the output is (3, 24, 50) and the original's (3, 72, 50)" in baked.why
+    assert not (tmp_path / "baked" / "model.ts.pt").exists(), "a file that answers wrongly without a word is not kept"

@@ -62,56 +62,37 @@ class CommandLine:
         return json.loads(output)
 
     def kill_after_step(self, directory: Path, step: int, with_signal: int, *arguments: str) -> subprocess.Popen:
-        """Start a process and send it a signal once its checkpoint of a step has appeared."""
+        """Start a process and send it a signal once a step has been logged."""
         process = self.start(*arguments)
         deadline = time.monotonic() + 120
-        while not (directory / "checkpoints" / f"step-{step:08d}").exists():
+        while not (directory / "metrics.csv").exists() or last_step(directory) < step:
             assert process.poll() is None, process.communicate()[1][-3000:]
-            assert time.monotonic() < deadline, "the checkpoint never appeared"
-            time.sleep(0.005)
+            assert time.monotonic() < deadline, "the step was never logged"
+            time.sleep(0.002)
         process.send_signal(with_signal)
         self.output = process.communicate(timeout=60)[0]
         return process
 
 
-@pytest.mark.parametrize(
-    ("example", "data", "config", "accumulate"),
-    [
-        pytest.param("gpt", None, TINY_GPT, 1, id="gpt"),
-        pytest.param("gpt", None, TINY_GPT, 2, id="gpt-accumulate", marks=pytest.mark.slow),
-        pytest.param(
-            "bert",
-            None,
-            {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "num_layers": 1},
-            1,
-            id="bert-masking",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "vit",
-            "builtin:digits",
-            {"d_model": 32, "nhead": 2, "num_layers": 1},
-            1,
-            id="vit-digits",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_killed_twice_and_resumed_is_bitwise_the_uninterrupted_run(
-    tmp_path, text_file, example, data, config, accumulate
-):
-    line = CommandLine(tmp_path, data or f"file:{text_file}", example, config, 40, accumulate)
+def last_step(directory: Path) -> int:
+    """Return the step of the last whole row of metrics.csv."""
+    lines = (directory / "metrics.csv").read_text().rsplit("\n", 1)[0].splitlines()
+    return int(lines[-1].split(",")[0]) if len(lines) > 1 else -1
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, text_file):
+    """Through the command line; `test_kills` has all other settings."""
+    line = CommandLine(tmp_path, f"file:{text_file}", "gpt", TINY_GPT, 60)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted = line.finish(*line.train, "--run-dir", str(whole))
-    process = line.kill_after_step(killed, 12, signal.SIGKILL, *line.train, "--run-dir", str(killed))
-    assert process.returncode == -signal.SIGKILL
-    process = line.kill_after_step(killed, 24, signal.SIGKILL, "resume", str(killed))
+    process = line.kill_after_step(killed, 20, signal.SIGKILL, *line.train, "--run-dir", str(killed))
     assert process.returncode == -signal.SIGKILL
     resumed = line.finish("resume", str(killed))
     assert uninterrupted["status"] == resumed["status"] == "finished"
     assert resumed["weights_sha256"] == uninterrupted["weights_sha256"]
     assert measured(killed) == measured(whole)
-    ends = [torch.load(d / "checkpoints/step-00000040" / STATE, weights_only=True) for d in (whole, killed)]
+    ends = [torch.load(d / "checkpoints/step-00000060" / STATE, weights_only=True) for d in (whole, killed)]
     moments = [end["optimizer"]["state"] for end in ends]
     assert moments[0].keys() == moments[1].keys()
     for index in moments[0]:
@@ -142,6 +123,31 @@ def test_a_time_budget_stops_cleanly_and_the_rest_is_exact(tmp_path, text_file, 
     assert rest.finished
     assert weights_sha256(rest.model) == weights_sha256(whole.model)
     assert measured(tmp_path / "parts") == measured(tmp_path / "whole")
+
+
+def test_a_run_that_stopped_early_is_finished_and_not_continued(tmp_path, text_file, tiny_gpt, quick):
+    """A learning rate of nearly nothing gains nothing: the first measurement stays the best."""
+    config = quick.with_changes(early_stopping_patience=2, val_every_steps=3, learning_rate=1e-30, weight_decay=0.0)
+    run = train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False)
+    assert (run.status, run.step) == ("finished early", 9)
+    assert run.finished
+    again = resume(tmp_path / "run", progress=False)
+    assert (again.status, again.step, again.sessions) == ("finished early", 9, 1)
+    assert weights_sha256(again.model) == weights_sha256(run.model)
+    assert again.summary() == run.summary()
+
+
+def test_patience_is_counted_over_sessions(tmp_path, text_file, tiny_gpt, quick):
+    config = quick.with_changes(early_stopping_patience=2, val_every_steps=1, learning_rate=1e-30, weight_decay=0.0)
+    run = train(
+        tiny_gpt, f"file:{text_file}", config.with_changes(time_budget_minutes=1e-9), tmp_path / "run", progress=False
+    )
+    steps = [run.step]
+    while not run.finished:
+        run = resume(tmp_path / "run", progress=False)
+        steps.append(run.step)
+    assert steps == [1, 2, 3]
+    assert run.status == "finished early"
 
 
 def test_a_finished_run_is_returned_as_it_is(tmp_path, text_file, tiny_gpt, quick):
@@ -205,7 +211,7 @@ def test_directories_that_hold_no_run(tmp_path):
     with pytest.raises(RunError, match="cannot be read .KeyError"):
         resume(tmp_path / "half")
     (tmp_path / "half" / RECORD).write_text('{"format_version": 99}')
-    with pytest.raises(RunError, match="format version 99.*reads 1"):
+    with pytest.raises(RunError, match="format version 99.*reads up to 2"):
         resume(tmp_path / "half")
 
 

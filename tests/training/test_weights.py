@@ -61,3 +61,22 @@ def test_the_hash_sees_values_types_and_names():
     b.load_state_dict(a.state_dict())
     assert weights_sha256(a) == weights_sha256(b)
     assert weights_sha256(a.double()) != weights_sha256(b)
+
+
+def test_any_type_comes_back_through_the_librarys_own_reader(tmp_path):
+    from safetensors.torch import load_file
+
+    from utils.training.weights import TYPES, write_tensors
+
+    torch.manual_seed(0)
+    tensors = {str(dtype): torch.randint(0, 2, (3, 5)).to(dtype) for dtype in TYPES}
+    tensors |= {"scalar": torch.tensor(7), "empty": torch.zeros(0, 4), "turned": torch.randn(4, 3).t()}
+    with open(tmp_path / "all.safetensors", "wb") as stream:
+        write_tensors(tensors, {}, stream)
+    loaded = load_file(tmp_path / "all.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].shape == tensor.shape
+        here, there = (value.contiguous().flatten().view(torch.uint8) for value in (tensor, loaded[name]))
+        assert torch.equal(here, there), name

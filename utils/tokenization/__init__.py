@@ -1,10 +1,22 @@
-"""Text to token ids and back: BPE trained to exactly a model's vocabulary, packing into windows, masking.
+"""Text to token ids and back: the tokenizer that fits a model, packing into windows, masking.
 
-Everything here is lossless: what `TextTokenizer.encode` takes apart, `TextTokenizer.decode` puts together again.
+What `TextTokenizer.encode` takes apart, `TextTokenizer.decode` puts together again, unless
+`TextTokenizer.lossless` says otherwise.
 """
 
 from utils.tokenization.adaptive_tokenizer import TextTokenizer, choose_tokenizer
 from utils.tokenization.masking import mask_tokens
-from utils.tokenization.packing import pack_causal, pack_masked
+from utils.tokenization.packing import document_positions, pack_causal, pack_masked
+from utils.tokenization.pretrained import Candidate, own_tokenizer, public_tokenizer
 
-__all__ = ["TextTokenizer", "choose_tokenizer", "mask_tokens", "pack_causal", "pack_masked"]
+__all__ = [
+    "Candidate",
+    "TextTokenizer",
+    "choose_tokenizer",
+    "document_positions",
+    "mask_tokens",
+    "own_tokenizer",
+    "pack_causal",
+    "pack_masked",
+    "public_tokenizer",
+]

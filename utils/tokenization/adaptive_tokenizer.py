@@ -14,23 +14,37 @@ import numpy as np
 from utils.runtime.errors import DataError
 from utils.runtime.files import write_atomic
 from utils.runtime.optional import require
-from utils.tokenization.bpe_trainer import END, MASK, PAD, train_bpe
+from utils.tokenization.bpe_trainer import BYTES, END, MASK, PAD, UNKNOWN, train_bpe
+from utils.tokenization.characters import train_characters
+from utils.tokenization.pretrained import Candidate
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PADDED_TASKS = ("seq2seq", "text_classification", "regression")
+"""Tasks whose texts are not packed but padded to one length per batch."""
+ROLES = {
+    END: ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]", "[SEP]"),
+    PAD: ("<|pad|>", "[PAD]", "<pad>", "<|padding|>"),
+    MASK: ("<|mask|>", "[MASK]", "<mask>"),
+    UNKNOWN: ("<|unk|>", "[UNK]", "<unk>"),
+}
+"""Names under which tokenizers keep the tokens that training needs, our own first."""
+_SAMPLES, _SAMPLE_LENGTH = 64, 2000
 _PIECE = 1 << 18
 """Longest text, in characters, handed over at once: the encoder keeps some hundred bytes for each token of a text."""
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A lossless tokenizer; make one with `choose_tokenizer` or `load`."""
+    """A tokenizer; make one with `choose_tokenizer` or `load`."""
 
     tokenizer: "Tokenizer"
     """The underlying ``tokenizers.Tokenizer``."""
     reason: str
     """Why this tokenizer, and what its vocabulary is made of."""
+    lossless: bool = True
+    """Whether decoding gives back every text; character level and some public tokenizers do not."""
 
     def __post_init__(self) -> None:
         """Make the tokenizer read the names of special tokens in a text as ordinary text."""
@@ -57,13 +71,24 @@ class TextTokenizer:
         return self._id(MASK)
 
     @property
+    def unknown_id(self) -> int | None:
+        """Id of what has no id of its own; None where everything has."""
+        return self._id(UNKNOWN)
+
+    @property
+    def fill_id(self) -> int:
+        """Id behind the end of short sequences: the padding, or the end of a text where there is none."""
+        filling = self.pad_id if self.pad_id is not None else self.eos_id
+        return 0 if filling is None else filling
+
+    @property
     def special_ids(self) -> tuple[int, ...]:
         """All ids that no text encodes to, reserved ones included, ascending."""
         return tuple(sorted(self.tokenizer.get_added_tokens_decoder()))
 
-    def _id(self, name: str) -> int | None:
-        number = self.tokenizer.token_to_id(name)
-        return None if number is None else int(number)
+    def _id(self, role: str) -> int | None:
+        numbers = (self.tokenizer.token_to_id(name) for name in ROLES[role])
+        return next((int(number) for number in numbers if number is not None), None)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode texts, each on its own and without adding anything.
@@ -109,8 +134,13 @@ class TextTokenizer:
         write_atomic(Path(path), self.to_json())
 
     @classmethod
-    def load(cls, path: str | Path, reason: str = "") -> "TextTokenizer":
+    def load(cls, path: str | Path, reason: str = "", lossless: bool = True) -> "TextTokenizer":
         """Read a tokenizer.json.
+
+        Args:
+            path: The file.
+            reason: Why it is this one.
+            lossless: Whether decoding gives back every text.
 
         Raises:
             DataError: The file is missing or is not a tokenizer.
@@ -125,7 +155,7 @@ class TextTokenizer:
             raise DataError(
                 f"{path} cannot be read as a tokenizer ({error}).", "Expected a tokenizer.json written by Seedbed."
             ) from error
-        return cls(tokenizer, reason or f"read from {path.name}")
+        return cls(tokenizer, reason or f"read from {path.name}", lossless)
 
     def to_dict(self) -> dict[str, Any]:
         """Return sizes, special ids and the reason."""
@@ -134,31 +164,88 @@ class TextTokenizer:
             "eos_id": self.eos_id,
             "pad_id": self.pad_id,
             "mask_id": self.mask_id,
+            "unknown_id": self.unknown_id,
+            "lossless": self.lossless,
             "reason": self.reason,
         }
 
 
 def choose_tokenizer(
-    texts: Iterable[str], vocab_size: int, task: str = "causal_lm", pad_token_id: int | None = None
+    texts: Iterable[str],
+    vocab_size: int,
+    task: str = "causal_lm",
+    pad_token_id: int | None = None,
+    candidates: Iterable[Candidate | None] = (),
 ) -> TextTokenizer:
-    """Choose the tokenizer for a model and a text: byte-level BPE trained to exactly the model's vocabulary.
+    """Choose the tokenizer for a model and a text.
+
+    The first candidate that fits wins. Without one a tokenizer is trained on the text to exactly the model's
+    vocabulary: byte-level BPE where 256 bytes and the special tokens have room, character level where they have not.
 
     Args:
         texts: The training text; held-out text must not be in it.
         vocab_size: Number of token ids the model knows.
-        task: The model's task; masked language modelling adds a mask token.
+        task: The model's task; masked language modelling adds a mask token, tasks with padding a padding token.
         pad_token_id: The id the model keeps for padding; the tokenizer then uses it for nothing else.
+        candidates: Tokenizers that exist already, the best first; the reason says why one did not fit.
 
     Raises:
-        DataError: The vocabulary is too small for the 256 bytes and the special tokens.
+        DataError: The vocabulary is too small even for single characters.
     """
+    texts = texts if isinstance(texts, list) else list(texts)
+    refused = []
+    for candidate in candidates:
+        if candidate is None:
+            continue
+        chosen, why = _fitting(candidate, texts, vocab_size, task)
+        if chosen is not None:
+            return chosen
+        refused.append(why)
     special = [END] + ([MASK] if task == "masked_lm" else [])
     fixed: dict[str, int] = {}
     if pad_token_id is not None and 0 <= pad_token_id < vocab_size:
         special.append(PAD)
         fixed[PAD] = pad_token_id
+    elif task in PADDED_TASKS:
+        special.append(PAD)
+    after = "".join(f" ({why})" for why in refused)
+    if vocab_size < BYTES + len(special):
+        characters = train_characters(texts, vocab_size, special, fixed)
+        return TextTokenizer(characters.tokenizer, characters.reason + after, lossless=False)
     trained = train_bpe(texts, vocab_size, special, fixed)
-    return TextTokenizer(trained.tokenizer, trained.reason)
+    return TextTokenizer(trained.tokenizer, trained.reason + after)
+
+
+def _fitting(
+    candidate: Candidate, texts: Sequence[str], vocab_size: int, task: str
+) -> tuple[TextTokenizer | None, str]:
+    """Return a candidate as a tokenizer, or why it does not fit."""
+    if candidate.content is None:
+        return None, candidate.origin
+    tokenizers = require("tokenizers", "read a tokenizer")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(candidate.content)
+    except Exception as error:  # the library raises plain Exception
+        return None, f"{candidate.origin} cannot be read as a tokenizer: {error}"
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        return None, f"{candidate.origin} has ids up to {largest}, and the model knows {vocab_size}"
+    found = TextTokenizer(tokenizer, "")
+    if found.eos_id is None:
+        return None, f"{candidate.origin} has no token that ends a text"
+    if task == "masked_lm" and found.mask_id is None:
+        return None, f"{candidate.origin} has no mask token"
+    sample = [text[:_SAMPLE_LENGTH] for text in texts[:_SAMPLES]]
+    lossless = all(found.decode(ids) == text for text, ids in zip(sample, found.encode(sample), strict=True))
+    if not lossless and task == "causal_lm":
+        return None, f"{candidate.origin} does not give the text back that it took apart"
+    size = found.vocab_size
+    reason = f"{candidate.origin}: {size} entries for a vocabulary of {vocab_size}"
+    if not lossless:
+        reason += "; it changes the text (case, white space or characters), so that decoding does not give it back"
+    return TextTokenizer(tokenizer, reason, lossless), ""
 
 
 def _pieces(text: str) -> Iterator[str]:

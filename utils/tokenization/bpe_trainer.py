@@ -84,14 +84,14 @@ def train_bpe(
     description = json.loads(tokenizer.to_str())
     learned = sorted(description["model"]["vocab"], key=description["model"]["vocab"].__getitem__)
     reserved = [f"<|reserved_{number}|>" for number in range(vocab_size - len(special) - len(learned))]
-    description["model"]["vocab"] = _assign_ids([*special, *learned, *reserved], fixed_ids or {})
+    description["model"]["vocab"] = assign_ids([*special, *learned, *reserved], fixed_ids or {})
     # The pre-tokenizer splits letters from punctuation, so that no merge can ever spell a name such as <|endoftext|>.
     result = tokenizers.Tokenizer.from_str(json.dumps(description))
     result.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in (*special, *reserved)])
     return TrainedBPE(result, len(learned) - BYTES, tuple(special), len(reserved))
 
 
-def _assign_ids(names: list[str], fixed_ids: dict[str, int]) -> dict[str, int]:
+def assign_ids(names: list[str], fixed_ids: dict[str, int]) -> dict[str, int]:
     """Number the entries in order, except those whose id is fixed."""
     taken = set(fixed_ids.values())
     free = (number for number in range(len(names)) if number not in taken)

@@ -58,6 +58,25 @@ def pack_masked(
     return _windows(stream, length, eos_id if fill_id is None else fill_id), _windows(stream, length, IGNORED)
 
 
+def document_positions(input_ids: Tensor, eos_id: int) -> Tensor:
+    """Return each token's position in its own document, for models that can be told.
+
+    The `eos_id` between two documents counts as the first token of the one after it: it is what that document's first
+    token is predicted from. A document that began in an earlier window starts at 0 here, so that no position exceeds
+    the window.
+
+    Args:
+        input_ids: Packed token ids, shape (batch, length).
+        eos_id: Id placed between documents.
+
+    Returns:
+        Positions, int64, shape (batch, length).
+    """
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    starts = torch.where(input_ids == eos_id, index, 0).cummax(dim=1).values
+    return index - starts
+
+
 def _windows(stream: np.ndarray, length: int, fill: int) -> Tensor:
     """Cut a stream into rows, the last one filled up. Shape (windows, length)."""
     count = -(-len(stream) // length)

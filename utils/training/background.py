@@ -1,8 +1,10 @@
 """Work beside training: one thread that writes checkpoints, one that copies them away.
 
 A step waits only for the copy of the state into main memory. While a checkpoint is still being written no second one is
-begun: the next becomes due a few steps later, so memory holds one snapshot at most. A copy on a slow or vanished mount
-delays neither steps nor checkpoints: it has a thread of its own, and that thread always copies the newest state.
+begun: the next becomes due a few steps later, so memory holds one snapshot. Only one that is to stay for ever, which no
+other step can stand for, waits in memory for its turn, and a step waits only when one waits already. A copy on a slow
+or vanished mount delays neither steps nor checkpoints: it has a thread of its own, and that thread always copies the
+newest state.
 """
 
 import threading
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from utils.runtime.errors import CheckpointError, RunError
 from utils.training.checkpoint_manager import CheckpointManager, Snapshot
-from utils.training.mirror import mirror_run
+from utils.training.mirror import is_at_work, mirror_run
 
 
 class Worker:
@@ -32,6 +34,12 @@ class Worker:
         with self._changed:
             return self._running or self._work is not None
 
+    @property
+    def full(self) -> bool:
+        """Whether a piece of work waits for the one before it."""
+        with self._changed:
+            return self._work is not None
+
     def submit(self, work: Callable[[], None]) -> None:
         """Do a piece of work next; one that was waiting is replaced. `work` must not raise."""
         with self._changed:
@@ -46,15 +54,23 @@ class Worker:
         with self._changed:
             return self._changed.wait_for(lambda: not self._running and self._work is None, seconds)
 
+    def wait_for_room(self) -> None:
+        """Wait until no piece of work waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._work is None)
+
     def _loop(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._work is not None)
                 work, self._work, self._running = self._work, None, True
+                self._changed.notify_all()
             try:
                 assert work is not None
                 work()
             finally:
+                # What was worked on may be large, and the next piece may be long in coming.
+                work = None
                 with self._changed:
                     self._running = False
                     self._changed.notify_all()
@@ -83,7 +99,7 @@ class CheckpointWriter:
         self.saved_step, self.lost = 0, 0
         self._writer, self._copier = Worker("checkpoints"), Worker("second copy")
         self._messages: list[str] = []
-        self._copy_fails = False
+        self._write_fails, self._copy_fails = False, False
 
     @property
     def busy(self) -> bool:
@@ -94,14 +110,15 @@ class CheckpointWriter:
         """Begin to write a checkpoint; `report` says later what became of it."""
         self._writer.submit(lambda: self._write(snapshot))
 
+    def make_room(self) -> None:
+        """Wait until one more snapshot may be held in memory; at once unless one waits already."""
+        self._writer.wait_for_room()
+
     def finish(self, copy: bool = True) -> None:
         """Wait until the checkpoint is written and, with `copy`, the second copy too, unless that hangs."""
         self._writer.wait()
         if copy and not self._copier.wait(self.PATIENCE):
-            self._messages.append(
-                f"The copy in {self.mirror} is not complete after {self.PATIENCE:.0f} s of waiting. The run in "
-                f"{self.directory} is; copy it by hand or continue it with the same mirror."
-            )
+            self._messages.append(_hangs(self.directory, self.mirror, self.PATIENCE))
         self.report()
 
     def copy(self) -> None:
@@ -115,18 +132,21 @@ class CheckpointWriter:
             warnings.warn(self._messages.pop(0), stacklevel=3)
 
     def _write(self, snapshot: Snapshot) -> None:
+        """Write; when that fails, say it once, until it has worked again."""
         try:
             self.checkpoints.write(snapshot)
-            self.saved_step = snapshot.step
-        except CheckpointError as error:
-            self.lost += 1
-            self._messages.append(f"{error} Training goes on.")
+            self.saved_step = max(self.saved_step, snapshot.step)
+            self._write_fails = False
         except Exception as error:  # A thread that dies would end all saving without a word.
             self.lost += 1
-            self._messages.append(
-                f"The checkpoint of step {snapshot.step} could not be written ({type(error).__name__}: {error}). "
-                "Training goes on."
+            text = (
+                f"{error}"
+                if isinstance(error, CheckpointError)
+                else f"The checkpoint of step {snapshot.step} could not be written ({type(error).__name__}: {error})."
             )
+            if not self._write_fails:
+                self._messages.append(f"{text} Training goes on.")
+            self._write_fails = True
         self.copy()
 
     def _copy(self) -> None:
@@ -144,3 +164,48 @@ class CheckpointWriter:
                     f"the run in {self.directory}; the copy is tried again after each checkpoint."
                 )
             self._copy_fails = True
+
+
+def within(seconds: float, work: Callable[[], object]) -> bool:
+    """Do something in a thread of its own and give it up when it hangs; return whether it was done.
+
+    Raises:
+        Exception: What `work` raised.
+    """
+    failure: list[Exception] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except Exception as error:
+            failure.append(error)
+
+    worker = Worker("given up when it hangs")
+    worker.submit(guarded)
+    done = worker.wait(seconds)
+    if done and failure:
+        raise failure[0]
+    return done
+
+
+def copy_at_the_end(directory: Path, mirror: Path) -> None:
+    """Bring a second copy up to date and wait for it, but not for one that hangs.
+
+    Args:
+        directory: The run.
+        mirror: Its copy.
+
+    Raises:
+        OSError: It could not be written.
+        RunError: The folder holds something else.
+    """
+    # One that is still at work has been waited for by the session, which has said so.
+    if not is_at_work(mirror) and not within(CheckpointWriter.PATIENCE, lambda: mirror_run(directory, mirror)):
+        warnings.warn(_hangs(directory, mirror, CheckpointWriter.PATIENCE), stacklevel=3)
+
+
+def _hangs(directory: Path, mirror: Path | None, patience: float) -> str:
+    return (
+        f"The copy in {mirror} is not complete after {patience:.0f} s of waiting. The run in {directory} is; copy it "
+        "by hand or continue it with the same mirror."
+    )

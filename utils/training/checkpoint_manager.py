@@ -18,7 +18,8 @@ import shutil
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from torch import Tensor, nn
 from utils.runtime.errors import CheckpointError
 from utils.runtime.files import sha256_file, sync_file
 from utils.runtime.resources import format_bytes
+from utils.training.hashed_file import HashedFile
+from utils.training.migrations import FORMAT_VERSION, STATES, is_known, migrated
 from utils.training.weights import distinct_tensors, load_weights, write_tensors
 
-FORMAT_VERSION = 1
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 STEP_NAME = re.compile(r"^step-(\d{8,})$")
 SPARE_BYTES = 16 << 20
@@ -100,13 +102,14 @@ class Checkpoint:
         load_weights(module, self.directory / WEIGHTS)
         try:
             state = torch.load(self.directory / STATE, map_location="cpu", weights_only=True)
+            version = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))["format_version"]
+            return migrated(dict(state), version, STATES)
         except Exception as error:
             raise CheckpointError(
                 f"{self.directory.name}/{STATE} cannot be read ({type(error).__name__}).",
                 "Expected a file that this version of Seedbed wrote.",
                 "Delete this checkpoint to resume from the one before it.",
             ) from error
-        return dict(state)
 
 
 class CheckpointManager:
@@ -151,29 +154,26 @@ class CheckpointManager:
             self._remove_leftovers()
             temporary.mkdir(parents=True)
             require_space(self.directory, snapshot.nbytes)
-            write_tensors(snapshot.tensors, snapshot.aliases, temporary / WEIGHTS)
-            with open(temporary / STATE, "wb") as stream:
-                torch.save(snapshot.state, stream)
-            for name in (WEIGHTS, STATE):
-                sync_file(temporary / name)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 "validation_loss": snapshot.loss,
-                "files": {
-                    name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)}
-                    for name in (WEIGHTS, STATE)
-                },
+                "files": _write_files(snapshot, temporary),
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             sync_file(temporary / MANIFEST)
             sync_file(temporary)
             self._replace(temporary, target)
+        except CheckpointError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._write_error(step, error) from error
         self._trust(target)
-        self._prune()
+        # What cannot be removed now is removed after the next checkpoint; this one is written.
+        with suppress(OSError):
+            self._prune()
         return target
 
     def latest(self) -> Checkpoint:
@@ -200,12 +200,17 @@ class CheckpointManager:
             "Copy the checkpoints again from where the run was saved, or start a new run.",
         )
 
-    def problem(self, directory: Path) -> str | None:
-        """Say what is wrong with a checkpoint's files, or None when all match the manifest."""
+    def problem(self, directory: Path, hashes: bool = True) -> str | None:
+        """Say what is wrong with a checkpoint's files, or None when all match the manifest.
+
+        Args:
+            directory: The checkpoint.
+            hashes: Read the files and compare their hashes too, not only their sizes.
+        """
         try:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["format_version"] != FORMAT_VERSION:
-                return f"format version {manifest['format_version']}, this version reads {FORMAT_VERSION}"
+            if not is_known(manifest["format_version"]):
+                return f"format version {manifest['format_version']}; this Seedbed reads up to {FORMAT_VERSION}"
             if f"step-{manifest['step']:08d}" != directory.name:
                 return f"its manifest is of step {manifest['step']}"
             expected_files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -221,7 +226,7 @@ class CheckpointManager:
                 found = (directory / name).stat().st_size
                 if found != expected:
                     return f"{name} has {found} bytes, the manifest says {expected}"
-                if sha256_file(directory / name) != digest:
+                if hashes and sha256_file(directory / name) != digest:
                     return f"{name} does not match its SHA-256"
             except FileNotFoundError:
                 return f"{name} is missing"
@@ -266,7 +271,7 @@ class CheckpointManager:
 
     def _prune(self) -> None:
         """Remove what is older than the checkpoints to keep; what was never verified counts for nothing."""
-        newest = self._trusted[-self.keep :]
+        newest = [path for path in self._trusted if self.problem(path, hashes=False) is None][-self.keep :]
         if len(newest) < self.keep:
             return
         oldest = min(_step(path) for path in newest)
@@ -275,7 +280,7 @@ class CheckpointManager:
             for path in self._directories():
                 forever = self.keep_every_steps is not None and _step(path) % self.keep_every_steps == 0
                 if path not in kept and _step(path) < oldest and not (forever and _step(path)):
-                    shutil.rmtree(path, ignore_errors=True)
+                    discard(path)
 
     def _remove_leftovers(self) -> None:
         """Remove what earlier, killed writers left under temporary names."""
@@ -289,27 +294,33 @@ class CheckpointManager:
             if self.problem(target) is None:
                 shutil.rmtree(temporary)
                 return
-            damaged = target.with_name(f".{target.name}.tmp-damaged")
-            shutil.rmtree(damaged, ignore_errors=True)
-            os.rename(target, damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
+            discard(target)
         os.rename(temporary, target)
         sync_file(self.directory)
+        # Mounts that are full or going away have been seen to take files without a word.
+        problem = self.problem(target, hashes=False)
+        if problem is not None:
+            raise OSError(errno.EIO, problem)
 
     def _write_error(self, step: int, error: BaseException) -> CheckpointError:
         """Turn a failed write into words."""
-        older = self._directories()
+        try:
+            older = self._directories()
+            free = shutil.disk_usage(self.directory.parent).free
+        except OSError:  # The disk itself is gone.
+            older, free = [], None
         kept = f"The checkpoint {older[0].name} is untouched." if older else "There is no earlier checkpoint."
         number = getattr(error, "errno", None)
-        # torch.save reports a full disk as a RuntimeError without a number.
-        full = number == errno.ENOSPC or (number is None and shutil.disk_usage(self.directory.parent).free < 1 << 20)
-        if full:
-            free = format_bytes(shutil.disk_usage(self.directory.parent).free)
+        if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and free is not None and free < 1 << 20):
+            # torch.save reports a full disk as a RuntimeError without a number.
+            left = "" if free is None else f" ({format_bytes(free)} free)"
             return CheckpointError(
-                f"The disk is full: the checkpoint of step {step} could not be written ({free} free).",
+                f"The disk is full: the checkpoint of step {step} could not be written{left}.",
                 kept,
                 "Free some space; the next checkpoint is tried as planned.",
             )
+        if free is None:
+            kept = "Earlier checkpoints cannot be seen either."
         return CheckpointError(
             f"The checkpoint of step {step} could not be written: {error}.",
             kept,
@@ -329,6 +340,30 @@ def _loss(directory: Path) -> float | None:
     except (OSError, ValueError, AttributeError):
         return None
     return float(loss) if isinstance(loss, (int, float)) else None
+
+
+def _write_files(snapshot: Snapshot, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write a snapshot's files to disk and return what the manifest says about them."""
+    with ThreadPoolExecutor(1, "sync") as pool:
+        with HashedFile(folder / WEIGHTS, lasting=True) as weights:
+            write_tensors(snapshot.tensors, snapshot.aliases, weights)
+        # Waiting for the disk takes no processor: the state is written meanwhile.
+        synced = pool.submit(weights.sync)
+        with HashedFile(folder / STATE) as state:
+            torch.save(snapshot.state, state)  # type: ignore[arg-type]
+        state.sync()
+        synced.result()
+    files = ((WEIGHTS, weights), (STATE, state))
+    return {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in files}
+
+
+def discard(directory: Path) -> None:
+    """Remove a checkpoint; a kill in the middle leaves nothing incomplete under a final name."""
+    removed = directory.with_name(f".{directory.name}.tmp-removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.rename(directory, removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def require_space(directory: Path, needed: int) -> None:

@@ -13,7 +13,7 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 TRACKERS = ("wandb", "tensorboard")
 OPTIONAL = (
     "max_steps", "max_epochs", "context_length", "time_budget_minutes", "validation_share", "ema_decay",
-    "early_stopping_patience", "keep_every_steps",
+    "early_stopping_patience", "keep_every_steps", "session_limit_minutes",
 )  # fmt: skip
 NOT_YET = {"growth": "Growing a model while it trains", "continual": "Continual learning"}
 
@@ -84,6 +84,8 @@ class TrainingConfig:
     """Steps per row of the training metrics."""
     time_budget_minutes: float | None = None
     """Stop cleanly, with a checkpoint, after so many minutes in this session."""
+    session_limit_minutes: float | None = None
+    """Minutes that the machine lasts, such as 720 on Colab: stop cleanly 15 minutes before; None knows no end."""
     strategy: str = "auto"
     """How several devices share the work: auto, ddp (a copy of the model on each) or fsdp (a shard on each)."""
     devices: int = 1
@@ -110,7 +112,7 @@ class TrainingConfig:
         positive = ("max_steps", "max_epochs", "batch_size", "accumulate", "learning_rate", "clip_norm",
                     "context_length", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints",
                     "val_every_steps", "log_every_steps", "time_budget_minutes", "devices",
-                    "early_stopping_patience", "keep_every_steps")  # fmt: skip
+                    "early_stopping_patience", "keep_every_steps", "session_limit_minutes")  # fmt: skip
         counts = ("keep_best", "workers")
         whole = ("max_steps", "batch_size", "accumulate", "context_length", "checkpoint_every_steps",
                  "keep_checkpoints", "val_every_steps", "log_every_steps", "seed", "devices",
@@ -153,6 +155,11 @@ class TrainingConfig:
                 f"TrainingConfig.learning_rate is {self.learning_rate!r}.",
                 "Expected at most 1: AdamW moves every weight by about the learning rate in each step.",
                 "Usual values are 1e-4 to 3e-3.",
+            )
+        if self.session_limit_minutes is not None and self.session_limit_minutes <= 15:
+            raise ConfigError(
+                f"TrainingConfig.session_limit_minutes is {self.session_limit_minutes!r}.",
+                "Expected more than 15: training stops 15 minutes before the end.",
             )
         if self.strategy == "fsdp" and self.devices == 1:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The data behind a reference: real text and images that every machine already has, or the user's own files.
+"""The built-in data: real text, images and tables that every machine already has.
 
 Everything comes back as plain values in a deterministic order; tokenizing, splitting and packing happen elsewhere.
 """
@@ -15,39 +15,23 @@ import numpy as np
 
 from utils.runtime.errors import DataError
 from utils.runtime.optional import require
-from utils.runtime.resources import available_memory, format_bytes
+from utils.training.references import describe_references
+from utils.training.tables import Table
 
-TEXT_BUILTINS = ("builtin:python-docs", "builtin:python-code")
-IMAGE_BUILTINS = ("builtin:digits",)
-TEXT_SUFFIXES = (".txt", ".md")
-LARGEST = 2_000_000_000
-"""Most bytes of text that are read into memory."""
-_MEMORY_PER_BYTE = 8
-"""Bytes of memory that preparing one byte of text takes: the text, its tokens, inputs and labels."""
 _SHORTEST_DOCSTRING = 40
 
 
-def describe_references() -> str:
-    """Return the sentence that lists what can be loaded."""
-    return (
-        f"Available in this version are {', '.join((*TEXT_BUILTINS, *IMAGE_BUILTINS))} and file:PATH, where PATH is a "
-        f"{' or '.join(TEXT_SUFFIXES)} file or a folder of them."
-    )
-
-
 def load_texts(reference: str) -> list[str]:
-    """Return the documents of a text reference, in a deterministic order, duplicates included.
+    """Return the documents of a built-in text, in a deterministic order, duplicates included.
 
     Raises:
-        DataError: The reference is unknown, or the files are missing, empty, too large or not text.
+        DataError: The reference is unknown.
     """
     if reference == "builtin:python-docs":
         with _without_collector():
             return [text for text in (*_topics(), *_docstrings()) if _is_storable(text)]
     if reference == "builtin:python-code":
         return [text for text in _library_sources() if text.strip() and _is_storable(text)]
-    if reference.startswith("file:"):
-        return _read_files(Path(reference.removeprefix("file:")).expanduser(), reference)
     raise DataError(f"The data reference {reference!r} is not available.", describe_references())
 
 
@@ -123,70 +107,6 @@ def _is_storable(text: str) -> bool:
     return True
 
 
-def _read_files(path: Path, reference: str) -> list[str]:
-    """Return the texts of a file or of all text files in a folder, sorted by path."""
-    if not str(path).strip() or str(path) == ".":
-        raise DataError(f"The data reference {reference!r} names no file.", "Expected file:PATH.")
-    if not path.exists():
-        raise DataError(
-            f"There is no file or folder at {path}.",
-            "Expected a text file or a folder of text files.",
-            f"Check the path; relative paths start at {Path.cwd()}.",
-        )
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in TEXT_SUFFIXES)
-        if not files:
-            raise DataError(
-                f"The folder {path} holds no {' or '.join(TEXT_SUFFIXES)} file.",
-                describe_references(),
-            )
-    elif path.suffix.lower() not in TEXT_SUFFIXES:
-        raise DataError(
-            f"{path.name} is a {path.suffix or 'suffixless'} file, a format that is not available.",
-            describe_references(),
-            "Convert it to plain text, or rename it if it is plain text.",
-        )
-    else:
-        files = [path]
-    _check_size(path, sum(file.stat().st_size for file in files))
-    texts = [text for text in map(_read_text, files) if text.strip()]
-    if not texts:
-        raise DataError(
-            f"{path} is empty." if path.is_file() else f"All {len(files)} text files in {path} are empty.",
-            "Expected text to train on.",
-        )
-    return texts
-
-
-def _check_size(path: Path, size: int) -> None:
-    """Refuse text that does not fit into memory."""
-    limit = min(LARGEST, available_memory() // _MEMORY_PER_BYTE)
-    if size > limit:
-        raise DataError(
-            f"{path} holds {format_bytes(size)} of text.",
-            f"At most {format_bytes(limit)} can be prepared in this machine's memory.",
-            "Cut out a part of it, for example with: head -c 500000000 IN.txt > OUT.txt",
-        )
-
-
-def _read_text(path: Path) -> str:
-    """Read one UTF-8 file."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).", "Expected a readable text file.") from error
-    if b"\0" in data[:65536]:
-        raise DataError(f"{path} is a binary file (it contains zero bytes).", "Expected plain text in UTF-8.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start} cannot be decoded.",
-            "Expected plain text in UTF-8.",
-            f"Convert it, for example with: iconv -f LATIN1 -t UTF-8 {path.name} > utf8.txt",
-        ) from error
-
-
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Return scikit-learn's images of handwritten digits: float32 (1797, 8, 8) in [0, 1] and int64 labels (1797,)."""
     require("sklearn", "load builtin:digits", "scikit-learn")
@@ -194,6 +114,24 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
     images, labels = bundled(return_X_y=True)
     return (images.reshape(-1, 8, 8) / 16).astype(np.float32), labels.astype(np.int64)
+
+
+def load_builtin_table(reference: str) -> Table:
+    """Return one of scikit-learn's bundled tables; the last column, ``target``, is what to predict.
+
+    Raises:
+        DataError: The reference is unknown.
+    """
+    require("sklearn", f"load {reference}", "scikit-learn")
+    from sklearn import datasets
+
+    loaders = {"builtin:diabetes": datasets.load_diabetes, "builtin:wine": datasets.load_wine}
+    if reference not in loaders:
+        raise DataError(f"The data reference {reference!r} is not available.", describe_references())
+    bunch = loaders[reference]()
+    columns = {str(name): bunch.data[:, index].tolist() for index, name in enumerate(bunch.feature_names)}
+    classes = {"target": [str(name) for name in bunch.target_names]} if hasattr(bunch, "target_names") else {}
+    return Table({**columns, "target": bunch.target.tolist()}, reference, classes)
 
 
 def without_duplicates(texts: Iterable[str]) -> list[str]:

@@ -1,41 +1,59 @@
-"""From a data reference to samples that fit a model: split, tokenize, pack.
+"""From a data reference to samples that fit a model.
 
-Whole documents are held out, chosen by the hash of their text, so that a document hardly ever changes sides when the
-rest of the data changes. The tokenizer is trained on the training side only.
+What is read depends on the reference (`references`, `text_files`, `tables`, `hub_data`), what is made of it on the
+model's task (`language`, `text_samples`, `images`, `table_samples`, `text_stream`). Samples are held out by the hash of
+their content, so that a sample hardly ever changes sides when the rest of the data changes. The tokenizer is trained on
+the training side only.
 """
 
-import hashlib
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from utils.adapters import ModelAdapter
 from utils.runtime.errors import ConfigError, DataError
-from utils.tokenization import TextTokenizer, choose_tokenizer, pack_causal, pack_masked
+from utils.runtime.resources import available_memory, format_bytes
+from utils.tokenization import own_tokenizer, public_tokenizer
+from utils.training.archives import unpacked
+from utils.training.batch_inputs import boundary_facts
 from utils.training.config import TrainingConfig
-from utils.training.corpora import (
-    IMAGE_BUILTINS,
-    TEXT_BUILTINS,
-    describe_references,
-    load_digits,
-    load_texts,
-    without_duplicates,
+from utils.training.corpora import load_builtin_table, load_texts
+from utils.training.hub_data import (
+    hub_tables,
+    is_data_module,
+    is_dataset,
+    object_name,
+    object_tables,
+    refuse_data_module,
 )
+from utils.training.images import prepare_column, prepare_digits, prepare_folder
+from utils.training.language import prepare_language, prepare_large
+from utils.training.needs import DEFAULT_LENGTH, LANGUAGE_TASKS, Needs
 from utils.training.prepared_data import PreparedData, load_prepared
+from utils.training.references import (
+    IMAGE_BUILTINS,
+    TABLE_BUILTINS,
+    TEXT_BUILTINS,
+    DataReference,
+    describe_references,
+    parse_reference,
+)
+from utils.training.splitting import split_documents
+from utils.training.table_samples import prepare_features
+from utils.training.tables import Table, choose_column, joined, read_table, texts_of
+from utils.training.text_files import Files, class_folders, documents, find_files, read_text
+from utils.training.text_samples import prepare_labelled, prepare_pairs
+from utils.training.text_stream import describe_source, prepare_stream
 
-__all__ = ["PreparedData", "load_data", "load_prepared", "prepare_data"]
+__all__ = ["PreparedData", "load_data", "load_prepared", "prepare_data", "split_documents"]
 
-TEXT_TASKS = ("causal_lm", "masked_lm")
-IMAGE_TASKS = ("image_classification",)
-DEFAULT_LENGTH = 256
-"""Longest window unless the user says otherwise; the whole length of models that read less."""
-SHORTEST_LENGTH = 8
-DIGIT_CLASSES = 10
+IN_MEMORY = 256_000_000
+"""Largest text, in bytes, that is prepared in memory; larger ones go through a file of token ids."""
+MEMORY_PER_BYTE = 20
+"""Bytes of memory that a byte of a text, or of a table, takes while it is prepared."""
+ROW_TASKS = ("seq2seq", "text_classification", "image_classification", "tabular_classification", "regression")
 
 
 def load_data(
@@ -49,48 +67,63 @@ def load_data(
     pad_token_id: int | None = None,
     seed: int = 0,
     validation_share: float | None = None,
+    features: int | None = None,
 ) -> PreparedData:
-    """Load data and prepare it for a model.
+    """Load data and prepare it for a model that is described by a few numbers.
 
     Args:
-        reference: ``builtin:python-docs``, ``builtin:python-code``, ``builtin:digits`` or ``file:PATH``.
+        reference: ``builtin:NAME``, ``file:PATH``, ``hub:owner/name[/config]``, each with ``?column=name`` options, or
+            a ``datasets.Dataset``.
         task: The model's task; it must fit the data.
         vocab_size: Number of token ids the model knows; needed for text.
         max_length: Tokens in a window; 256 when the model has no limit.
-        num_labels: Number of classes the model tells apart; needed for images.
-        image_shape: Channels, height and width the model takes; (1, 8, 8) when unknown.
+        num_labels: Number of classes the model tells apart.
+        image_shape: Channels, height and width the model takes.
         pad_token_id: The id the model keeps for padding.
         seed: Chooses what is held out.
-        validation_share: Share held out; 0.05 of a text and 0.2 of the images by default.
+        validation_share: Share held out; 0.05 of a text and 0.2 of labelled samples by default.
+        features: Numbers in a row, for models of tables.
 
     Raises:
         DataError: The reference is not available, does not fit the task, or its data does not fit the model.
     """
-    if not isinstance(reference, str):
+    needs = Needs(
+        task,
+        vocab_size,
+        max_length,
+        num_labels,
+        image_shape,
+        features,
+        pad_token_id,
+        seed=seed,
+        share=validation_share,
+    )
+    return load_for(reference, needs)
+
+
+def load_for(reference: object, needs: Needs) -> PreparedData:
+    """Load data and prepare it for what a model needs.
+
+    Raises:
+        DataError: See `load_data`.
+    """
+    if needs.share is not None and not 0 < needs.share < 1:
+        raise DataError(
+            f"The validation share is {needs.share}.",
+            "Expected a number between 0 and 1, such as 0.05: without held-out data nothing could be measured.",
+        )
+    if is_data_module(reference):
+        raise refuse_data_module(reference)
+    if is_dataset(reference):
+        data = _from_tables(*object_tables(reference), {}, needs, object_name(reference))
+    elif isinstance(reference, str):
+        data = _from_reference(parse_reference(reference), needs)
+    else:
         raise DataError(
             f"Data given as {type(reference).__module__}.{type(reference).__qualname__} is not available.",
             describe_references(),
         )
-    if validation_share is not None and not 0 < validation_share < 1:
-        raise DataError(
-            f"The validation share is {validation_share}.", "Expected a number between 0 and 1, such as 0.05."
-        )
-    if reference in IMAGE_BUILTINS:
-        _check_task(reference, "images with class labels", task, IMAGE_TASKS, TEXT_BUILTINS[0])
-        data = _prepare_digits(reference, task, num_labels, image_shape, seed, validation_share or 0.2)
-    elif reference in TEXT_BUILTINS or reference.startswith("file:"):
-        _check_task(reference, "plain text", task, TEXT_TASKS, IMAGE_BUILTINS[0])
-        length = _check_length(max_length)
-        if vocab_size is None:
-            raise DataError(
-                "The model's vocabulary size is unknown.",
-                "A tokenizer of exactly that size is trained on the text.",
-                "Say it with ModelSpec(vocab_size=...).",
-            )
-        data = _prepare_text(reference, task, vocab_size, length, pad_token_id, seed, validation_share or 0.05)
-    else:
-        raise DataError(f"The data reference {reference!r} is not available.", describe_references())
-    return replace(data, facts={**data.facts, "seed": seed, "sha256": data.fingerprint()})
+    return replace(data, facts={**data.facts, "seed": needs.seed, "sha256": data.fingerprint()})
 
 
 def prepare_data(model: Any, reference: object, config: TrainingConfig | None = None) -> PreparedData:
@@ -102,7 +135,7 @@ def prepare_data(model: Any, reference: object, config: TrainingConfig | None = 
         config: Says the context length, the seed and the share that is held out.
 
     Raises:
-        ConfigError: The context is longer than the model can read.
+        ConfigError: The context is longer than the model can read, or a stream is to be read a number of times.
         DataError: See `load_data`.
     """
     adapter = model if isinstance(model, ModelAdapter) else ModelAdapter(model)
@@ -115,171 +148,197 @@ def prepare_data(model: Any, reference: object, config: TrainingConfig | None = 
             "Expected a context that the model can read.",
             f"Set context_length to {limit} or less.",
         )
-    return load_data(
-        reference,
-        task=adapter.task.value,
-        vocab_size=adapter.vocab_size.value,
-        max_length=config.context_length or min(limit or DEFAULT_LENGTH, DEFAULT_LENGTH),
-        num_labels=adapter.num_labels.value,
-        image_shape=adapter.image_shape.value,
-        pad_token_id=adapter.pad_token_id.value,
-        seed=config.seed,
-        validation_share=config.validation_share,
+    data = load_for(reference, needs_of(adapter, config))
+    if data.stream is not None and config.max_steps is None:
+        raise ConfigError(
+            f"TrainingConfig.max_epochs is {config.max_epochs}, and {data.reference} is read while training.",
+            "Expected a number of steps: nobody knows how long a stream is.",
+            "Set max_steps, and max_epochs=None.",
+        )
+    return replace(data, facts={**data.facts, **boundary_facts(adapter, data)})
+
+
+def reference_of(data: object) -> str:
+    """Return what identifies some data in a run's record: its reference, or the fingerprint of a dataset."""
+    if isinstance(data, PreparedData):
+        return data.reference
+    return object_name(data) if is_dataset(data) else str(data)
+
+
+def needs_of(adapter: ModelAdapter, config: TrainingConfig) -> Needs:
+    """Return what a model needs from data."""
+    limit, vocabulary = adapter.max_length.value, adapter.vocab_size.value
+    tokens = adapter.modality == "tokens"
+    start = adapter.config.get("decoder_start_token_id")
+    width = adapter.example_inputs(1)[adapter.main_input].shape[1:] if adapter.modality == "features" else ()
+    return Needs(
+        adapter.task.value,
+        vocabulary,
+        config.context_length or min(limit or DEFAULT_LENGTH, DEFAULT_LENGTH),
+        adapter.num_labels.value,
+        adapter.image_shape.value,
+        int(width[0]) if len(width) == 1 else None,
+        adapter.pad_token_id.value,
+        start if isinstance(start, int) else None,
+        (own_tokenizer(adapter.origin), public_tokenizer(vocabulary or 0)) if tokens else (),
+        config.seed,
+        config.validation_share,
+    )
+
+
+def _from_reference(reference: DataReference, needs: Needs) -> PreparedData:
+    text = reference.text
+    if reference.streamed:
+        return _streamed(reference, needs)
+    if reference.kind == "hub":
+        return _from_tables(*hub_tables(reference), reference.columns, needs, text)
+    if reference.kind == "file":
+        with unpacked(reference.path) as path:
+            return _from_files(find_files(path, text), reference, needs)
+    name = f"builtin:{reference.name}"
+    if name in IMAGE_BUILTINS:
+        _check_task(text, "images with class labels", needs.task, ("image_classification",), TEXT_BUILTINS[0])
+        return prepare_digits(needs, text)
+    if name in TABLE_BUILTINS:
+        _check_task(text, "rows of numbers", needs.task, ("regression", "tabular_classification"), TEXT_BUILTINS[0])
+        if needs.features is None and needs.vocab_size is not None:
+            raise DataError(f"{text} holds rows of numbers, and the model reads text.", "Expected text with numbers.")
+        return _from_tables(load_builtin_table(name), None, reference.columns, needs, text)
+    _check_task(text, "plain text", needs.task, LANGUAGE_TASKS, IMAGE_BUILTINS[0])
+    _ = needs.length, needs.vocabulary
+    return prepare_language(load_texts(name)[: reference.samples], needs, text)
+
+
+def _streamed(reference: DataReference, needs: Needs) -> PreparedData:
+    """Look at the start of a text that is read while training."""
+    if reference.kind == "builtin" or reference.path.suffix.lower() == ".zip":
+        raise DataError(
+            f"{reference.text} cannot be read while training.",
+            "Expected file:PATH of text, jsonl, csv or parquet, or hub:owner/name.",
+            "Leave out stream=true" + ("." if reference.kind == "builtin" else ", or unpack the archive."),
+        )
+    if needs.task not in LANGUAGE_TASKS:
+        raise DataError(
+            f"{reference.text} is to be read while training, and the model's task is {needs.task}.",
+            f"Expected one of {', '.join(LANGUAGE_TASKS)}.",
+            "Leave out stream=true, and say ?samples=N to take a part.",
+        )
+    source = describe_source(reference.kind, reference.name, needs, reference.columns, reference.options.get("split"))
+    return prepare_stream(source, needs, reference.text)
+
+
+def _from_files(files: Files, reference: DataReference, needs: Needs) -> PreparedData:
+    """Prepare files, by the model's task and by what kind of file there is."""
+    text, task = reference.text, needs.task
+    if task in LANGUAGE_TASKS:
+        if not files.texts and not files.tables:
+            _check_task(text, "images", task, ("image_classification",), "text")
+        return _language(files, reference, needs)
+    if task not in ROW_TASKS:
+        raise DataError(
+            f"The model's task is {task}.",
+            f"Data is available for {', '.join((*LANGUAGE_TASKS, *ROW_TASKS))}.",
+            "If the task was detected wrongly, say ModelSpec(task=...).",
+        )
+    sorted_images = files.images and class_folders(files.images, files.root) is not None
+    if task == "image_classification" and (sorted_images or (files.images and not files.tables)):
+        return prepare_folder(files, needs, text)
+    if task == "text_classification" and files.texts and not files.tables:
+        folders = class_folders(files.texts, files.root)
+        if folders is not None:
+            texts = [read_text(path) for path in files.texts]
+            return _from_tables(Table({"text": texts, "label": folders}, str(files.root)), None, {}, needs, text)
+    if not files.tables:
+        content = "plain text" if files.texts else "images"
+        possible = LANGUAGE_TASKS if files.texts else ("image_classification",)
+        _check_task(text, content, task, possible, "a table (csv, jsonl, parquet)")
+    if reference.samples is None:
+        _check_memory(files.root, sum(path.stat().st_size for path in files.tables))
+    return _from_tables(read_table(files.tables, reference.samples), None, reference.columns, needs, text)
+
+
+def _language(files: Files, reference: DataReference, needs: Needs) -> PreparedData:
+    """Prepare text for a language model, in memory or through a file of ids."""
+    size = files.text_bytes
+    _ = needs.length, needs.vocabulary
+    started = partial(_limited, files, reference)
+    if size > min(IN_MEMORY, available_memory() // MEMORY_PER_BYTE) and reference.samples is None:
+        return prepare_large(started, size, needs, reference.text)
+    texts = list(started())
+    if not texts:
+        plural = f"All {len(files.texts or files.tables)} text files in {files.root} are empty."
+        raise DataError(plural if files.root.is_dir() else f"{files.root} is empty.", "Expected text to train on.")
+    return prepare_language(texts, needs, reference.text)
+
+
+def _limited(files: Files, reference: DataReference) -> Iterator[str]:
+    """Yield the documents that the user wants."""
+    for number, text in enumerate(documents(files, reference.columns)):
+        if number == reference.samples:
+            return
+        yield text
+
+
+def _from_tables(
+    table: Table, held: Table | None, columns: dict[str, str], needs: Needs, reference: str
+) -> PreparedData:
+    """Prepare rows, by the model's task, and let the report say where they are from."""
+    data = _from_rows(table, held, columns, needs, reference)
+    report = dict(data.facts["report"])
+    report["notes"] = [*report["notes"], *table.notes]
+    return replace(data, facts={**data.facts, "report": report})
+
+
+def _from_rows(table: Table, held: Table | None, columns: dict[str, str], needs: Needs, reference: str) -> PreparedData:
+    """Prepare rows, by the model's task."""
+    task = needs.task
+    if task in LANGUAGE_TASKS:
+        column, reason = choose_column(table, "text", columns)
+        measured = None
+        if held is not None:
+            measured = [text for text in texts_of(held, column) if text.strip()]
+        texts = [text for text in texts_of(table, column) if text.strip()]
+        return prepare_language(texts, needs, reference, measured, [f"text is the column {column!r}: {reason}"])
+    if held is not None:
+        table = joined(table, held)
+    if task == "regression" and needs.num_labels not in (None, 1):
+        raise DataError(
+            f"The model predicts {needs.num_labels} numbers for each sample.",
+            "Expected one: a column of a table holds one number in each row.",
+            "Build the model with one output.",
+        )
+    if task == "image_classification":
+        return prepare_column(table, columns, needs, reference)
+    if task == "seq2seq":
+        return prepare_pairs(table, columns, needs, reference)
+    if task == "text_classification" or (task == "regression" and needs.features is None):
+        return prepare_labelled(table, columns, needs, reference)
+    if task in ROW_TASKS:
+        return prepare_features(table, columns, needs, reference)
+    raise DataError(
+        f"The model's task is {task}.",
+        f"Data is available for {', '.join((*LANGUAGE_TASKS, *ROW_TASKS))}.",
+        "If the task was detected wrongly, say ModelSpec(task=...).",
     )
 
 
 def _check_task(reference: str, content: str, task: str, possible: tuple[str, ...], other: str) -> None:
     if task in possible:
         return
-    if task in (*TEXT_TASKS, *IMAGE_TASKS):
-        action = f"Use {other} for this model."
-    else:
-        action = f"Data for {task} is not available in this version; {describe_references()}"
     raise DataError(
         f"{reference} holds {content}, and the model's task is {task}.",
         f"This data fits {' and '.join(possible)}.",
-        action + " If the task was detected wrongly, say ModelSpec(task=...).",
-    )
+        f"Use {other} for this model; " + describe_references()
+        + " If the task was detected wrongly, say ModelSpec(task=...).",
+    )  # fmt: skip
 
 
-def _check_length(max_length: int | None) -> int:
-    length = DEFAULT_LENGTH if max_length is None else max_length
-    if length < SHORTEST_LENGTH:
+def _check_memory(path: Path, size: int) -> None:
+    """Refuse a table that does not fit into memory."""
+    limit = available_memory() // MEMORY_PER_BYTE
+    if size > limit:
         raise DataError(
-            f"The model's context is {length} tokens.",
-            f"Text needs windows of at least {SHORTEST_LENGTH}.",
-            "Build the model with a longer context.",
+            f"{path} holds {format_bytes(size)} of rows.",
+            f"At most {format_bytes(limit)} can be prepared in this machine's memory.",
+            "Take a part of it with ?samples=N",
         )
-    return length
-
-
-def _prepare_text(
-    reference: str, task: str, vocab_size: int, length: int, pad_token_id: int | None, seed: int, share: float
-) -> PreparedData:
-    """Split, tokenize and pack text."""
-    documents = load_texts(reference)
-    unique = without_duplicates(documents)
-    train_texts, held_out = split_documents(unique, share, length, seed)
-    tokenizer = choose_tokenizer(train_texts, vocab_size, task, pad_token_id)
-    train, train_tokens = _pack(tokenizer, train_texts, task, length)
-    validation, validation_tokens = _pack(tokenizer, held_out, task, length)
-    if min(train_tokens, validation_tokens) < length:
-        raise DataError(
-            f"{reference} is too small: it gives {train_tokens} tokens to train on and {validation_tokens} held out.",
-            f"Each side needs at least one window of {length} tokens.",
-            "Use a longer text, or a shorter sequence length.",
-        )
-    blob = "\n".join(held_out).encode("utf-8")
-    facts: dict[str, Any] = {
-        "documents": len(unique),
-        "duplicates_removed": len(documents) - len(unique),
-        "train_documents": len(train_texts),
-        "validation_documents": len(held_out),
-        "length": length,
-        "train_tokens": train_tokens,
-        "validation_tokens": validation_tokens,
-        "train_bytes": sum(len(text.encode("utf-8")) + 1 for text in train_texts) - 1,
-        "validation_bytes": len(blob),
-        "zlib_bits_per_byte": 8 * len(zlib.compress(blob, 9)) / len(blob),
-    }
-    return PreparedData(reference, task, train, validation, tokenizer, facts)
-
-
-def _pack(tokenizer: TextTokenizer, texts: list[str], task: str, length: int) -> tuple[dict[str, Tensor], int]:
-    """Return the windows of some documents and the number of tokens in them that can be predicted."""
-    eos = tokenizer.eos_id
-    assert eos is not None, "every tokenizer made by choose_tokenizer has one"
-    pack = pack_causal if task == "causal_lm" else pack_masked
-    inputs, labels = pack(tokenizer.encode(texts), length, eos, tokenizer.pad_id)
-    return {"input_ids": inputs, "labels": labels}, int((labels >= 0).sum())
-
-
-def split_documents(texts: list[str], share: float, length: int, seed: int) -> tuple[list[str], list[str]]:
-    """Hold out whole documents, or the end of the largest one when there are too few.
-
-    Args:
-        texts: Different documents.
-        share: Share of the bytes to hold out; more when that would not fill one window.
-        length: Tokens in a window.
-        seed: Chooses the documents.
-
-    Returns:
-        Training and held-out documents, each in the order given.
-    """
-    sizes = [len(text.encode("utf-8")) for text in texts]
-    # No tokenizer of ordinary text averages more than eight bytes a token, so this many bytes fill one window.
-    target = min(max(share * sum(sizes), 8 * length), sum(sizes) / 2)
-    held, chosen = 0, set()
-    for index in sorted(range(len(texts)), key=lambda i: _hash(seed, texts[i].encode("utf-8"))):
-        # A document that would overshoot by more than it is missing now would distort the share.
-        if held < target and held + sizes[index] <= 2 * target - held:
-            chosen.add(index)
-            held += sizes[index]
-    if held < target / 2:
-        largest = max(range(len(texts)), key=sizes.__getitem__)
-        text = texts[largest]
-        cut = _boundary(text, len(text) - max(1, round(target / sizes[largest] * len(text))))
-        return [*texts[:largest], text[:cut], *texts[largest + 1 :]], [text[cut:]]
-    return (
-        [text for index, text in enumerate(texts) if index not in chosen],
-        [text for index, text in enumerate(texts) if index in chosen],
-    )
-
-
-def _boundary(text: str, position: int) -> int:
-    """Return the paragraph, line or word boundary at or before a position, or the position when none is near."""
-    for mark in ("\n\n", "\n", " "):
-        found = text.rfind(mark, max(0, position * 9 // 10), position)
-        if found > 0:
-            return found + len(mark)
-    return max(1, position)
-
-
-def _hash(seed: int, content: bytes) -> bytes:
-    """Return a number for a sample that depends on the seed and its content alone."""
-    return hashlib.blake2b(content, digest_size=16, key=str(seed).encode()).digest()
-
-
-def _prepare_digits(
-    reference: str, task: str, num_labels: int | None, image_shape: Sequence[int] | None, seed: int, share: float
-) -> PreparedData:
-    """Resize, normalise and split the digits, the same share of every class held out."""
-    if num_labels is not None and num_labels < DIGIT_CLASSES:
-        raise DataError(
-            f"{reference} has labels 0 to {DIGIT_CLASSES - 1}, and the model tells {num_labels} classes apart.",
-            f"Expected a model with at least {DIGIT_CLASSES} outputs.",
-            f"Build it with num_classes={DIGIT_CLASSES}.",
-        )
-    shape = (1, 8, 8) if image_shape is None else tuple(image_shape)
-    if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
-        raise DataError(f"The model's image shape is {shape}.", "Expected channels, height and width.")
-    images, labels = load_digits()
-    validation = np.zeros(len(labels), dtype=bool)
-    for label in range(DIGIT_CLASSES):
-        members = np.flatnonzero(labels == label)
-        order = sorted(members, key=lambda index: _hash(seed, images[index].tobytes()))
-        validation[order[: max(1, round(share * len(members)))]] = True
-    resized = _resize(torch.from_numpy(images)[:, None], shape[1:])
-    train_mask = torch.from_numpy(~validation)
-    mean, deviation = float(resized[train_mask].mean()), float(resized[train_mask].std())
-    pixels = ((resized - mean) / deviation).expand(-1, shape[0], -1, -1)
-    targets = torch.from_numpy(labels)
-    parts = [{"pixel_values": pixels[mask].contiguous(), "labels": targets[mask]} for mask in (train_mask, ~train_mask)]
-    facts = {
-        "samples": len(labels),
-        "classes": DIGIT_CLASSES,
-        "largest_class": float(parts[1]["labels"].bincount().max() / len(parts[1]["labels"])),
-        "image_shape": list(shape),
-        "mean": mean,
-        "deviation": deviation,
-    }
-    return PreparedData(reference, task, parts[0], parts[1], None, facts)
-
-
-def _resize(images: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Resize images (samples, 1, height, width): averaged where they shrink, interpolated where they grow."""
-    if size == tuple(images.shape[2:]):
-        return images
-    if size[0] <= images.shape[2] and size[1] <= images.shape[3]:
-        return torch.nn.functional.interpolate(images, size=size, mode="area")
-    return torch.nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)

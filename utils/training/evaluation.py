@@ -1,5 +1,6 @@
 """Measuring a model on held-out data."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,34 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from utils.adapters import ModelAdapter
-from utils.adapters.objectives import IGNORED
+from utils.adapters.objectives import IGNORED, REAL_VALUED
+from utils.runtime.errors import DataError
 from utils.runtime.isolation import preserved
 from utils.runtime.seeding import derive_seed
 from utils.tokenization import mask_tokens
+from utils.training.batch_inputs import model_inputs
+from utils.training.batching import collate
 from utils.training.metrics import bits_per_byte
 from utils.training.prepared_data import PreparedData
 
-
-def model_inputs(adapter: ModelAdapter, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name a batch's content as the model's forward does.
-
-    Args:
-        adapter: The model.
-        batch: ``input_ids`` ``(batch, seq)`` or ``pixel_values`` ``(batch, channels, height, width)``, and ``labels``.
-    """
-    content = next(tensor for name, tensor in batch.items() if name != "labels")
-    inputs = {adapter.main_input: content}
-    for name in adapter.input_names[1:]:
-        if name.endswith("_mask"):
-            inputs[name] = torch.ones_like(content)
-        elif name == "token_type_ids":
-            inputs[name] = torch.zeros_like(content)
-        elif name == "position_ids":
-            inputs[name] = torch.arange(content.shape[1], device=content.device).expand_as(content)
-    return inputs
+CLASSIFIERS = ("text_classification", "image_classification", "audio_classification", "tabular_classification")
+"""Tasks whose answer is one class per sample."""
 
 
 def objective(
@@ -46,7 +33,7 @@ def objective(
     Args:
         adapter: The model.
         data: What the batch is from.
-        batch: ``input_ids`` or ``pixel_values``, and ``labels``.
+        batch: What `utils.training.batching.collate` returns, on the model's device.
         seed: Seed of the masking.
         label_smoothing: Share of each label spread over all classes (Szegedy et al., arXiv:1512.00567, section 7).
 
@@ -59,11 +46,20 @@ def objective(
         assert tokenizer.mask_id is not None
         special = [i for i in (tokenizer.eos_id, tokenizer.pad_id) if i is not None]
         inputs, labels = mask_tokens(batch["input_ids"], tokenizer.mask_id, tokenizer.vocab_size, special, seed=seed)
-        batch = {"input_ids": inputs, "labels": labels}
-    logits = adapter.logits(model_inputs(adapter, batch))
+        # What fills up the last window counts for no one.
+        batch = {"input_ids": inputs, "labels": torch.where(batch["labels"] == IGNORED, IGNORED, labels)}
+    logits = adapter.logits(model_inputs(adapter, batch, data))
     labels = batch["labels"]
-    if label_smoothing:
-        classes = logits.shape[-1]
+    if data.task in REAL_VALUED:
+        return adapter.loss(logits, labels), logits, labels
+    classes = logits.shape[-1]
+    if logits.numel() // classes != labels.numel():
+        raise DataError(
+            f"The model answers with scores of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}.",
+            "Expected one row of scores for each label.",
+            "Check the model's task: " + adapter.task.reason + ". If it is wrong, say ModelSpec(task=...).",
+        )
+    if label_smoothing and classes > 1:
         flat = logits.reshape(-1, classes).float()
         smoothed = functional.cross_entropy(
             flat, labels.reshape(-1), ignore_index=IGNORED, label_smoothing=label_smoothing
@@ -90,31 +86,70 @@ def evaluate(
         context: Makes the context of each forward pass, for mixed precision.
 
     Returns:
-        ``loss`` in nats per predicted token or sample; ``accuracy`` for classifiers; ``bits_per_byte`` for causal
-        language models: all nats over the held-out text, in bits, by its bytes in UTF-8.
+        ``loss`` in nats per predicted token or sample, or the mean squared error in deviations of the training targets;
+        ``accuracy`` for classifiers; ``rmse`` in the units of the data and ``r2`` for regression; ``bits_per_byte`` for
+        causal language models: all nats over the held-out text, in bits, by its bytes in UTF-8, unless some of the text
+        has no id of its own, so that the loss does not cover it.
     """
     device = adapter.device
     mean = MeanMetric().to(device)
-    accuracy: MulticlassAccuracy | None = None
-    counted = 0
+    correct, counted = 0, 0
+    fit = Fit()
     with preserved(adapter.module, seed, "validation"):
         adapter.module.eval()
         for start in range(0, data.validation_samples, batch_size):
-            batch = {name: tensor[start : start + batch_size].to(device) for name, tensor in data.validation.items()}
+            chosen = torch.arange(start, min(start + batch_size, data.validation_samples))
+            batch = {name: tensor.to(device) for name, tensor in collate(data.validation, chosen).items()}
             with context():
                 loss, logits, labels = objective(adapter, data, batch, derive_seed(seed, "validation", start))
-            weight = int((labels != IGNORED).sum())
+            real = data.task in REAL_VALUED
+            weight = labels.numel() if real else int((labels != IGNORED).sum())
             if weight == 0:
                 continue
             counted += weight
             mean.update(loss.double(), weight)
-            if data.task == "image_classification":
-                if accuracy is None:
-                    accuracy = MulticlassAccuracy(logits.shape[-1], average="micro").to(device)
-                accuracy.update(logits.argmax(-1), labels)
+            if real:
+                fit.update(logits, labels)
+            elif data.task in CLASSIFIERS:
+                correct += int((predicted_classes(logits).reshape(-1) == labels.reshape(-1)).sum())
     result = {"loss": float(mean.compute())}
-    if accuracy is not None:
-        result["accuracy"] = float(accuracy.compute())
-    if data.task == "causal_lm":
+    if data.task in CLASSIFIERS:
+        result["accuracy"] = correct / max(1, counted)
+    if data.task in REAL_VALUED:
+        result |= fit.compute(data.facts.get("target_deviation", 1.0))
+    if data.task == "causal_lm" and not data.facts.get("validation_unknown"):
         result["bits_per_byte"] = bits_per_byte(result["loss"] * counted, data.facts["validation_bytes"])
     return result
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Return the likeliest class; a single score says yes above zero."""
+    return (logits[..., 0] > 0).long() if logits.shape[-1] == 1 else logits.argmax(-1)
+
+
+class Fit:
+    """How well numbers are predicted, summed up batch by batch in float64."""
+
+    def __init__(self) -> None:
+        """Start with no sample."""
+        self.count = 0
+        self.errors = self.total = self.squares = 0.0
+
+    def update(self, predicted: Tensor, wanted: Tensor) -> None:
+        """Add a batch."""
+        predicted, wanted = predicted.double().reshape(-1), wanted.double().reshape(-1)
+        self.count += wanted.numel()
+        self.errors += float((predicted - wanted).square().sum())
+        self.total += float(wanted.sum())
+        self.squares += float(wanted.square().sum())
+
+    def compute(self, unit: float) -> dict[str, float]:
+        """Return the root of the mean squared error times `unit`, and the share of the variance that is explained.
+
+        ``r2`` is absent where the held-out targets are all the same.
+        """
+        variance = self.squares - self.total**2 / max(1, self.count)
+        result = {"rmse": unit * math.sqrt(self.errors / max(1, self.count))}
+        if variance > 1e-12 * max(1.0, self.squares):
+            result["r2"] = 1 - self.errors / variance
+        return result

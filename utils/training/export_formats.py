@@ -7,6 +7,7 @@ what a user will load.
 import copy
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -42,6 +43,8 @@ class Candidate:
     """The LoadedModel with the source files, when there is one."""
     tokenizer: Any = None
     """The TextTokenizer that the model was trained with, when there is one."""
+    data: Any = None
+    """The PreparedData of a run, to measure on."""
     programs: dict[tuple[str, str], Any] = field(default_factory=dict)
     """Captured graphs, or the error, by attention and kind of axes."""
 
@@ -217,19 +220,56 @@ def write_onnx(candidate: Candidate, directory: Path) -> tuple[Runner, str]:
             )
             assert onnx_program is not None, "torch.onnx.export returns a program when dynamo is on"
             onnx_program.save(path)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # a refused shape raises; it need not be printed as well
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = {node.name for node in session.get_inputs()}
-
-        def run(inputs: Inputs) -> Tensor:
-            feed = {name: value.numpy() for name, value in tensors_of(inputs).items() if name in names}
-            return torch.from_numpy(session.run(None, feed)[0])
-
-        return run
+        return _session(onnxruntime, path)
 
     return _first_that_works(candidate, write)
+
+
+def _session(onnxruntime: Any, path: Path) -> Runner:
+    """Open a file with ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # a refused shape raises; it need not be printed as well
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = {node.name for node in session.get_inputs()}
+
+    def run(inputs: Inputs) -> Tensor:
+        feed = {name: value.numpy() for name, value in tensors_of(inputs).items() if name in names}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    return run
+
+
+def write_onnx_int8(candidate: Candidate, directory: Path) -> tuple[Runner, str]:
+    """Write ``model.int8.onnx``: the weights of matrix products as 8-bit integers, activations scaled as they come."""
+    full = directory / "float"
+    full.mkdir()
+    _, remark = write_onnx(candidate, full)
+    quantization = require("onnxruntime.quantization", "quantize ONNX files", "onnxruntime")
+    path = directory / "model.int8.onnx"
+    with quiet():
+        logging.disable(logging.WARNING)
+        try:
+            quantization.quantize_dynamic(
+                full / "model.onnx", path, weight_type=quantization.QuantType.QInt8, per_channel=True
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+    shutil.rmtree(full)
+    return _session(require("onnxruntime", "run ONNX files"), path), remark
+
+
+def write_torchscript(candidate: Candidate, directory: Path) -> tuple[Runner, str]:
+    """Write ``model.ts.pt`` by tracing, and load it back; torch keeps TorchScript only for what uses it already."""
+    path = directory / "model.ts.pt"
+    example = tuple(tensors_of(candidate.inputs).values())
+    with quiet(), torch.no_grad():
+        # Tracing checks itself by running twice; the comparison at four shapes says more.
+        traced = torch.jit.trace(LogitsOnly(candidate.adapter, candidate.inputs), example, check_trace=False)
+        torch.jit.save(traced, path)
+        module = torch.jit.load(path)
+    remark = "TorchScript is deprecated by PyTorch; prefer torch_export or onnx."
+    return lambda inputs: module(*tensors_of(inputs).values()), remark
 
 
 def _first_that_works(candidate: Candidate, write: Callable[[Any, str], Runner]) -> tuple[Runner, str]:
@@ -279,5 +319,9 @@ FORMATS: dict[str, Callable[[Candidate, Path], tuple[Runner, str]]] = {
     "safetensors": write_safetensors,
     "onnx": write_onnx,
     "torch_export": write_torch_export,
+    "onnx_int8": write_onnx_int8,
+    "torchscript": write_torchscript,
 }
 """How to write each format; a writer returns a function that runs the files and a remark for the report."""
+INEXACT = ("onnx_int8",)
+"""Formats whose numbers differ from the original's by design; what they lose is measured and not judged."""

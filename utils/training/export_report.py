@@ -2,13 +2,16 @@
 
 import html
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from utils.runtime.resources import format_bytes, format_count
 
-VERSION = 1
-"""Layout of a saved export report."""
+VERSION = 2
+"""Layout of a saved export report; version 1 had no held-out numbers and no choice of weights."""
+GOOD = ("ok", "approximate")
+"""Statuses of a format that does what it promises."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class ShapeCheck:
     """Largest absolute difference of the logits; None when the exported model could not run."""
     why: str = ""
     """What went wrong."""
+    same_choice: float | None = None
+    """Share of the answers whose largest logit is the original's; None where there is one logit only."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class FormatResult:
     format: str
     """Name of the format."""
     status: str
-    """``"ok"``; ``"fixed_shape"``: right at the shape of the export and refused at another that the original takes; or
-    ``"failed"``."""
+    """``"ok"``; ``"fixed_shape"``: right at the shape of the export and refused at another that the original takes;
+    ``"approximate"``: runs at every shape with other numbers, as a format with fewer bits must; or ``"failed"``."""
     why: str = ""
     """What a reader has to know: the reason of a failure, or how the export was reached."""
     files: tuple[ExportedFile, ...] = ()
@@ -52,6 +57,13 @@ class FormatResult:
     """Comparisons with the original, the shape of the export first."""
     seconds: float = 0.0
     """Time taken."""
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    """What the files measured on held-out data; empty for what is no run."""
+
+    @property
+    def same_choice(self) -> float | None:
+        """The lowest share of equal choices over all shapes."""
+        return min((check.same_choice for check in self.checks if check.same_choice is not None), default=None)
 
     @property
     def max_difference(self) -> float | None:
@@ -73,9 +85,15 @@ class FormatResult:
             "bytes": self.bytes,
             "max_difference": _finite(self.max_difference),
             "checks": [
-                {"shape": list(check.shape), "difference": _finite(check.difference), "why": check.why}
+                {
+                    "shape": list(check.shape),
+                    "difference": _finite(check.difference),
+                    "same_choice": check.same_choice,
+                    "why": check.why,
+                }
                 for check in self.checks
             ],
+            "held_out": dict(self.held_out),
             "seconds": self.seconds,
         }
 
@@ -102,16 +120,20 @@ class ExportReport:
     """Versions of the packages that wrote and ran the files."""
     seconds: float
     """Time taken."""
+    weights: str = ""
+    """Which weights of a run these are; empty for what is no run."""
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    """What the original measures on held-out data; empty for what is no run."""
 
     @property
     def passed(self) -> bool:
-        """Every format was written and agrees with the original at every shape."""
-        return all(result.status == "ok" for result in self.results)
+        """Every format was written and agrees with the original at every shape, as far as its bits allow."""
+        return all(result.status in GOOD for result in self.results)
 
     @property
     def failures(self) -> tuple[FormatResult, ...]:
         """Formats that are not ok."""
-        return tuple(result for result in self.results if result.status != "ok")
+        return tuple(result for result in self.results if result.status not in GOOD)
 
     def __getitem__(self, name: str) -> FormatResult:
         """Return the result of a format."""
@@ -128,6 +150,8 @@ class ExportReport:
             "task": self.task,
             "parameters": self.parameters,
             "passed": self.passed,
+            "weights": self.weights,
+            "held_out": dict(self.held_out),
             "tolerance": self.tolerance,
             "tolerance_reason": self.tolerance_reason,
             "versions": dict(self.versions),
@@ -145,6 +169,10 @@ class ExportReport:
     def text(self) -> str:
         """Return the report for a terminal."""
         lines = [f"{self._headline()}  ({self.seconds:.1f} s, in {self.directory})"]
+        if self.weights:
+            lines.append(f"Weights: {self.weights}.")
+        if self.held_out:
+            lines.append(f"Original on held-out data: {quality_text(self.held_out)}.")
         for result in self.results:
             size = format_bytes(result.bytes) if result.files else "-"
             names = ", ".join(file.name for file in result.files)
@@ -155,6 +183,8 @@ class ExportReport:
             shown = [f"{_shape(check.shape)} {_outcome(check)}" for check in result.checks]
             if shown:
                 lines.append(f"{'':12}at {', '.join(shown)}")
+            if result.held_out:
+                lines.append(f"{'':12}on held-out data: {quality_text(result.held_out)}")
             if result.why:
                 lines.append(f"{'':12}{result.why}")
         lines.append(f"Differences up to {self.tolerance:.1e} count as equal: {self.tolerance_reason}.")
@@ -172,14 +202,27 @@ class ExportReport:
                 html.escape(_difference(result.max_difference)),
                 checks,
                 files,
+                html.escape(quality_text(result.held_out)),
                 html.escape(result.why),
             ]
             rows.append("<tr>" + "".join(f"<td style='text-align:left'>{cell}</td>" for cell in cells) + "</tr>")
         head = "".join(
             f"<th style='text-align:left'>{name}</th>"
-            for name in ("status", "format", "largest difference", "by input shape", "files", "remarks")
+            for name in (
+                "status",
+                "format",
+                "largest difference",
+                "by input shape",
+                "files",
+                "held-out data",
+                "remarks",
+            )
         )
         note = f"Differences up to {self.tolerance:.1e} count as equal: {html.escape(self.tolerance_reason)}."
+        if self.held_out:
+            note = f"Original on held-out data: {html.escape(quality_text(self.held_out))}. {note}"
+        if self.weights:
+            note = f"Weights: {html.escape(self.weights)}. {note}"
         return (
             f"<p><b>{html.escape(self._headline())}</b></p><table><tr>{head}</tr>{''.join(rows)}</table><p>{note}</p>"
         )
@@ -199,4 +242,13 @@ def _difference(value: float | None) -> str:
 
 
 def _outcome(check: ShapeCheck) -> str:
-    return "refused" if check.difference is None else f"{check.difference:.1e}"
+    if check.difference is None:
+        return "refused"
+    same = "" if check.same_choice in (None, 1.0) else f" ({check.same_choice:.1%} same choice)"
+    return f"{check.difference:.1e}{same}"
+
+
+def quality_text(held_out: Mapping[str, float]) -> str:
+    """Return held-out numbers as one line."""
+    parts = [f"{name} {value:.4f}" for name, value in held_out.items() if name != "samples"]
+    return ", ".join(parts) + (f" over {held_out['samples']:.0f} samples" if parts else "")

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,8 +25,11 @@ from utils.runtime.errors import ConfigError, ExportError
 from utils.runtime.files import sha256_file, sync_file, write_json
 from utils.runtime.isolation import preserved
 from utils.runtime.progress import progress_bar
-from utils.training.export_formats import FORMATS, Candidate, Inputs, Runner, explain, quiet, tensors_of
-from utils.training.export_report import ExportedFile, ExportReport, FormatResult, ShapeCheck
+from utils.training.export_formats import FORMATS, INEXACT, Candidate, Inputs, Runner, explain, quiet, tensors_of
+from utils.training.export_quality import held_out_quality
+from utils.training.export_report import GOOD, ExportedFile, ExportReport, FormatResult, ShapeCheck
+from utils.training.export_weights import chosen_weights
+from utils.training.prepared_data import PreparedData
 
 __all__ = ["ExportReport", "FormatResult", "export"]
 
@@ -43,6 +47,7 @@ def export(
     *,
     spec: ModelSpec | None = None,
     config: Any = None,
+    weights: str | None = None,
     progress: bool = True,
 ) -> ExportReport:
     """Write a model in several formats, each checked against the original.
@@ -50,9 +55,11 @@ def export(
     Args:
         model_or_run: A loaded model, an adapter, a module or a training run. It is left exactly as it was.
         directory: Where the files go; made when absent.
-        formats: Which of ``safetensors``, ``onnx``, ``torch_export`` to write.
+        formats: Which of ``safetensors``, ``onnx``, ``torch_export``, ``onnx_int8``, ``torchscript`` to write.
         spec: Facts about the model that override detection.
         config: Settings of the model.
+        weights: Which weights of a run: ``last``, ``best`` (of the checkpoint with the lowest held-out loss) or
+            ``average``; None takes the moving average where the run kept one, else the last.
         progress: Show a progress bar.
 
     Returns:
@@ -60,13 +67,26 @@ def export(
         shape. It is also saved as ``export.json``.
 
     Raises:
-        ConfigError: A format is unknown.
+        ConfigError: A format is unknown, or the run has no such weights.
         ExportError: The model cannot run, or the directory cannot be written.
     """
-    names = _check_formats(formats)
-    directory = Path(directory)
+    names = check_formats(formats)
+    with chosen_weights(model_or_run, weights) as chosen:
+        return export_as_is(model_or_run, Path(directory), names, spec, config, chosen.text, progress)
+
+
+def export_as_is(
+    model_or_run: Any,
+    directory: Path,
+    names: list[str],
+    spec: ModelSpec | None,
+    config: Any,
+    weights: str,
+    progress: bool,
+) -> ExportReport:
+    """Write and compare the formats of a model with the weights that it holds now; see `export`."""
     started = time.perf_counter()
-    adapter, loaded = _adapter_of(model_or_run, config, spec)
+    adapter, loaded = adapter_of(model_or_run, config, spec)
     run_data = None if isinstance(model_or_run, nn.Module) else getattr(model_or_run, "data", None)
     tokenizer = getattr(run_data, "tokenizer", None)
     if adapter.failure is not None:
@@ -85,7 +105,9 @@ def export(
             adapter.module.eval()
             references = _references(adapter)
             axes = _axes([inputs for inputs, _ in references])
-            candidate = Candidate(adapter, references[0][0], axes, loaded, tokenizer)
+            data = run_data if isinstance(run_data, PreparedData) else None
+            candidate = Candidate(adapter, references[0][0], axes, loaded, tokenizer, data)
+            held_out = {} if data is None else held_out_quality(adapter, data)
             tolerance, reason = _tolerance([logits for _, logits in references])
             results = []
             for name in names:
@@ -102,6 +124,8 @@ def export(
             tolerance_reason=reason,
             versions=_versions(names),
             seconds=time.perf_counter() - started,
+            weights=weights,
+            held_out=held_out,
         )
         try:
             write_json(directory / REPORT, report.to_dict())
@@ -116,7 +140,7 @@ def export(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_formats(formats: Iterable[str]) -> list[str]:
+def check_formats(formats: Iterable[str]) -> list[str]:
     """Return the formats without repetitions."""
     known = ", ".join(FORMATS)
     if isinstance(formats, str):
@@ -130,7 +154,7 @@ def _check_formats(formats: Iterable[str]) -> list[str]:
     return names
 
 
-def _adapter_of(model_or_run: Any, config: Any, spec: ModelSpec | None) -> tuple[ModelAdapter, Any]:
+def adapter_of(model_or_run: Any, config: Any, spec: ModelSpec | None) -> tuple[ModelAdapter, Any]:
     """Return an adapter on the CPU and the loaded model with its source files, if there is one."""
     loaded = None
     if not isinstance(model_or_run, (nn.Module, ModelAdapter)) and hasattr(model_or_run, "adapter"):
@@ -235,18 +259,22 @@ def _export_one(
     started = time.perf_counter()
     checks: tuple[ShapeCheck, ...] = ()
     files: tuple[ExportedFile, ...] = ()
+    held_out: dict[str, float] = {}
     try:
         staging.mkdir()
         run, remark = FORMATS[name](candidate, staging)
         main = candidate.adapter.main_input
         checks = tuple(_compare(run, inputs, logits, tuple(inputs[main].shape)) for inputs, logits in references)
-        status, why = _judge(checks, tolerance)
+        status, why = _judge(checks, tolerance, exact=name not in INEXACT)
+        if candidate.data is not None and status in GOOD:
+            with quiet():
+                held_out = held_out_quality(candidate.adapter, candidate.data, run, list(candidate.axes))
         why = " ".join(part for part in (why, remark, _limits(candidate, references)) if part)
         if status != "failed":
             files = _publish(staging, directory, ours)
     except Exception as error:
         status, why = "failed", _failure(error)
-    return FormatResult(name, status, why, files, checks, time.perf_counter() - started)
+    return FormatResult(name, status, why, files, checks, time.perf_counter() - started, held_out)
 
 
 def _compare(run: Runner, inputs: Inputs, expected: Tensor, shape: tuple[int, ...]) -> ShapeCheck:
@@ -266,13 +294,17 @@ def _compare(run: Runner, inputs: Inputs, expected: Tensor, shape: tuple[int, ..
         nan=torch.inf, posinf=torch.inf
     )
     largest = float(difference.max()) if difference.numel() else 0.0
-    return ShapeCheck(shape, largest, "" if math.isfinite(largest) else "only one of the two is NaN or infinite")
+    same = float((a.argmax(-1) == b.argmax(-1)).double().mean()) if a.dim() and a.shape[-1] > 1 and a.numel() else None
+    return ShapeCheck(shape, largest, "" if math.isfinite(largest) else "only one of the two is NaN or infinite", same)
 
 
-def _judge(checks: tuple[ShapeCheck, ...], tolerance: float) -> tuple[str, str]:
-    """Return the status that the comparisons prove, and why it is not ok."""
+def _judge(checks: tuple[ShapeCheck, ...], tolerance: float, exact: bool = True) -> tuple[str, str]:
+    """Return the status that the comparisons prove, and why it is not ok.
+
+    A format that is not exact may differ, by a finite number; by how much stands in the report.
+    """
     for check in checks:
-        if check.difference is not None and check.difference > tolerance:
+        if check.difference is not None and check.difference > (tolerance if exact else sys.float_info.max):
             return "failed", (
                 f"The exported model differs from the original by {check.difference:.1e} at input shape {check.shape}, "
                 f"more than {tolerance:.1e}. {check.why}".strip()
@@ -285,7 +317,12 @@ def _judge(checks: tuple[ShapeCheck, ...], tolerance: float) -> tuple[str, str]:
             f"The exported model is right at {checks[0].shape} and refuses {refused[0].shape}, which the original "
             f"takes: {refused[0].why}"
         )
-    return "ok", ""
+    if exact:
+        return "ok", ""
+    largest = max(check.difference or 0.0 for check in checks)
+    same = [check.same_choice for check in checks if check.same_choice is not None]
+    chosen = f"; at least {min(same):.1%} of the largest logits are the same" if same else ""
+    return "approximate", f"Fewer bits, other numbers: the logits differ by up to {largest:.1e}{chosen}."
 
 
 def _limits(candidate: Candidate, references: list[tuple[dict[str, Any], Tensor]]) -> str:
@@ -348,7 +385,7 @@ def _versions(names: list[str]) -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     packages = ["torch"] + (["safetensors"] if "safetensors" in names else [])
-    packages += ["onnx", "onnxscript", "onnxruntime"] if "onnx" in names else []
+    packages += ["onnx", "onnxscript", "onnxruntime"] if {"onnx", "onnx_int8"} & set(names) else []
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -16,6 +16,8 @@ COLUMNS = (
     "split",
     "loss",
     "accuracy",
+    "rmse",
+    "r2",
     "bits_per_byte",
     "learning_rate",
     "gradient_norm",
@@ -52,13 +54,7 @@ class MetricsLog:
                 with open(self.path, "a", encoding="utf-8", newline="") as stream:
                     stream.write(_line(row))
         except OSError as error:
-            if not self._behind:
-                warnings.warn(
-                    f"{self.path.name} cannot be written ({error.strerror or error}). The rows are kept in memory and "
-                    "written as soon as that works; training goes on.",
-                    stacklevel=2,
-                )
-            self._behind = True
+            self._fall_behind(error)
 
     def state_dict(self) -> dict[str, int]:
         """Return how far the log goes."""
@@ -75,10 +71,24 @@ class MetricsLog:
                 stacklevel=2,
             )
         self.rows = self.rows[: state["rows"]]
-        self._rewrite()
+        try:
+            self._rewrite()
+        except OSError as error:
+            self._fall_behind(error)
 
     def migrate(self, change: ModelChange) -> None:
         """A change of the model does not touch what was measured."""
+
+    def _fall_behind(self, error: OSError) -> None:
+        """Say once that the file cannot be written, until it has worked again."""
+        assert self.path is not None
+        if not self._behind:
+            warnings.warn(
+                f"{self.path.name} cannot be written ({error.strerror or error}). The rows are kept in memory and "
+                "written as soon as that works; training goes on.",
+                stacklevel=3,
+            )
+        self._behind = True
 
     def _rewrite(self) -> None:
         """Write all rows, atomically."""

@@ -4,23 +4,30 @@ The copy is a run directory like the original: `utils.resume` continues from it,
 brings it back onto a new machine's disk.
 """
 
+import errno
 import os
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.runtime.errors import RunError
-from utils.runtime.files import sync_file, write_atomic
-from utils.training.checkpoint_manager import MANIFEST, STEP_NAME, CheckpointManager, require_space
+from utils.runtime.files import sha256_file, sync_file, write_atomic
+from utils.training.checkpoint_manager import MANIFEST, STEP_NAME, CheckpointManager, discard, require_space
 from utils.training.run import FIGURE, METRICS, RECORD, SUMMARY, UNFINISHED, make_empty
+from utils.training.run_report import REPORT
 
-SMALL_FILES = (METRICS, SUMMARY, FIGURE)
+SMALL_FILES = (METRICS, SUMMARY, FIGURE, REPORT)
+_at_work: set[Path] = set()
+_guard = threading.Lock()
 
 
 def mirror_run(directory: Path, target: Path, checkpoints: CheckpointManager | None = None) -> None:
     """Bring a copy of a run up to date.
 
-    The newest checkpoint is copied before older ones are removed, and ``run.json``, which makes the copy a run, comes
-    last. Files that never change are taken as the same when their size is; checkpoints are verified when loaded.
+    The newest checkpoint is copied, and read back, before older ones are removed, and ``run.json``, which makes the
+    copy a run, comes last. Files that never change are taken as the same when their size is.
 
     Args:
         directory: The run.
@@ -29,9 +36,46 @@ def mirror_run(directory: Path, target: Path, checkpoints: CheckpointManager | N
 
     Raises:
         RunError: The target holds another run, or something that is no run.
-        OSError: The target cannot be written; what was whole there still is.
+        OSError: The target cannot be written, or an earlier copy to it still hangs; what was whole there still is.
     """
     directory, target = Path(directory), Path(target)
+    with _alone(target):
+        _mirror(directory, target, checkpoints)
+
+
+def _look(directory: Path, target: Path, steps: list[str]) -> None:
+    """Make sure that what a copy needs has not vanished since it was written, before anything is removed.
+
+    Raises:
+        OSError: It has.
+    """
+    for name in steps:
+        source, copied = directory / "checkpoints" / name, target / "checkpoints" / name
+        if source.exists() and not _is_copied(source, copied):
+            raise OSError(errno.EIO, f"{name} has vanished after it was written")
+    if not (target / RECORD).exists():
+        raise OSError(errno.EIO, f"{RECORD} has vanished after it was written")
+
+
+def is_at_work(target: Path) -> bool:
+    """Tell whether this process is copying to a folder now."""
+    return Path(target) in _at_work
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Let one thread at a time write to a folder: one that hung in a mount may wake up at any time."""
+    with _guard:
+        if target in _at_work:
+            raise OSError(errno.EBUSY, "an earlier copy has not come back from there")
+        _at_work.add(target)
+    try:
+        yield
+    finally:
+        _at_work.discard(target)
+
+
+def _mirror(directory: Path, target: Path, checkpoints: CheckpointManager | None) -> None:
     manager = checkpoints or CheckpointManager(directory / "checkpoints")
     claim(directory, target)
     for part in ("model", "data"):
@@ -45,19 +89,21 @@ def mirror_run(directory: Path, target: Path, checkpoints: CheckpointManager | N
     for name in SMALL_FILES:
         if (directory / name).exists():
             write_atomic(target / name, (directory / name).read_bytes())
-    for torn in (target / "checkpoints").glob(".step-*.tmp-*"):
-        shutil.rmtree(torn, ignore_errors=True)
+    if (target / "checkpoints").is_dir():
+        for torn in (target / "checkpoints").glob(".step-*.tmp-*"):
+            shutil.rmtree(torn, ignore_errors=True)
     for name in steps:
         source = directory / "checkpoints" / name
         with manager.holding(source):
             if source.exists() and not _is_copied(source, target / "checkpoints" / name):
                 _copy_checkpoint(source, target / "checkpoints" / name)
     _copy_if_new(directory / RECORD, target / RECORD)
+    _look(directory, target, steps[-1:])
     (target / UNFINISHED).unlink(missing_ok=True)
     if steps:
         for name in _checkpoints(target):
             if name not in steps and name < steps[-1]:
-                shutil.rmtree(target / "checkpoints" / name, ignore_errors=True)
+                discard(target / "checkpoints" / name)
 
 
 def restore_run(copy: Path, directory: Path) -> None:
@@ -114,7 +160,12 @@ def newest_step(directory: Path) -> int:
 
 
 def _is_copied(directory: Path, target: Path) -> bool:
-    """Tell whether all files of a checkpoint are in its copy, whole."""
+    """Tell whether all files of a checkpoint are in its copy, of their size and of the same state."""
+    try:
+        if (directory / MANIFEST).read_bytes() != (target / MANIFEST).read_bytes():
+            return False
+    except FileNotFoundError:
+        return False
     return all(
         (target / path.name).exists() and (target / path.name).stat().st_size == path.stat().st_size
         for path in directory.iterdir()
@@ -134,6 +185,9 @@ def _copy_file(path: Path, target: Path) -> None:
     try:
         shutil.copyfile(path, temporary)
         sync_file(temporary)
+        # A mount that is full or gone may take the bytes without a word.
+        if temporary.stat().st_size != path.stat().st_size or sha256_file(temporary) != sha256_file(path):
+            raise OSError(errno.EIO, f"{path.name} reads back differently from how it was written")
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -150,8 +204,10 @@ def _copy_checkpoint(directory: Path, target: Path) -> None:
         names = sorted((path.name for path in directory.iterdir()), key=lambda name: name == MANIFEST)
         for name in names:
             _copy_file(directory / name, temporary / name)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            discard(target)
         os.rename(temporary, target)
+        sync_file(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from utils.training.state import MigrationError, ModelChange
 
+KERNELS = ("fused", "foreach", "capturable")
+"""Settings of an optimizer that say how it computes, and not what."""
+
 
 class LightningPart:
     """The optimizer, its schedule or the gradient scaler as a part of the run's state."""
@@ -20,7 +23,11 @@ class LightningPart:
         return dict(self.target.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state over."""
+        """Take a state over; how an optimizer computes is of this machine, not of the one that wrote the state."""
+        if isinstance(self.target, torch.optim.Optimizer):
+            pairs = zip(state["param_groups"], self.target.param_groups, strict=True)
+            groups = [{**saved, **{n: own[n] for n in KERNELS if n in own}} for saved, own in pairs]
+            state = {**state, "param_groups": groups}
         self.target.load_state_dict(state)
 
     def migrate(self, change: ModelChange) -> None:

@@ -1,13 +1,18 @@
 """Several devices: one process each, started by torchrun, each opening the same run directory."""
 
 import os
+import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from utils.runtime.errors import RunError
+import torch
 
-LAUNCHED = "SEEDBED_LAUNCHED"
-"""Environment variable of the processes that `launch` starts."""
+from utils.runtime import project
+from utils.runtime.errors import RunError
+from utils.training.clean_stop import LAUNCHER, STOP_FILE, CleanStop
+from utils.training.config import TrainingConfig
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -15,21 +20,75 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def processes_here() -> int:
+    """Return how many of the processes that train together are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", rank_and_world()[1]))
+
+
 def is_started_here() -> bool:
     """Tell whether a process that holds the run's lock has started this one."""
-    return LAUNCHED in os.environ
+    return LAUNCHER in os.environ
 
 
 def python_path() -> str:
     """Return the search path with which a process finds this package, wherever it is started."""
-    import utils
-
-    root = str(Path(utils.__file__).resolve().parents[1])
+    root = str(Path(project.__file__).resolve().parents[2])
     return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def devices_here(config: TrainingConfig, devices: int | None = None) -> int:
+    """Return on how many devices a session runs.
+
+    Args:
+        config: The run's settings.
+        devices: What the user asked for; None takes as many as the run was started with, or as this machine has.
+    """
+    _, world = rank_and_world()
+    if world > 1:
+        return world
+    if devices is not None:
+        return devices
+    return min(config.devices, torch.cuda.device_count()) if torch.cuda.is_available() else config.devices
+
+
+def adapted(config: TrainingConfig, devices: int) -> TrainingConfig:
+    """Return the settings with which this machine takes the same steps as the one that the run was started on.
+
+    A step keeps its samples: fewer devices accumulate more batches, or more devices fewer. Without a GPU float16, which
+    no CPU trains in, becomes float32.
+
+    Args:
+        config: The run's settings.
+        devices: Number of devices now.
+
+    Raises:
+        RunError: So many devices cannot share the samples of a step evenly.
+    """
+    if config.precision == "16-mixed" and not torch.cuda.is_available():
+        config = config.with_changes(precision="32-true")
+    if devices == config.devices:
+        return config
+    samples, rest = divmod(config.samples_per_step, devices) if devices > 0 else (0, 1)
+    if rest:
+        raise RunError(
+            f"A step of this run takes {config.samples_per_step} samples, and there would be {devices} devices.",
+            "Expected a number of devices that divides the samples: another step would be another run.",
+            f"Pass devices=1, or as many as the run was started with ({config.devices}).",
+        )
+    batch = next(size for size in range(min(config.batch_size, samples), 0, -1) if samples % size == 0)
+    return config.with_changes(
+        devices=devices,
+        batch_size=batch,
+        accumulate=samples // batch,
+        strategy=config.strategy if devices > 1 else "auto",
+    )
 
 
 def launch(directory: Path, devices: int, arguments: list[str]) -> int:
     """Train a run with several processes and return their exit status.
+
+    An interrupt or SIGTERM reaches them as a file that the first looks for after each step: what torchrun does with
+    signals leaves little time to save. They stop as well when this process has vanished.
 
     Args:
         directory: The run.
@@ -39,20 +98,32 @@ def launch(directory: Path, devices: int, arguments: list[str]) -> int:
     Raises:
         RunError: The processes could not be started.
     """
-    import subprocess
-
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices),
         "--module", "utils", "resume", str(directory), *arguments,
     ]  # fmt: skip
-    try:
-        # The caller says how the run stands; the processes only show their progress and their warnings.
-        return subprocess.call(
-            command, stdout=subprocess.DEVNULL, env={**os.environ, LAUNCHED: "1", "PYTHONPATH": python_path()}
-        )
-    except OSError as error:
-        raise RunError(
-            f"The processes for {devices} devices could not be started: {error}.",
-            "Expected torchrun, which comes with PyTorch.",
-            f"Start them yourself: torchrun --nproc-per-node {devices} -m utils resume {directory}",
-        ) from error
+    stop = CleanStop()
+    with tempfile.TemporaryDirectory(prefix="seedbed-") as folder, stop.listening():
+        asked = Path(folder) / "stop"
+        environment = {
+            **os.environ, "PYTHONPATH": python_path(), LAUNCHER: str(os.getpid()), STOP_FILE: str(asked),
+        }  # fmt: skip
+        try:
+            # The caller says how the run stands; the processes only show their progress and their warnings.
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, start_new_session=True)
+        except OSError as error:
+            raise RunError(
+                f"The processes for {devices} devices could not be started: {error}.",
+                "Expected torchrun, which comes with PyTorch.",
+                f"Start them yourself: torchrun --nproc-per-node {devices} -m utils resume {directory}",
+            ) from error
+        try:
+            while True:
+                try:
+                    return process.wait(0.2)
+                except subprocess.TimeoutExpired:
+                    if stop.reason is not None and not asked.exists():
+                        asked.write_text(stop.reason, encoding="utf-8")
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise

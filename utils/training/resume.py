@@ -12,17 +12,20 @@ from utils.adapters import ModelAdapter, ModelSpec
 from utils.loading import LoadedModel, load_model
 from utils.runtime.errors import CheckpointError, RunError
 from utils.runtime.optional import require
+from utils.training.background import copy_at_the_end, within
 from utils.training.config import TrainingConfig
-from utils.training.dataset_utilities import prepare_data
+from utils.training.dataset_utilities import prepare_data, reference_of
 from utils.training.figures import save_training_figure
 from utils.training.metrics import read_metrics
-from utils.training.mirror import claim, mirror_run
+from utils.training.mirror import claim
 from utils.training.module_memory import ModuleMemory, freeze
 from utils.training.prepared_data import PreparedData, load_prepared
-from utils.training.processes import is_started_here, launch, rank_and_world
+from utils.training.processes import adapted, devices_here, is_started_here, launch, rank_and_world
 from utils.training.run import (
     FIGURE,
+    LOCK,
     METRICS,
+    PROCESSES_LOCK,
     RECORD,
     SUMMARY,
     Run,
@@ -34,9 +37,15 @@ from utils.training.run import (
     spec_of,
     warn_if_elsewhere,
 )
+from utils.training.run_report import run_report
+from utils.training.tracking import check_trackers, tracked
 
 if TYPE_CHECKING:
     from utils.training.session_callback import Observer
+
+
+CLAIM_PATIENCE = 30.0
+"""Seconds that the start of a session waits for the folder of the second copy."""
 
 
 def train(
@@ -71,6 +80,7 @@ def train(
     """
     _require_packages()
     config = config or TrainingConfig()
+    check_trackers(config)
     if isinstance(model, str):
         model = load_model(model)
     loaded = _loaded_of(model)
@@ -78,12 +88,7 @@ def train(
     _check_trainable(adapter)
     prepared = data if isinstance(data, PreparedData) else prepare_data(adapter, data, config)
     check_free(Path(run_dir))
-    if config.devices > 1 and loaded is None:
-        raise RunError(
-            f"TrainingConfig.devices is {config.devices}, and the model is a bare {adapter.name}.",
-            "Expected a model that each of the processes can load by itself from the run's directory.",
-            "Load it with utils.load_model, or set devices=1.",
-        )
+    _check_devices(config, loaded, adapter)
     with session_lock(Path(run_dir)):
         run = create_run(Path(run_dir), adapter, loaded, prepared, config)
         return _session(run, {}, mirror, progress, observers)
@@ -95,20 +100,22 @@ def resume(
     model: nn.Module | None = None,
     trust: bool = False,
     time_budget_minutes: float | None = None,
+    devices: int | None = None,
     mirror: str | Path | None = None,
     progress: bool = True,
     observers: "list[Observer] | None" = None,
 ) -> Run:
     """Continue a run exactly where its newest usable checkpoint is; a finished run is returned as it is.
 
-    On the same kind of machine the result is bitwise the one of an uninterrupted run; on another kind a warning says
-    that it agrees within rounding.
+    On the same kind of machine the result is bitwise the one of an uninterrupted run; on another kind, or on another
+    number of devices, a warning says that it agrees within rounding. A step takes the same samples everywhere.
 
     Args:
         run_dir: The run's directory, wherever it is now.
         model: The model, for runs that were started with a bare module and so have no source.
         trust: Run the model's source even though the audit finds something in it (see `utils.load_model`).
         time_budget_minutes: Budget of this session; None keeps the run's own.
+        devices: Number of devices; None takes as many as the run was started with, or as this machine has.
         mirror: Where a second copy of the run is kept.
         progress: Show progress bars.
         observers: Follow the metrics while they come.
@@ -117,21 +124,25 @@ def resume(
         The run.
 
     Raises:
-        RunError: The directory holds no run, or the model does not belong to it.
+        RunError: The directory holds no run, the model does not belong to it, or so many devices cannot share a step.
         CheckpointError: No checkpoint verifies.
     """
     _require_packages()
     record = read_record(Path(run_dir))
     rank, _ = rank_and_world()
-    with nullcontext() if rank or is_started_here() else session_lock(Path(run_dir)):
+    name = PROCESSES_LOCK if is_started_here() else LOCK
+    with nullcontext() if rank else session_lock(Path(run_dir), name):
         run, state = open_run(run_dir, model=model, trust=trust)
         if time_budget_minutes is not None:
             run.config = run.config.with_changes(time_budget_minutes=time_budget_minutes)
         if run.finished:
-            if mirror is not None or _summary_step(run) != run.step:
+            if mirror is not None or _summary(run).get("step") != run.step:
                 _conclude(run, mirror)
             return run
-        warn_if_elsewhere(record, run.config)
+        run.config = adapted(run.config, devices_here(run.config, devices))
+        _check_devices(run.config, run.loaded, run.adapter)
+        if not rank and not is_started_here():
+            warn_if_elsewhere(record, run.config)
         return _session(run, state, mirror, progress, observers)
 
 
@@ -222,7 +233,7 @@ def check_same(
         differences.append("the model has another config")
     elif loaded is None and ModelAdapter(model, spec=spec).name != record["model"]["class"]:
         differences.append(f"the model is a {record['model']['class']}")
-    reference = data.reference if isinstance(data, PreparedData) else data
+    reference = reference_of(data)
     if reference != record["data"]["reference"]:
         differences.append(f"the data is {record['data']['reference']}, not {reference}")
     elif _is_other_file(data, record):
@@ -254,8 +265,9 @@ def _session(
     if target is not None:
         # Another run in that folder is an error now; a mount that fails now may work at the first checkpoint.
         with suppress(OSError):
-            claim(run.directory, target)
-    fit(run, state, progress, observers, target)
+            within(CLAIM_PATIENCE, lambda: claim(run.directory, target))
+    with tracked(run, observers, first=not rank) as watching:
+        fit(run, state, progress, watching, target)
     return run if rank else _conclude(run, target)
 
 
@@ -266,15 +278,20 @@ def _session_of_several(run: Run, mirror: str | Path | None, progress: bool) -> 
         arguments += ["--mirror", str(mirror)]
     if run.config.time_budget_minutes is not None:
         arguments += ["--time-budget-minutes", str(run.config.time_budget_minutes)]
+    before = _summary(run)
     status = launch(run.directory, run.config.devices, [*arguments, "--trust"])
     reached, _ = open_run(run.directory, model=run.model, trust=True)
-    if status not in (0, 1):
-        raise RunError(
-            f"A process that trained the run in {run.directory} failed with exit status {status}.",
-            f"Expected the {run.config.devices} processes to end by themselves; the run stands at step {reached.step}.",
-            "Read their messages above, and continue with utils.resume.",
-        )
-    return reached
+    after = _summary(run)
+    if status in (0, 1) and (reached.finished or (after and after != before)):
+        if not reached.finished:
+            reached.status = str(after["status"])
+        reached.lost_checkpoints = int(after.get("lost_checkpoints", 0))
+        return reached
+    raise RunError(
+        f"A process that trained the run in {run.directory} failed with exit status {status}.",
+        f"Expected the {run.config.devices} processes to end by themselves; the run stands at step {reached.step}.",
+        "Read their messages above, and continue with utils.resume.",
+    )
 
 
 def _loaded_of(model: Any) -> LoadedModel | None:
@@ -289,12 +306,22 @@ def _is_other_file(data: Any, record: dict[str, Any]) -> bool:
     return known and data.facts.get("sha256") != record["data"]["facts"].get("sha256")
 
 
-def _summary_step(run: Run) -> int | None:
-    """Return the step that summary.json is of."""
+def _summary(run: Run) -> dict[str, Any]:
+    """Return what summary.json says; empty when there is none that can be read."""
     try:
-        return int(json.loads((run.directory / SUMMARY).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return dict(json.loads((run.directory / SUMMARY).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _check_devices(config: TrainingConfig, loaded: LoadedModel | None, adapter: ModelAdapter) -> None:
+    """Refuse several devices for a model that only this process has."""
+    if config.devices > 1 and loaded is None:
+        raise RunError(
+            f"TrainingConfig.devices is {config.devices}, and the model is a bare {adapter.name}.",
+            "Expected a model that each of the processes can load by itself from the run's directory.",
+            "Load it with utils.load_model, or set devices=1.",
+        )
 
 
 def _check_trainable(adapter: ModelAdapter) -> None:
@@ -322,12 +349,13 @@ def _check_trainable(adapter: ModelAdapter) -> None:
 
 
 def _conclude(run: Run, mirror: str | Path | None) -> Run:
-    """Write the figure and the summary of a run that finished or stopped, and bring its second copy up to date."""
+    """Write figure, summary and report of a run that finished or stopped, and bring its second copy up to date."""
     try:
         save_training_figure(run.metrics, run.directory / FIGURE, run.data.facts.get("zlib_bits_per_byte"))
         run.save_summary()
+        run_report(run.directory)
         if mirror is not None:
-            mirror_run(run.directory, Path(mirror))
+            copy_at_the_end(run.directory, Path(mirror))
     except OSError as error:
         warnings.warn(f"The end of the run in {run.directory} cannot be written everywhere: {error}.", stacklevel=3)
     return run

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ from utils.runtime.files import sha256_file, write_json
 from utils.runtime.project import VERSION
 from utils.training.checkpoint_manager import CheckpointManager
 from utils.training.config import TrainingConfig
+from utils.training.migrations import FORMAT_VERSION, RECORDS, is_known, migrated
 from utils.training.module_memory import ModuleMemory, frozen_names
 from utils.training.prepared_data import PreparedData
 from utils.training.weights import weights_sha256
 
-FORMAT_VERSION = 1
 RECORD, SUMMARY, METRICS, FIGURE = "run.json", "summary.json", "metrics.csv", "figures/training.png"
-LOCK = ".lock"
+LOCK, PROCESSES_LOCK = ".lock", ".lock-processes"
 PARTS, UNFINISHED = ("model", "data", "checkpoints", "figures"), ".unfinished-run"
 SPEC_FIELDS = ("task", "vocab_size", "max_length", "num_labels", "pad_token_id", "frozen")
 
@@ -67,6 +67,10 @@ class Run:
     """All rows of metrics.csv."""
     lost_checkpoints: int = 0
     """Checkpoints of this session that could not be written."""
+    stop_requested: str | None = None
+    """An observer sets this to stop the run cleanly after the step under way; it becomes the status."""
+    notes: list[str] = field(default_factory=list)
+    """What trackers have to say about this session, such as how to upload what was tracked offline."""
     checkpoints: CheckpointManager = field(init=False)
     """The checkpoints of this run."""
 
@@ -151,7 +155,8 @@ class Run:
             f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
             for name, text in shown.items()
         )
-        return f"<p><b>{html.escape(str(self))}</b></p><table>{rows}</table>"
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return f"<p><b>{html.escape(str(self))}</b></p><table>{rows}</table>{notes}"
 
 
 def create_run(
@@ -243,7 +248,7 @@ def make_empty(directory: Path) -> None:
             shutil.rmtree(directory / name, ignore_errors=True)
         for file in (directory / METRICS, directory / SUMMARY, *directory.glob(".*.tmp-*")):
             file.unlink(missing_ok=True)
-    harmless = {UNFINISHED, LOCK}
+    harmless = {UNFINISHED, LOCK, PROCESSES_LOCK}
     if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - harmless):
         raise RunError(
             f"{directory} is not empty and holds no run.",
@@ -253,10 +258,10 @@ def make_empty(directory: Path) -> None:
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """Read ``run.json``.
+    """Read ``run.json``; one of an older version is brought to the present layout, and stays as it is on disk.
 
     Raises:
-        RunError: The directory is missing, empty, half-written or of another version.
+        RunError: The directory is missing, empty, half-written or of a newer version.
     """
     path = Path(directory) / RECORD
     if not path.parent.is_dir():
@@ -273,7 +278,8 @@ def read_record(directory: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["format_version"]
-        if version == FORMAT_VERSION:
+        if is_known(version):
+            record = migrated(record, version, RECORDS)
             _ = [record[name] for name in ("id", "spec", "config")]
             _ = [record["machine"][name] for name in ("torch", "device", "threads", "precision")]
             _ = [record["data"][name] for name in ("reference", "facts")]
@@ -286,11 +292,12 @@ def read_record(directory: Path) -> dict[str, Any]:
             "Expected JSON that Seedbed wrote.",
             "Restore it from a copy.",
         ) from error
-    if version != FORMAT_VERSION:
+    if not is_known(version):
         raise RunError(
-            f"{path} has format version {version}.", f"This version of Seedbed reads {FORMAT_VERSION}.",
-            "Use the version that wrote it.",
-        )  # fmt: skip
+            f"{path} has format version {version}.",
+            f"This version of Seedbed reads up to {FORMAT_VERSION}.",
+            "Use the version that wrote it, or a newer one.",
+        )
     return dict(record)
 
 
@@ -302,6 +309,7 @@ def machine(config: TrainingConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "devices": config.devices,
         "precision": config.resolved_precision,
     }
 
@@ -310,7 +318,9 @@ def warn_if_elsewhere(record: dict[str, Any], config: TrainingConfig) -> None:
     """Warn when this machine differs from the one that a run was started on in what its bits depend on."""
     before, now = record["machine"], machine(config)
     changed = [
-        f"{name} {before[name]} became {now[name]}" for name in now if name != "python" and before[name] != now[name]
+        f"{name} {before[name]} became {now[name]}"
+        for name in now
+        if name != "python" and name in before and before[name] != now[name]
     ]
     if changed:
         warnings.warn(
@@ -321,30 +331,39 @@ def warn_if_elsewhere(record: dict[str, Any], config: TrainingConfig) -> None:
 
 
 @contextmanager
-def session_lock(directory: Path) -> Iterator[None]:
+def session_lock(directory: Path, name: str = LOCK) -> Iterator[None]:
     """Keep a second process from training the same run; folders that know no locks, as some mounts, are not locked.
+
+    Args:
+        directory: The run.
+        name: `LOCK`, or `PROCESSES_LOCK` for the first of several processes that the holder of `LOCK` has started: when
+            that one is killed, it still needs a moment to save and stop.
 
     Raises:
         RunError: Another process is at it.
     """
+    with ExitStack() as stack:
+        _take(directory, name, stack)
+        if name == LOCK and (Path(directory) / PROCESSES_LOCK).exists():
+            with ExitStack() as others:
+                _take(directory, PROCESSES_LOCK, others)
+        yield
+
+
+def _take(directory: Path, name: str, stack: ExitStack) -> None:
+    """Hold a lock until a stack of contexts is left."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        stream = open(Path(directory) / LOCK, "w")  # noqa: SIM115 - open as long as the lock is held
+        stream = stack.enter_context((Path(directory) / name).open("w"))
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(
+            f"Another process is training the run in {directory}.",
+            "Expected to be the only one: two would overwrite each other's checkpoints.",
+            "Wait for it to end, or stop it.",
+        ) from None
     except OSError:
-        yield
-        return
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"Another process is training the run in {directory}.",
-                "Expected to be the only one: two would overwrite each other's checkpoints.",
-                "Wait for it to end, or stop it.",
-            ) from None
-        except OSError:
-            pass
-        yield
+        pass
 
 
 def source_hashes(directory: Path) -> dict[str, str]:

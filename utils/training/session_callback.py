@@ -16,7 +16,7 @@ from utils.runtime.errors import RunError
 from utils.runtime.progress import ProgressBar
 from utils.training.background import CheckpointWriter
 from utils.training.checkpoint_manager import take_snapshot
-from utils.training.clean_stop import CleanStop
+from utils.training.clean_stop import MARGIN_MINUTES, CleanStop, session_minutes
 from utils.training.evaluation import evaluate
 from utils.training.metrics import MetricsLog
 from utils.training.module_memory import ModuleMemory
@@ -80,7 +80,7 @@ class SessionCallback(pl.Callback):
         self.stop = CleanStop()
         self.stopped = False
         self.session_start = self.last_save = self.row_start = time.monotonic()
-        self.seconds_before = 0.0
+        self.minutes_before, self.seconds_before = 0.0, 0.0
         self.row_samples = 0
         self.begun_step = 0
 
@@ -109,9 +109,11 @@ class SessionCallback(pl.Callback):
             self.begun_step = self.progress.step
             if self.writer is not None:
                 self.writer.saved_step = self.progress.step
+        # A checkpoint ends a step; on another number of devices a step may have another number of batches.
+        self.progress.batches = self.progress.step * self.config.accumulate
         self.progress.sessions += 1
         self.run.sessions = self.progress.sessions
-        self.seconds_before = self.progress.seconds
+        self.minutes_before, self.seconds_before = session_minutes(), self.progress.seconds
         self.module.batch_number = self.progress.batches
         self.session_start = self.last_save = self.row_start = time.monotonic()
 
@@ -120,7 +122,11 @@ class SessionCallback(pl.Callback):
     ) -> None:
         """Count the batch; at the end of an optimizer step log, measure, save and stop as the settings say."""
         progress, config = self.progress, self.config
-        progress.pending.append(outputs["loss"] if isinstance(outputs, dict) else outputs)
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if trainer.world_size > 1:
+            # At once, not when a row is due: the first process alone remembers what is pending over a kill.
+            loss = trainer.strategy.reduce(loss, reduce_op="mean")
+        progress.pending.append(loss)
         progress.batches += 1
         self.row_samples += config.batch_size * self.stream.world
         self.stream.advance()
@@ -142,15 +148,24 @@ class SessionCallback(pl.Callback):
         if last or self.stopped or self._save_is_due():
             self.save(wait=last or self.stopped)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let the checkpoint that is being written become whole; it was good when it was begun."""
+        if self.writer is not None:
+            self.writer.finish(copy=False)
+
     def _must_stop(self, trainer: pl.Trainer) -> bool:
         """Tell whether the session ends after this step, the same in all processes."""
-        config, reason = self.config, self.stop.reason
-        minutes = (time.monotonic() - self.session_start) / 60
-        if reason is None and config.time_budget_minutes is not None and minutes >= config.time_budget_minutes:
-            reason = "stopped by its time budget"
+        self.stop.look()
+        config, reason = self.config, self.stop.reason or self.run.stop_requested
         patience = config.early_stopping_patience
         if reason is None and patience is not None and self.progress.since_best >= patience:
             reason = "finished early"
+        minutes = (time.monotonic() - self.session_start) / 60
+        limit = config.session_limit_minutes
+        if reason is None and limit is not None and self.minutes_before + minutes >= limit - MARGIN_MINUTES:
+            reason = "stopped before the end of the machine's session"
+        if reason is None and config.time_budget_minutes is not None and minutes >= config.time_budget_minutes:
+            reason = "stopped by its time budget"
         if trainer.world_size > 1:
             flag = torch.tensor(float(reason is not None), device=self.module.adapter.device)
             stop = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
@@ -175,7 +190,7 @@ class SessionCallback(pl.Callback):
     def _log_training(self, trainer: pl.Trainer, batch: dict[str, Tensor]) -> None:
         """Write one row: the mean loss since the last row, as it was during these steps."""
         self.module.check_gradient()
-        loss = self._mean_loss(trainer)
+        loss = self._mean_loss()
         self.progress.pending.clear()
         now = time.monotonic()
         seconds = max(now - self.row_start, 1e-9)
@@ -193,16 +208,13 @@ class SessionCallback(pl.Callback):
         assert self.bar is not None
         self.bar.set_postfix_str(f"loss {loss:.3f}")
 
-    def _mean_loss(self, trainer: pl.Trainer) -> float:
+    def _mean_loss(self) -> float:
         """Return the mean loss since the last row, over all processes.
 
         Raises:
             RunError: It is not finite; nothing that came after the last good checkpoint is saved.
         """
-        mean = torch.stack([value.float() for value in self.progress.pending]).mean()
-        if trainer.world_size > 1:
-            mean = trainer.strategy.reduce(mean, reduce_op="mean")
-        loss = float(mean)
+        loss = float(torch.stack([value.float() for value in self.progress.pending]).mean())
         if not math.isfinite(loss):
             raise RunError(
                 f"The training loss is {loss} in the steps up to {self.progress.step}.",
@@ -245,9 +257,10 @@ class SessionCallback(pl.Callback):
         """
         if self.writer is None:
             return
-        if wait or self.writer.busy:
+        if wait:
             self.writer.finish(copy=False)
-        if not self.saved:
+        if self.begun_step != self.progress.step or (wait and not self.saved):
+            self.writer.make_room()
             self.module.check_gradient()
             self.progress.seconds = self.seconds_before + time.monotonic() - self.session_start
             states = self.parts.state_dict()

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from utils.runtime.seeding import derive_seed
+from utils.training.augmentation import Augmentation
+from utils.training.batching import collate
 from utils.training.state import ModelChange
 
 
@@ -14,10 +16,22 @@ class SampleStream:
 
     Sample number ``i`` of the stream is entry ``i mod n`` of the permutation of pass ``i div n``, and that permutation
     is drawn from (seed, pass). The position is therefore one number, and a resumed stream continues with exactly the
-    samples that an uninterrupted one would have handed out, across the ends of passes too.
+    samples that an uninterrupted one would have handed out, across the ends of passes too. What augmentation draws
+    depends on the seed, the pass and the sample, so that it does not matter which process makes a batch.
     """
 
-    def __init__(self, data: Mapping[str, Tensor], batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    sequential = False
+    """Whether batches exist in their order only, so that worker processes cannot make them by number."""
+
+    def __init__(
+        self,
+        data: Mapping[str, Tensor],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         """Shuffle some data.
 
         Args:
@@ -26,9 +40,10 @@ class SampleStream:
             seed: Decides the order.
             rank: Number of this process among those that share the stream; each takes its own part of every batch.
             world: How many share it.
+            augmentation: Changes ``pixel_values`` at random.
         """
         self.data, self.batch_size, self.seed = dict(data), batch_size, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.augmentation = rank, world, augmentation
         self.samples = len(next(iter(self.data.values())))
         self.consumed = 0
         self._permutation: tuple[int, Tensor] | None = None
@@ -42,7 +57,11 @@ class SampleStream:
     def batch_at(self, position: int) -> dict[str, Tensor]:
         """Return the batch that starts at a position of the stream."""
         indices = self._indices(position, position + self.batch_size)
-        return {name: tensor[indices] for name, tensor in self.data.items()}
+        batch = collate(self.data, indices)
+        if self.augmentation is not None:
+            passes = torch.arange(position, position + self.batch_size) // self.samples
+            batch["pixel_values"] = self.augmentation(batch["pixel_values"], passes, indices)
+        return batch
 
     def advance(self) -> None:
         """Count one batch as trained on, by every process."""

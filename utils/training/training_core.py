@@ -25,11 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.runtime.progress import progress_bar
 from utils.runtime.seeding import isolated_streams
-from utils.training.processes import rank_and_world
+from utils.training.processes import processes_here, rank_and_world
 from utils.training.run import Run
 from utils.training.session_callback import Observer, SessionCallback
+from utils.training.shielding import Shielded
 from utils.training.state import StatefulPart
 from utils.training.stream import SampleStream
+from utils.training.text_stream import open_stream
 from utils.training.training_module import TrainingModule
 
 QUIET_WARNINGS = (
@@ -85,14 +87,14 @@ def fit(
     """
     config = run.config
     rank, world = rank_and_world()
-    stream = SampleStream(run.data.train, config.batch_size, config.seed, rank, world)
+    stream = open_stream(run.data, config, rank, world)
     run.total_steps = config.total_steps(stream.samples)
     done = 0
     if resumed and "progress" in resumed:
         done = resumed["progress"]["step"]
         stream.load_state_dict(resumed["stream"])
     module = TrainingModule(run.adapter, run.data, config, run.total_steps)
-    watching = (observers or []) if rank == 0 else []
+    watching: list[Observer] = [Shielded(observer) for observer in observers or []] if rank == 0 else []
     callback = SessionCallback(run, module, stream, resumed, watching, mirror, extra_parts)
     remaining = (run.total_steps - done) * config.accumulate
     run.step = done
@@ -100,8 +102,8 @@ def fit(
         trainer = pl.Trainer(
             max_epochs=1,
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
-            devices=1 if world == 1 else config.devices,
-            num_nodes=max(1, world // config.devices),
+            devices=processes_here(),
+            num_nodes=world // processes_here(),
             strategy="ddp" if world > 1 else "auto",
             precision=config.resolved_precision,  # type: ignore[arg-type]
             callbacks=[callback],
@@ -132,7 +134,8 @@ def fit(
 def batches(stream: SampleStream, count: int, callback: SessionCallback) -> Any:
     """Return the rest of a run's batches, prepared here or in worker processes."""
     workers = callback.config.workers
-    if not workers:
+    if not workers or stream.sequential:
+        # A text that is read while training is read in its order, by this process alone.
         return Batches(stream, count, callback)
     loader = DataLoader(
         Positions(stream, count), batch_size=None, num_workers=workers, multiprocessing_context="fork",

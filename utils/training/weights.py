@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,25 @@ from utils.runtime.errors import CheckpointError
 
 ALIASES = "aliases"
 """Key of the file's metadata: a JSON object from the name of a shared tensor to the name it is stored under."""
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+}
+"""Names of the types in the safetensors format."""
 
 
 def distinct_tensors(module: nn.Module, copy: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -51,37 +70,52 @@ def save_weights(module: nn.Module, path: Path) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    write_tensors(*distinct_tensors(module), path)
+    with open(path, "wb") as stream:
+        write_tensors(*distinct_tensors(module), stream)
 
 
-def write_tensors(tensors: dict[str, Tensor], aliases: dict[str, str], path: Path) -> None:
-    """Write what `distinct_tensors` returned to a safetensors file.
+class Writable(Protocol):
+    """What tensors can be written to."""
+
+    def write(self, data: Any, /) -> int:
+        """Take some bytes."""
+
+
+def write_tensors(tensors: dict[str, Tensor], aliases: dict[str, str], stream: Writable) -> None:
+    """Write what `distinct_tensors` returned in the safetensors format.
+
+    The format is the length of a header in eight bytes, the header as JSON padded with spaces, and the tensors' bytes;
+    the offsets in the header count from its end. It is written here, not by the library, which would first copy all
+    tensors into one more piece of memory and puts its metadata in a random order: equal weights make equal files.
 
     Raises:
+        CheckpointError: The format has no name for the type of a tensor.
         OSError: The file cannot be written.
     """
-    from safetensors.torch import save
-
-    # `save` and a plain write keep the operating system's own error, such as "No space left on device".
-    content = save(tensors, metadata={ALIASES: json.dumps(aliases), "format": "pt"})
-    header, start = _sorted_header(content)
-    with open(path, "wb") as stream:
-        stream.write(header)
-        stream.write(memoryview(content)[start:])
-
-
-def _sorted_header(content: bytes) -> tuple[bytes, int]:
-    """Return a safetensors file's header with its metadata in order, and where the tensors start.
-
-    The library writes metadata in a random order, and equal weights should be equal files. A header is its length in
-    eight bytes, then JSON padded with spaces; the offsets in it count from its end.
-    """
-    size = int.from_bytes(content[:8], "little")
-    entries = json.loads(content[8 : 8 + size])
-    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + size
+    # Wide types first, as the library does: every tensor then starts at a multiple of its item size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, Any] = {"__metadata__": {ALIASES: json.dumps(aliases), "format": "pt"}}
+    start = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in TYPES:
+            raise CheckpointError(
+                f"The tensor {name!r} is of type {tensor.dtype}.",
+                f"Expected one of {', '.join(str(dtype).removeprefix('torch.') for dtype in TYPES)}.",
+                "Keep it as another type, such as two real tensors for a complex one.",
+            )
+        entries[name] = {
+            "dtype": TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.nbytes],
+        }
+        start += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    stream.write(len(header).to_bytes(8, "little") + header)
+    for name in order:
+        if tensors[name].numel():
+            stream.write(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

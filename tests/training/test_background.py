@@ -1,0 +1,208 @@
+import errno
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from utils.runtime.errors import RunError
+from utils.training import background, checkpoint_manager, mirror
+from utils.training.background import CheckpointWriter, Worker, copy_at_the_end, within
+from utils.training.checkpoint_manager import CheckpointManager, take_snapshot
+from utils.training.resume import open_run, train
+from utils.training.weights import read_weights
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Linear(4, 4)
+
+
+def test_a_snapshot_does_not_follow_what_changes_later(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    average = {"average": {"w": model.weight.detach()}}
+    snapshot = take_snapshot(1, model, {"optimizer": optimizer.state_dict(), "average": average}, 0.5)
+    before = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
+    moment = snapshot.state["optimizer"]["state"][0]["exp_avg"].clone()
+    for _ in range(3):
+        optimizer.step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in snapshot.tensors.items())
+    assert torch.equal(snapshot.state["optimizer"]["state"][0]["exp_avg"], moment)
+    assert torch.equal(snapshot.state["average"]["average"]["w"], before["weight"])
+    assert not torch.equal(model.weight, before["weight"])
+    assert snapshot.nbytes >= 3 * sum(tensor.nbytes for tensor in before.values())
+
+
+def test_a_slow_disk_delays_no_step_and_the_next_checkpoint_comes_later(
+    tmp_path, text_file, tiny_gpt, quick, monkeypatch
+):
+    """While one checkpoint is being written, and that takes until training is over, all steps are done."""
+    training_is_over, written = threading.Event(), []
+    original = CheckpointManager.write
+
+    def slow(self, snapshot):
+        written.append(snapshot.step)
+        if snapshot.step and len(written) == 2:
+            assert training_is_over.wait(60), "training waited for the disk"
+        return original(self, snapshot)
+
+    class Watch:
+        def start(self, run):
+            pass
+
+        def update(self, rows):
+            if rows[-1]["step"] == 24:
+                training_is_over.set()
+
+        def close(self, rows):
+            pass
+
+    monkeypatch.setattr(CheckpointManager, "write", slow)
+    run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False, observers=[Watch()])
+    assert run.finished
+    assert written == [0, 4, 24]
+    assert [path.name for path in sorted(run.checkpoints.directory.iterdir())][-1] == "step-00000024"
+
+
+def test_a_checkpoint_that_stays_for_ever_is_never_left_out(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
+    original = CheckpointManager.write
+
+    def slow(self, snapshot):
+        time.sleep(0.15)
+        return original(self, snapshot)
+
+    monkeypatch.setattr(CheckpointManager, "write", slow)
+    config = quick.with_changes(keep_every_steps=3, keep_best=0, keep_checkpoints=1)
+    run = train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False)
+    kept = {path.name for path in run.checkpoints.directory.iterdir()}
+    assert kept == {f"step-{step:08d}" for step in range(3, 25, 3)}
+
+
+def test_the_worker_replaces_what_waits_and_says_when_it_is_full():
+    worker, go, done = Worker("test"), threading.Event(), []
+    worker.submit(lambda: (go.wait(10), done.append(1)))
+    worker.wait_for_room()
+    assert worker.busy
+    assert not worker.full
+    worker.submit(lambda: done.append(2))
+    worker.submit(lambda: done.append(3))
+    assert worker.full
+    assert not worker.wait(0.01)
+    go.set()
+    assert worker.wait(10)
+    assert done == [1, 3]
+    assert not worker.busy
+
+
+def test_a_disk_that_fails_is_told_once_until_it_has_worked_again(tmp_path, model, monkeypatch):
+    fails = iter([True, True, False, True])
+    original = checkpoint_manager.write_tensors
+
+    def sometimes(*arguments):
+        if next(fails):
+            raise OSError(errno.EIO, "Input/output error")
+        original(*arguments)
+
+    monkeypatch.setattr(checkpoint_manager, "write_tensors", sometimes)
+    writer = CheckpointWriter(CheckpointManager(tmp_path / "checkpoints"), tmp_path, None)
+    told = []
+    for step in (1, 2, 3, 4):
+        with pytest.warns() if step in (1, 4) else _silence() as caught:
+            writer.write(take_snapshot(step, model, {}))
+            writer.finish()
+        told += [str(warning.message) for warning in caught or ()]
+    assert len(told) == 2
+    assert all("could not be written" in text and "Training goes on" in text for text in told)
+    assert (writer.lost, writer.saved_step) == (3, 3)
+
+
+def _silence():
+    import warnings
+    from contextlib import contextmanager
+
+    @contextmanager
+    def block():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield None
+
+    return block()
+
+
+def test_a_fault_of_our_own_does_not_end_saving(tmp_path, model, monkeypatch):
+    writer = CheckpointWriter(CheckpointManager(tmp_path / "checkpoints"), tmp_path, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointManager, "write", lambda *arguments: {}["x"])
+        writer.write(take_snapshot(1, model, {}))
+        with pytest.warns(UserWarning, match="step 1 could not be written .KeyError: 'x'"):
+            writer.finish()
+    writer.write(take_snapshot(2, model, {}))
+    writer.finish()
+    assert writer.saved_step == 2
+
+
+def test_a_second_copy_that_hangs_is_given_up_at_the_end(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
+    release, drive = threading.Event(), tmp_path / "drive"
+    original = mirror._mirror
+
+    def hangs(directory, target, checkpoints):
+        release.wait(60)
+        original(directory, target, checkpoints)
+
+    monkeypatch.setattr(mirror, "_mirror", hangs)
+    monkeypatch.setattr(CheckpointWriter, "PATIENCE", 0.2)
+    with pytest.warns(UserWarning, match="drive is not complete after 0 s of waiting.*copy it by hand") as caught:
+        run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", mirror=drive, progress=False)
+    assert run.finished
+    assert len([warning for warning in caught if "not complete" in str(warning.message)]) == 2, "two ends of a session"
+    with pytest.raises(OSError, match="an earlier copy has not come back"):
+        mirror.mirror_run(tmp_path / "run", drive)
+    release.set()
+    deadline = time.monotonic() + 20
+    while mirror.is_at_work(drive) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    mirror.mirror_run(tmp_path / "run", drive)
+    assert open_run(drive)[0].step == 24
+
+
+def test_work_that_hangs_is_given_up_and_faults_come_through():
+    assert within(10, lambda: None)
+    assert not within(0.01, lambda: time.sleep(0.5))
+    with pytest.raises(RunError, match="no"):
+        within(10, lambda: (_ for _ in ()).throw(RunError("no")))
+
+
+def test_the_end_waits_for_a_copy_and_says_when_it_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointWriter, "PATIENCE", 0.05)
+    monkeypatch.setattr(background, "mirror_run", lambda *arguments: time.sleep(0.5))
+    with pytest.warns(UserWarning, match="is not complete"):
+        copy_at_the_end(tmp_path, tmp_path / "drive")
+
+
+def test_a_checkpoint_under_way_becomes_whole_when_training_fails(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
+    original = CheckpointManager.write
+
+    def slow(self, snapshot):
+        time.sleep(0.3 if snapshot.step else 0)
+        return original(self, snapshot)
+
+    class Fails:
+        def start(self, run):
+            pass
+
+        def update(self, rows):
+            if rows[-1]["step"] == 5:
+                raise RuntimeError("somebody's fault")
+
+        def close(self, rows):
+            pass
+
+    monkeypatch.setattr(CheckpointManager, "write", slow)
+    with pytest.raises(RuntimeError, match="somebody's fault"):
+        train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False, observers=[Fails()])
+    assert read_weights(tmp_path / "run/checkpoints/step-00000004/model.safetensors")
+    assert open_run(tmp_path / "run")[0].step == 4

@@ -1,0 +1,83 @@
+"""What a model needs from data, gathered in one value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from utils.runtime.errors import DataError
+from utils.tokenization import Candidate
+
+LANGUAGE_TASKS = ("causal_lm", "masked_lm")
+DEFAULT_LENGTH = 256
+"""Longest window unless the user says otherwise; the whole length of models that read less."""
+SHORTEST_LENGTH = 8
+TEXT_SHARE, SAMPLE_SHARE = 0.05, 0.2
+"""Shares that are held out unless the user says otherwise: of a text, and of samples with labels."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model needs from data."""
+
+    task: str
+    """What the model is for."""
+    vocab_size: int | None = None
+    """Number of token ids it knows."""
+    max_length: int | None = None
+    """Tokens that it reads at most."""
+    num_labels: int | None = None
+    """Number of classes or targets."""
+    image_shape: Sequence[int] | None = None
+    """Channels, height and width of its images."""
+    features: int | None = None
+    """Numbers in a row, for models of tables; None for models that read something else."""
+    pad_token_id: int | None = None
+    """The id it keeps for padding."""
+    decoder_start: int | None = None
+    """The id that starts a decoder, where the model says one."""
+    tokenizers: tuple[Candidate | None, ...] = ()
+    """Tokenizers that exist already, the best first."""
+    seed: int = 0
+    """Chooses what is held out."""
+    share: float | None = None
+    """Share that is held out."""
+
+    @property
+    def share_of_text(self) -> float:
+        """Share of a text that is held out."""
+        return self.share or TEXT_SHARE
+
+    @property
+    def share_of_samples(self) -> float:
+        """Share of labelled samples that is held out."""
+        return self.share or SAMPLE_SHARE
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sample.
+
+        Raises:
+            DataError: The model reads too few.
+        """
+        length = DEFAULT_LENGTH if self.max_length is None else self.max_length
+        if length < SHORTEST_LENGTH:
+            raise DataError(
+                f"The model's context is {length} tokens.",
+                f"Text needs windows of at least {SHORTEST_LENGTH}.",
+                "Build the model with a longer context.",
+            )
+        return length
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids.
+
+        Raises:
+            DataError: It is unknown.
+        """
+        if self.vocab_size is None:
+            raise DataError(
+                "The model's vocabulary size is unknown.",
+                "A tokenizer of exactly that size is trained on the text.",
+                "Say it with ModelSpec(vocab_size=...).",
+            )
+        return self.vocab_size

@@ -1,0 +1,125 @@
+"""Rows of numbers: with a class, or with a number to predict."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.runtime.errors import DataError
+from utils.training.data_report import DataReport, class_counts, class_warnings
+from utils.training.labels import MISSING, encode_labels, read_numbers, standardised
+from utils.training.needs import Needs
+from utils.training.prepared_data import PreparedData
+from utils.training.splitting import split_rows
+from utils.training.tables import Table, choose_column, to_number
+from utils.training.text_samples import describe_targets
+
+MOST_CATEGORIES = 32
+"""Different words of a column that become columns of their own."""
+
+
+def prepare_features(table: Table, columns: dict[str, str], needs: Needs, reference: str) -> PreparedData:
+    """Prepare rows of a table: every column but the label is a feature.
+
+    Numbers are brought to mean 0 and deviation 1 over the training rows, missing ones filled with the mean; a column of
+    words becomes one column of 0 and 1 per word.
+
+    Args:
+        table: The rows.
+        columns: Columns that the user named.
+        needs: What the model needs.
+        reference: Where the data is from.
+
+    Raises:
+        DataError: A column cannot be used, or the number of features is not the model's.
+    """
+    regression = needs.task == "regression"
+    label_column, reason = choose_column(table, "number" if regression else "label", columns)
+    origin = f"The column {label_column!r} of {table.origin}"
+    notes = [f"labels are the column {label_column!r}: {reason}"]
+    names: list[str] = []
+    if regression:
+        numbers = read_numbers(table.columns[label_column], origin)
+        usable = ~np.isnan(numbers)
+    else:
+        found = encode_labels(table.columns[label_column], needs.num_labels, origin, table.names.get(label_column, ()))
+        numbers, names = found.numbers, found.names
+        usable = numbers != MISSING
+        notes.append(found.reason)
+    values, titles = _features(table, label_column)
+    values, numbers = values[usable], numbers[usable]
+    warnings = [f"{(~usable).sum():,} rows have no label and were left out"] if not usable.all() else []
+    if needs.features is not None and values.shape[1] != needs.features:
+        raise DataError(
+            f"{table.origin} has {values.shape[1]} features beside {label_column!r} ({', '.join(titles[:8])}"
+            f"{', ...' if len(titles) > 8 else ''}), and the model takes {needs.features}.",
+            "Expected as many columns as the model has inputs.",
+            f"Build the model for {values.shape[1]} features, or leave columns out of the file.",
+        )
+    _, first = np.unique(np.column_stack([np.nan_to_num(values, nan=np.inf), numbers]), axis=0, return_index=True)
+    chosen = np.sort(first)
+    duplicates = len(values) - len(chosen)
+    values, numbers = values[chosen], numbers[chosen]
+    keys = [row.tobytes() for row in values]
+    rows = np.flatnonzero(usable)[chosen].tolist()
+    groups = None if regression else numbers
+    held = split_rows(keys, groups, needs.share_of_samples, needs.seed, table.origin, table.held_of(rows))
+    filled, missing = _standardised(values, held)
+    if missing:
+        warnings.append(f"{missing:,} missing values were filled with the mean of their column")
+    facts: dict[str, Any] = {"features": titles, "columns": {"label": label_column}}
+    if regression:
+        targets = standardised(numbers, ~held, origin)
+        labels = torch.from_numpy(targets.values)
+        facts |= {"target_mean": targets.mean, "target_deviation": targets.deviation}
+    else:
+        labels = torch.from_numpy(numbers)
+        counts = np.bincount(numbers[held])
+        facts |= {"classes": len(names), "class_names": names, "largest_class": float(counts.max() / counts.sum())}
+    features = torch.from_numpy(filled)
+    parts = [{"features": features[mask], "labels": labels[mask]} for mask in map(torch.from_numpy, (~held, held))]
+    classes = {} if regression else class_counts(names, numbers[~held], numbers[held])
+    report = DataReport(
+        "rows", int((~held).sum()), int(held.sum()), duplicates, len(keys) - len(set(keys)), classes=classes,
+        targets=describe_targets(numbers) if regression else None, notes=notes,
+        warnings=[*warnings, *class_warnings(classes)],
+    )  # fmt: skip
+    return PreparedData(reference, needs.task, parts[0], parts[1], None, {**facts, "report": report.to_dict()})
+
+
+def _features(table: Table, label: str) -> tuple[np.ndarray, list[str]]:
+    """Return all columns but the label, float64 ``(rows, features)`` with nan for missing values, and their names."""
+    found: list[np.ndarray] = []
+    titles: list[str] = []
+    for name, values in table.columns.items():
+        if name == label:
+            continue
+        blank = [value is None or (isinstance(value, str) and not value.strip()) for value in values]
+        if all(empty or to_number(value) is not None for value, empty in zip(values, blank, strict=True)):
+            found.append(read_numbers(values, f"The column {name!r} of {table.origin}"))
+            titles.append(name)
+            continue
+        words = ["" if empty else str(value).strip() for value, empty in zip(values, blank, strict=True)]
+        categories = sorted(set(words) - {""})
+        if len(categories) > MOST_CATEGORIES:
+            raise DataError(
+                f"The column {name!r} of {table.origin} holds {len(categories):,} different texts.",
+                f"Expected numbers, or at most {MOST_CATEGORIES} different words.",
+                "Leave the column out of the file, or encode it as numbers.",
+            )
+        found += [np.array([word == category for word in words], dtype=np.float64) for category in categories]
+        titles += [f"{name}={category}" for category in categories]
+    if not found:
+        raise DataError(f"{table.origin} has the one column {label!r}.", "Expected features beside the label.")
+    return np.column_stack(found), titles
+
+
+def _standardised(values: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return features with mean 0 and deviation 1 over the training rows, and how many values were missing."""
+    training = values[~held]
+    present = ~np.isnan(training)
+    count = np.maximum(present.sum(0), 1)
+    mean = np.where(present, training, 0).sum(0) / count
+    deviation = np.sqrt((np.where(present, training - mean, 0) ** 2).sum(0) / count)
+    scaled = (values - mean) / np.where(deviation > 0, deviation, 1)
+    return np.nan_to_num(scaled, nan=0.0).astype(np.float32), int(np.isnan(values).sum())
