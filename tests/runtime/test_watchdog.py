@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+import utils
+from utils.adapters import ModelAdapter
 from utils.runtime import rehearsal
+from utils.runtime.errors import AdapterError
 from utils.runtime.printing import KEPT, captured_output
 from utils.runtime.rehearsal import rehearse
 from utils.runtime.resources import allocation_limit, available_memory, is_out_of_memory, total_memory
@@ -101,6 +104,135 @@ def test_an_outer_alarm_rings_after_an_inner_one():
     finally:
         signal.signal(signal.SIGALRM, previous)
         signal.setitimer(signal.ITIMER_REAL, *left)
+
+
+def outcome(outer, inner, act):
+    """Run something inside two limits and say which blocks were ended, the inner one first."""
+    ended = []
+    try:
+        with time_limit(outer):
+            try:
+                with time_limit(inner):
+                    act()
+            except TimedOut as error:
+                ended.append(error.seconds)
+            act()
+    except TimedOut as error:
+        ended.append(error.seconds)
+    return ended
+
+
+def anywhere(function):
+    """Run a function in the main thread and in another one."""
+    return function(), in_thread(function)
+
+
+def short():
+    end = time.monotonic() + 0.15
+    while time.monotonic() < end:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "act", "ended"),
+    [
+        (0.2, 5, forever, [0.2]),
+        (0.2, 5, stubborn, [0.2]),
+        (5, 0.05, short, [0.05]),
+        (0.4, 0.2, forever, [0.2, 0.4]),
+        (0.2, 5, short, [0.2]),
+        (0.2, 0.2, forever, [0.2]),
+        (5, 5, short, []),
+    ],
+)
+def test_of_nested_limits_the_first_to_end_fires_and_ends_its_own_block(outer, inner, act, ended):
+    started = time.monotonic()
+    for found in anywhere(lambda: outcome(outer, inner, act)):
+        assert found == ended or (outer == inner and found == [0.2, 0.2])
+    assert time.monotonic() - started < 4
+
+
+def test_many_limits_inside_one_another_and_in_turn():
+    def run():
+        ended = []
+        try:
+            with time_limit(0.5):
+                while True:
+                    try:
+                        with time_limit(0.1), time_limit(3), time_limit(2):
+                            forever()
+                    except TimedOut as error:
+                        ended.append(error.seconds)
+        except TimedOut as error:
+            ended.append(error.seconds)
+        return ended
+
+    for found in anywhere(run):
+        assert found[-1] == 0.5 and set(found[:-1]) == {0.1} and len(found) <= 5
+
+
+def test_limits_that_end_as_their_blocks_do_leave_nothing_behind():
+    """The alarm may come while a limit is entered or left, which must not leak out of its block."""
+
+    def run():
+        late = 0
+        for count in range(300):
+            try:
+                with time_limit(0.5), time_limit(count * 2e-6 + 1e-6):
+                    pass
+            except TimedOut:
+                late += 1
+        short()
+        return late <= 300
+
+    assert anywhere(run) == (True, True)
+
+
+def test_limits_of_two_threads_do_not_meet():
+    answers = []
+
+    def run(outer, inner):
+        answers.append(outcome(outer, inner, forever))
+
+    threads = [threading.Thread(target=run, args=limits) for limits in ((0.3, 5), (0.6, 0.3))]
+    for thread in threads:
+        thread.start()
+    ended = outcome(0.2, 5, forever)
+    for thread in threads:
+        thread.join(10)
+    assert (ended, sorted(answers)) == ([0.2], [[0.3], [0.3, 0.6]])
+
+
+@pytest.mark.parametrize("interval", [0, 0.1])
+def test_an_outer_alarm_rings_during_an_inner_limit(interval):
+    rung = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    started = time.monotonic()
+    left = signal.setitimer(signal.ITIMER_REAL, 0.1, interval)
+    try:
+        with pytest.raises(TimedOut), time_limit(0.45):
+            forever()
+        assert rung[0] - started < 0.3
+        assert len(rung) == 1 if interval == 0 else len(rung) >= 2
+        assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == bool(interval)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_an_outer_alarm_that_raises_ends_the_block():
+    def ring(*_):
+        raise KeyError("the caller's own")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    left = signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyError, match="own"), time_limit(5):
+            forever()
+        assert signal.getsignal(signal.SIGALRM) is ring
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def test_modules_are_found_in_frames_and_tracebacks():
@@ -274,3 +406,93 @@ def test_streams_that_are_closed_or_missing_do_no_harm(monkeypatch):
     with captured_output() as printed:
         print("text", end="")
     assert (printed.count, printed.start, sys.stderr) == (4, "text", None)
+
+
+class Counted(nn.Module):
+    """Leaves a mark in a file for every process that calls it, and then does something."""
+
+    def __init__(self, path, act=lambda: None):
+        super().__init__()
+        self.net, self.path, self.act = nn.Linear(4, 2), path, act
+
+    def forward(self, x):
+        with open(self.path, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        self.act()
+        return self.net(x)
+
+
+def processes(path):
+    return set(path.read_text().split())
+
+
+def test_an_adapter_made_by_hand_is_rehearsed_once(tmp_path):
+    path = tmp_path / "calls"
+    model = Counted(path)
+    adapter = ModelAdapter(model)
+    assert len(processes(path)) == 2
+    ModelAdapter(adapter)
+    ModelAdapter(model)
+    assert len(processes(path)) == 2
+    ModelAdapter(Counted(path))
+    assert len(processes(path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda: os._exit(3), "was ended with exit status 3"),
+        (lambda: ctypes.string_at(0), "died with signal 11"),
+        (lambda: sys.exit(1), r"was ended by SystemExit\(1\)"),
+        (forever, "gave no answer within 0.5 s"),
+        (lambda: time.sleep(100), "gave no answer within 0.5 s"),
+    ],
+)
+def test_an_adapter_of_a_fatal_model_is_an_error(act, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "ONCE_SECONDS", 0.5)
+    monkeypatch.setattr(rehearsal, "CONFIRMING_SECONDS", 0.2)
+    path = tmp_path / "calls"
+    model = Counted(path, act)
+    for _ in range(2):
+        with pytest.raises(AdapterError, match=words):
+            ModelAdapter(model)
+    assert len(processes(path)) <= 2
+
+
+def test_waiting_in_the_copy_alone_is_no_fault_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "ONCE_SECONDS", 0.5)
+    parent = os.getpid()
+    model = Counted(tmp_path / "calls", lambda: os.getpid() == parent or time.sleep(100))
+    assert ModelAdapter(model).failure is None
+
+
+def test_no_rehearsal_inside_a_limit(tmp_path):
+    path = tmp_path / "calls"
+    with time_limit(20):
+        ModelAdapter(Counted(path))
+    assert processes(path) == {str(os.getpid())}
+
+
+def test_validation_rehearses_once_itself(tmp_path):
+    path = tmp_path / "calls"
+    utils.validate(Counted(path), progress=False, time_budget=1)
+    assert len(processes(path)) == 2
+
+
+@pytest.mark.parametrize("fatal", [1, 100])
+def test_lengths_are_rehearsed_too(fatal):
+    class Picky(nn.Module):
+        """Ends the process at lengths of one token, or of many."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
+
+        def forward(self, input_ids):
+            if input_ids.shape[1] == 1 == fatal or input_ids.shape[1] >= fatal > 1:
+                os._exit(4)
+            return self.head(self.embed(input_ids))
+
+    report = utils.validate(Picky(), progress=False)
+    assert [f.code for f in report.findings] == ["process_died"]
+    assert "exit status 4 in a forward pass at another length" in report.findings[0].message

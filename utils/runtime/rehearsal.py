@@ -14,14 +14,16 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from utils.runtime.errors import AdapterError
 from utils.runtime.resources import allocation_limit, format_bytes, is_out_of_memory, peak_memory
-from utils.runtime.watchdog import TimedOut, failing_module, time_limit
+from utils.runtime.watchdog import TimedOut, failing_module, limited, time_limit
 
 GRACE_SECONDS = 2.0
 """Time beyond the limit after which a child that its own alarm could not interrupt is ended."""
@@ -29,6 +31,10 @@ BUSY_SHARE = 0.1
 """A child that used less of its time than this was waiting for something, possibly for what forking took away."""
 NOTABLE_BYTES = 1e9
 FIELD = 512
+ONCE_SECONDS, SECONDS_PER_BILLION = 60.0, 30.0
+"""Limit of `rehearse_once`, and what each billion of parameters adds to it."""
+CONFIRMING_SECONDS = 8.0
+"""The same for what was seen waiting in the copy, perhaps for something that was not copied."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,10 @@ class Rehearsal:
     def ok(self) -> bool:
         """Whether nothing speaks against doing it here."""
         return self.outcome in ("survived", "inconclusive")
+
+
+_DONE: dict[int, tuple[weakref.ref[torch.nn.Module], Rehearsal]] = {}
+"""By their ids, the models that `rehearse_once` has rehearsed."""
 
 
 class Notes:
@@ -102,6 +112,55 @@ def rehearse(act: Callable[[Notes], Any], seconds: float, module: torch.nn.Modul
         finally:
             os._exit(0)
     return _watch(child, notes, started, seconds)
+
+
+def rehearse_once(model: Any, act: Callable[[], Any]) -> None:
+    """Before a model's first passes in this process: rehearse them, once for each model.
+
+    Nothing is done inside a time limit, whose owner has taken care of it, nor for a model that is not on the CPU.
+
+    Args:
+        model: A module, or what has one in ``module``.
+        act: Does the first passes.
+
+    Raises:
+        AdapterError: This process would hang in them, end or run out of memory.
+    """
+    module = model if isinstance(model, torch.nn.Module) else getattr(model, "module", None)
+    if not isinstance(module, torch.nn.Module) or limited() or not can_rehearse():
+        return
+    parameters = list(module.parameters())
+    if any(parameter.device.type != "cpu" for parameter in parameters):
+        return
+    known, result = _DONE.get(id(module), (None, None))
+    if known is None or result is None or known() is not module:
+        size = sum(p.numel() for p in parameters if not torch.nn.parameter.is_lazy(p))
+        result = rehearse(lambda notes: act(), ONCE_SECONDS + SECONDS_PER_BILLION * size / 1e9, module)
+        if result.outcome == "timed_out" and not result.busy:
+            result = _confirmed(result, act, module)
+        key = id(module)
+        _DONE[key] = (weakref.ref(module, lambda _: _DONE.pop(key, None)), result)
+    if not result.ok:
+        where = f" at {result.where}" if result.where else ""
+        raise AdapterError(
+            f"{type(module).__name__} was not run: in a copy of this process, its first forward pass{where}"
+            f" {result.reason}.",
+            "Expected a model that answers.",
+            "validate(model) reports where; look there for endless loops, waiting, and code outside Python.",
+        )
+
+
+def _confirmed(result: Rehearsal, act: Callable[[], Any], module: torch.nn.Module) -> Rehearsal:
+    """Try here, in a short time, what waited in the copy."""
+    try:
+        with time_limit(CONFIRMING_SECONDS, module):
+            act()
+    except TimedOut:
+        return result
+    except Exception:
+        # The caller will meet it.
+        return Rehearsal("survived")
+    return Rehearsal("survived")
 
 
 def _perform(act: Callable[[Notes], Any], notes: Notes, seconds: float, module: torch.nn.Module | None) -> None:
