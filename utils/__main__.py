@@ -1,7 +1,7 @@
 """The same verbs without a notebook: ``python -m utils validate|train|resume|export|link``.
 
 Exit status: 0 when all is well, 1 when a model is not ready, an export failed or a run stopped before its end, 2 when
-the input cannot be used.
+the input cannot be used, 130 after Ctrl-C.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from utils.runtime.project import VERSION
 from utils.runtime.settings import field_help
 from utils.training.config import NOT_YET, TrainingConfig
 
+INTERRUPTED = 130
 REFERENCE_HELP = (
     "the model: a Gist id or URL, a GitHub, raw or Colab URL, a file or folder, hub:owner/name, or example:gpt|bert|vit"
 )
@@ -129,6 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verbs = {"validate": _validate, "train": _train, "resume": _resume, "export": _export, "link": _link}
         return verbs[options.verb](options)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
     except (SeedbedError, OSError) as error:
         if options.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))

@@ -327,8 +327,8 @@ def test_a_failure_lists_what_was_tried() -> None:
     adapter = ModelAdapter(Broken())
     assert adapter.failure is not None
     assert adapter.failure.startswith("No forward pass of Broken succeeded (")
-    assert "token ids (2, 12): RuntimeError: deliberate;" in adapter.failure
-    assert "pass ModelSpec(example_inputs={...})" in adapter.failure
+    assert "token ids (2, 12): RuntimeError: deliberate." in adapter.failure
+    assert "pass ModelSpec(example_inputs={'input_ids': ...})" in adapter.failure
     assert (adapter.modality, adapter.task.value) == ("tokens", "causal_lm")
     assert adapter.task.reason == "assumed for token ids, because no forward pass succeeded"
     assert adapter.describe()[0]["reason"] == "the likeliest kind of `input_ids`, but no forward pass succeeded"

@@ -110,7 +110,7 @@ def stretched(
     examples: Mapping[str, Any],
     main_name: str,
     modality: str,
-    batch_size: int,
+    batch_size: int | None,
     length: int | None,
     vocab_size: int | None,
     generator: torch.Generator,
@@ -122,7 +122,7 @@ def stretched(
         examples: Keyword arguments; tensors are batch first.
         main_name: The one among them that carries the content.
         modality: As in `utils.adapters.ModelAdapter`.
-        batch_size: Wanted number of samples.
+        batch_size: Wanted number of samples; None to keep everything as it is.
         length: Wanted tokens per sample, or None to keep the example's.
         vocab_size: Range from which the main input's token ids are drawn anew; with None each column keeps to the
             values that it has, for columns of a table have ranges of their own.
@@ -132,8 +132,12 @@ def stretched(
     main = examples[main_name]
     result: dict[str, Any] = {}
     for name, value in examples.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != main.shape[0]:
+        if not isinstance(value, Tensor):
             result[name] = value
+            continue
+        if batch_size is None or value.dim() == 0 or value.shape[0] != main.shape[0]:
+            # A copy where the example is used whole, for some models write to what they are given.
+            result[name] = value.to(device, copy=True) if batch_size is None else value
             continue
         rows = value.repeat(-(-batch_size // value.shape[0]), *[1] * (value.dim() - 1))[:batch_size]
         along_tokens = modality == "tokens" and rows.dim() > 1 < main.dim() and value.shape[1] == main.shape[1]
