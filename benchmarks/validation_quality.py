@@ -2,6 +2,7 @@
 
     python benchmarks/validation_quality.py                        everything, one seed
     python benchmarks/validation_quality.py --set holdout          models that no check was tuned on
+    python benchmarks/validation_quality.py --set unseen_a         a second such set
     python benchmarks/validation_quality.py --public               bugs of public trackers only
     python benchmarks/validation_quality.py --sound --seeds 3      sound models only, three seeds each
     python benchmarks/validation_quality.py --code future_leakage --json answers.json
@@ -27,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import holdout, zoo
+from benchmarks import holdout, unseen_a, zoo
 from benchmarks.zoo import Entry
 
-SETS = {"zoo": (zoo,), "holdout": (holdout,), "all": (zoo, holdout)}
+SETS = {"zoo": (zoo,), "holdout": (holdout,), "unseen_a": (unseen_a,), "all": (zoo, holdout, unseen_a)}
 LEVEL = {"warn": 1, "fail": 2}
 
 

@@ -84,6 +84,16 @@ def test_bad_input_is_one_paragraph_and_status_2(arguments, words, capsys):
     assert captured.out == ""
 
 
+def test_ctrl_c_is_one_line_and_status_130(tiny, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.tier1_critical_validation.validate", interrupted)
+    assert main(["validate", "example:gpt", "--model-config", tiny, "--quiet"]) == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "Interrupted.\n")
+
+
 def test_errors_as_json(capsys):
     assert main(["resume", "nowhere", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["kind"] == "RunError"

@@ -179,6 +179,30 @@ class Clamped(Model):
         return self.run(x.clamp_(min=0))
 
 
+class Behind(Model):
+    """Writes past the version counter."""
+
+    def forward(self, x):
+        x.data.zero_()
+        return self.run(x)
+
+
+class Reshaped(Model):
+    def forward(self, x):
+        return self.run(x.unsqueeze_(0).reshape(-1, x.shape[-1]))
+
+
+class Harmless(Model):
+    """Asks for a gradient, and writes to copies."""
+
+    def forward(self, x):
+        if not x.requires_grad:
+            x.requires_grad_()
+        y = x.detach().clone()
+        y.clamp_(min=0)
+        return self.run(x + 0 * nn.functional.relu(y.contiguous(), inplace=True))
+
+
 class Mask(Model):
     def forward(self, input_ids, attention_mask=None):
         if attention_mask is not None:
@@ -188,10 +212,26 @@ class Mask(Model):
 
 @pytest.mark.parametrize(
     ("build", "severity", "where"),
-    [(Outer, "fail", "first.1"), (Ids, "fail", "Ids"), (Clamped, "warn", "Clamped"), (Mask, "fail", "Mask")],
+    [
+        (Outer, "fail", "first.1"),
+        (Ids, "fail", "Ids"),
+        (Clamped, "fail", "Clamped"),
+        (Behind, "fail", "Behind"),
+        (Reshaped, "fail", "Reshaped"),
+        (Mask, "fail", "Mask"),
+    ],
 )
 def test_changed_inputs(build, severity, where):
     assert found(check_determinism, build()) == [("input_mutation", severity, where)]
+
+
+def test_a_write_of_equal_values_is_a_write():
+    assert "equal values" in result_of(check_determinism, Clamped()).findings[0].message
+    assert "shape" in result_of(check_determinism, Reshaped()).findings[0].message
+
+
+def test_asking_for_a_gradient_is_no_write():
+    assert found(check_determinism, Harmless()) == []
 
 
 def test_messages_carry_numbers_and_lines_to_run():

@@ -67,6 +67,7 @@ class Patches(nn.Module):
     [
         (lambda: Tokens(position=1.0), "pos"),
         (lambda: Tokens(position=1.0, kind="parameter"), "pos"),
+        (lambda: Tokens(kind="sinusoids"), "Tokens"),
         (lambda: Tokens(types=2.0), "types"),
         (lambda: Patches(patch=1e-3, position=1.0), "pos"),
     ],
@@ -86,7 +87,7 @@ def test_drowned_content(model, where):
         lambda: Tokens(token=1.0, position=1.0),
         lambda: Tokens(token=1.0, position=0.02),
         lambda: Tokens(token=1.0, position=1e-9),
-        lambda: Tokens(kind="sinusoids"),
+        lambda: Tokens(kind="sinusoids", token=0.1),
         lambda: Tokens(kind="sinusoids", multiplier=math.sqrt(32)),
         lambda: Tokens(types=0.02),
         lambda: Patches(),

@@ -188,3 +188,42 @@ def test_nan_is_another_checks():
     """No finite output, no verdict."""
     result = judged(Deaf(lambda m, x: m.head(m.body(x)) * float("nan")))
     assert result.status == "skip" and "not finite" in result.why
+
+
+class Batch(nn.Module):
+    """Reads a dict; `compared` says under which name the answers are that its loss needs."""
+
+    def __init__(self, compared=None, read=True):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 5)
+        self.compared, self.read = compared, read
+
+    def forward(self, batch):
+        scores = self.head(self.embed(batch["input_ids"]).mean(1))
+        if not self.read:
+            return {"logits": scores}
+        return {"logits": scores, "loss": nn.functional.cross_entropy(scores, batch[self.compared])}
+
+
+@pytest.mark.parametrize("name", ["labels", "category"])
+def test_labels_in_a_batch_feed_the_loss(name):
+    """Under any name: they move the loss and need not move the logits."""
+    ids = torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(0))
+    examples = {"batch": {"input_ids": ids, name: torch.arange(4)}}
+    assert judged(Batch(name), example_inputs=examples).findings == ()
+    unread = judged(Batch(name, read=False), example_inputs=examples).findings
+    # What is compared with answers in train mode only is no input that was forgotten.
+    assert [finding.code for finding in unread] == ([] if name == "labels" else ["ignored_input"])
+
+
+def test_labels_that_forward_reads_from_a_dict_are_made_up():
+    """One per text or one per token, whichever runs."""
+
+    class Labelled(Batch):
+        def forward(self, batch):
+            scores = self.head(self.embed(batch["input_ids"]).mean(1))
+            return {"logits": scores, "loss": nn.functional.cross_entropy(scores, batch["labels"])}
+
+    adapter = ModelAdapter(Labelled())
+    assert adapter.modality == "tokens" and adapter.task.value == "text_classification"
+    assert judged(Labelled()).findings == ()

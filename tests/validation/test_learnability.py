@@ -104,12 +104,13 @@ def test_does_not_apply(tiny):
     assert "are trained on a copy" in run(nn.Linear(2000, 3000)).why
     assert "not finite" in run(tiny.GPT(fault="nan")).why
 
-    class Waiting(nn.Linear):
+    class Laborious(nn.Linear):
         def forward(self, x):
-            time.sleep(0.15)
+            for _ in range(9000):
+                x = x + 0
             return super().forward(x)
 
-    assert "would take too long" in run(Waiting(8, 4)).why
+    assert "operators; training a copy would take too long" in run(Laborious(8, 4)).why
 
     class Rounded(nn.Module):
         def __init__(self):
@@ -158,10 +159,47 @@ def test_forward_bound_to_the_original():
     assert result.status == "skip" and "calls the original" in result.why
 
 
+class Plain(nn.Module):
+    """A sound layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Slowly(nn.Module):
+    """The same model on a machine that takes long for it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        time.sleep(0.02)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(("build", "codes"), [(Reversed, ["cannot_learn"]), (Plain, [])])
+def test_the_verdict_does_not_depend_on_the_speed(build, codes):
+    """Slow or not, the same steps are done; only the end of the budget makes them fewer, and no fault of it."""
+    model, spec = build(), ModelSpec(example_inputs={"x": torch.randn(2, 8)}, task="regression")
+    fast, slow = run(model, spec=spec, seconds=60.0), run(Slowly(model), spec=spec, seconds=60.0)
+    assert [f.code for f in fast.findings] == [f.code for f in slow.findings] == codes
+    assert [len(c) for c in fast.details["losses"].values()] == [len(c) for c in slow.details["losses"].values()]
+    short = run(Slowly(model), spec=spec, seconds=0.1)
+    assert not short.findings
+    assert not codes or any("steps of training" in note for note in short.details["reduced"])
+
+
 def test_no_verdict_after_a_few_steps():
     """Without time for all step sizes nothing is claimed, and the report says what was left out."""
-    outcome = check_learnability(ModelAdapter(Reversed()), Budget(0.0))
+    budget = Budget(0.0)
+    outcome = check_learnability(ModelAdapter(Reversed()), budget)
     assert outcome.findings == []
+    assert "1 of 40 steps of training with step size 0.01" in budget.reduced
 
 
 def test_its_adam_is_torchs():

@@ -187,3 +187,27 @@ def test_a_crash_in_train_mode_is_left_to_the_check_of_gradients():
 
     result = result_of(check_modes, Crashing())
     assert result.status == "skip" and "no training" in result.why and not result.could_not_run
+
+
+class Hearing(nn.Module):
+    """Its encoder runs only where sound is given; without that argument nothing can ever run it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head, self.encoder = nn.Embedding(50, 16), nn.Linear(16, 50), Encoder()
+
+    def forward(self, input_ids, input_features=None):
+        hidden = self.embed(input_ids)
+        if input_features is not None:
+            hidden = hidden + self.encoder.encoder(input_features)
+        return self.head(hidden)
+
+
+class Deaf(Hearing):
+    def forward(self, input_ids):
+        return super().forward(input_ids)
+
+
+def test_layers_that_wait_for_an_input():
+    assert found(check_modes, Hearing()) == []
+    assert [(code, where) for code, _, where in found(check_modes, Deaf())] == [(CODE, "encoder.encoder.1")]

@@ -182,6 +182,18 @@ def test_html_is_self_contained_and_escaped(tmp_path):
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
 
 
+def test_rows_of_the_page_repeat_nothing():
+    """A finding is told once, a value that is a sentence once, and what could not run is not as grey as a skip."""
+    leak = Finding("future_leakage", "fail", "attn", "the only message", "h")
+    results = (
+        CheckResult("a", 1, "fail", "a value of many words", None, leak.message, 0.1, {}, (leak,)),
+        CheckResult("b", 1, "skip", None, None, "not run, see above", 0.1, {"could_not_run": True}),
+    )
+    page = fixed_report(results=results).to_html()
+    assert page.count("the only message") == 1 and "see above</td>" in page and "a value of many words" not in page
+    assert "<td class='warn'>skip</td>" in page
+
+
 def test_notebook_fragment_styles_only_itself():
     """Every rule of the fragment's style sheet starts with the report's own class."""
     fragment = fixed_report()._repr_html_()
@@ -191,6 +203,16 @@ def test_notebook_fragment_styles_only_itself():
     assert selectors and all(selector.startswith(".seedbed-report") for selector in selectors)
     assert "<html" not in fragment and "<body" not in fragment
     assert "seedbed-report" in fixed_report().results[0]._repr_html_()
+
+
+def test_repr_is_a_dozen_lines():
+    """The verdict and the findings; where the rest is."""
+    found = tuple(Finding("nan_output", "fail", f"layer{i}", "word " * 60, "do") for i in range(30))
+    many = fixed_report(results=(CheckResult("x", 1, "fail", 1, 0, "", 0.0, {}, found),))
+    lines = repr(many).splitlines()
+    assert len(lines) == 12 and max(map(len, lines)) <= 120
+    assert lines[0].startswith("NOT READY  GPTMini") and lines[-2] == "and 21 more" and "print(report)" in lines[-1]
+    assert len(repr(fixed_report()).splitlines()) == 4 and str(many) == many.text()
 
 
 def test_values_are_checked():

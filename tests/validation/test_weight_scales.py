@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.adapters import ModelAdapter
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.validation.check import Check
 from utils.validation.initialization import check_initialization
 from utils.validation.runner import run_check
@@ -108,3 +108,64 @@ def test_usual_schemes(tiny, scheme):
         if isinstance(module, nn.Linear):
             scheme(module.weight)
     assert not [finding for finding in check(model).findings if finding.severity == "fail"]
+
+
+class Raw(nn.Module):
+    """Matrices of its own, drawn with one, and divided by the root of their fan-in in forward or not."""
+
+    def __init__(self, scaled):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(32, 64)), nn.Parameter(torch.randn(64, 64))
+        self.third, self.scaled = nn.Parameter(torch.randn(64, 8)), scaled
+
+    def forward(self, x):
+        for weight in (self.first, self.second, self.third):
+            x = torch.relu(x) @ weight * ((2 / weight.shape[0]) ** 0.5 if self.scaled else 1)
+        return x
+
+
+def test_raw_matrices():
+    """Without a scale they explode; a scale at run time is as good as one at the start."""
+    torch.manual_seed(0)
+    spec = ModelSpec(example_inputs={"x": torch.randn(4, 32)})
+    for scaled, expected in ((False, ["exploding_init"]), (True, [])):
+        adapter = ModelAdapter(Raw(scaled), spec=spec)
+        result = run_check(adapter, Check("init", 1, "?", check_initialization), 20.0)
+        assert [finding.code for finding in result.findings if finding.severity == "fail"] == expected
+
+
+def test_head_whose_config_states_its_scale(tiny):
+    """What a class draws by default is no accident."""
+
+    class Config:
+        def __init__(self):
+            self.initializer_factor = 1.0
+
+    model = redrawn(tiny.GPT(width=64), 1.0, "head.weight")
+    assert ("exploding_init", "head.weight", "fail") in found(model)
+    model.config = Config()
+    assert "fail" not in [severity for *_, severity in found(model)]
+
+
+class Zeros(nn.Module):
+    """A branch and a last layer from zero, whose output is folded; or a zero in the middle as well."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.enter, self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.middle, self.out = nn.Linear(32, 32), nn.Linear(32, 12)
+        for layer in (self.down, self.out, *([self.middle] if middle else ())):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        x = self.enter(x)
+        x = x + self.down(torch.relu(self.up(x)))
+        return self.out(torch.relu(self.middle(x))).unflatten(1, (3, 4)).sum(1)
+
+
+def test_last_layer_and_branch_at_zero():
+    """Both move with the first step, whatever the shape of the output; a third zero between them never does."""
+    torch.manual_seed(0)
+    assert "zero_init" not in [code for code, *_ in found(Zeros(False))]
+    assert "zero_init" in [code for code, *_ in found(Zeros(True))]

@@ -43,6 +43,8 @@ def check_batch_independence(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
     Code: ``batch_leakage``.
     """
+    if not adapter.batched:
+        raise Skipped(f"no axis of samples: {adapter.input_reason}")
     size, inputs, base = _base(adapter)
     changed = {name: _odd_replaced(adapter, name, value, size) for name, value in inputs.items()}
     if all(changed[name] is inputs[name] or bool((changed[name] == inputs[name]).all()) for name in inputs):

@@ -49,9 +49,9 @@ class Finding:
     hint: str
     """What to do about it."""
     reproduction: str = ""
-    """Up to three lines of Python that show the fault on ``model``."""
+    """Three or four lines of Python that show the fault on ``model``; the runner fills in what a check leaves out."""
     location: str = ""
-    """File, line and class of the code behind `where`; the runner fills it in."""
+    """File, line and class of the code to look at; the runner fills it in."""
 
     def __post_init__(self) -> None:
         """Refuse severities that the verdict would not count."""

@@ -20,17 +20,18 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.spec import ModelSpec
 from utils.runtime.printing import Printed, captured_output
 from utils.runtime.rehearsal import Notes, Rehearsal, rehearse
-from utils.runtime.resources import allocation_limit
+from utils.runtime.resources import LARGE_MODEL, allocation_limit
 from utils.runtime.watchdog import TimedOut, failing_module, time_limit
 from utils.validation.check import Check, CheckResult, Finding
 from utils.validation.report import ValidationReport
 
 REHEARSAL_SECONDS, SECONDS_PER_BILLION = 15.0, 30.0
 """Limit of a rehearsal, and what each billion of parameters adds to it."""
+NOT_RUN = "not run, see above"
 OPENING_SECONDS = 60.0
 """Least limit for finding out in this process how a model is called."""
-LARGE_MODEL = 20_000_000
-"""Parameters from which on a rehearsal computes the gradient of one of them only."""
+REHEARSED_LENGTH = 128
+"""The longest text of a rehearsal; `ModelAdapter.legal_length` tries shorter ones."""
 CONFIRMING_SECONDS = 8.0
 """The same for a model that was seen waiting in a copy of the process, perhaps for something that was not copied."""
 
@@ -135,7 +136,7 @@ def unusable_report(error: UnusableModel, checks: Sequence[Check], seconds: floa
     finding = error.finding
     first = checks[0]
     result = CheckResult(first.id, first.tier, "fail", "unusable", "usable", finding.message, seconds, {}, (finding,))
-    reason = f"could not run: {finding.code} at {finding.where}, so the model was not run again"
+    reason = NOT_RUN
     others = (CheckResult(c.id, c.tier, "skip", None, None, reason, 0.0, {"could_not_run": True}) for c in checks[1:])
     return ValidationReport(
         results=(result, *others),
@@ -200,3 +201,8 @@ def _first_passes(notes: Notes, module: nn.Module, model: Any, config: Any, spec
             # The gradient of an early, small parameter passes through nearly everything and takes no memory.
             trained = [min(trained[: max(1, len(trained) // 4)], key=torch.Tensor.numel)]
         torch.autograd.grad(total, trained, allow_unused=True)
+    if adapter.modality == "tokens" and adapter.num_parameters < LARGE_MODEL:
+        adapter.module.eval()
+        notes.stage = "a forward pass at another length"
+        longest = adapter.legal_length(min(REHEARSED_LENGTH, adapter.max_length.value or REHEARSED_LENGTH))
+        adapter.run_length(longest)

@@ -309,8 +309,8 @@ def differ(first: Sequence[Tensor | None], second: Sequence[Tensor | None], leas
     return False
 
 
-class _Enough(Exception):
-    """Ends a forward pass early."""
+class Enough(Exception):
+    """Ends a forward pass early: what was wanted of it is there."""
 
 
 def output_of(adapter: ModelAdapter, inputs: Mapping[str, Any], name: str) -> Tensor:
@@ -324,14 +324,14 @@ def output_of(adapter: ModelAdapter, inputs: Mapping[str, Any], name: str) -> Te
     def stop(child: nn.Module, given: Any, output: Any) -> None:
         if (tensor := first_tensor(output)) is not None:
             taken.append(tensor.detach())
-        raise _Enough
+        raise Enough
 
     handle = adapter.module.get_submodule(name).register_forward_hook(stop)
     try:
         seed_streams(0, "forward")
         with torch.no_grad():
             adapter.forward(inputs)
-    except _Enough:
+    except Enough:
         pass
     finally:
         handle.remove()

@@ -18,7 +18,9 @@ from torch import Tensor
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
 from utils.runtime.isolation import ModelChangedError, preserved
+from utils.runtime.resources import LARGE_MODEL
 from utils.runtime.seeding import seed_streams
+from utils.runtime.snapshot import bits, same_bits
 from utils.validation.check import Budget, Finding, Outcome
 from utils.validation.draws import guilty_draws
 from utils.validation.hidden import hidden_items
@@ -27,10 +29,9 @@ from utils.validation.watching import alike, change, culprits, first_difference,
 
 LENGTHS = (9, 12)
 MORE_SAMPLES = 8
+"""Samples in which random answers are looked for, where a pass is no great cost."""
 SEEDS = 24
 FEWEST_SEEDS = 6
-QUICK = 0.05
-"""Seconds of a pass below which more samples cost next to nothing."""
 Inputs = Mapping[str, Any]
 DROPOUT_HINT = (
     "Let the mode decide: nn.Dropout, or functional.dropout(x, p, training=self.training), and random layer drop only "
@@ -62,12 +63,10 @@ def check_determinism(adapter: ModelAdapter, budget: Budget) -> Outcome:
     inputs = example(adapter, 0)
     drew: list[bool] = []
     grew: list[bool] = []
-    seconds: list[float] = []
 
     def run(given: Inputs) -> None:
-        before, size, started = _streams(), _size(adapter), time.perf_counter()
+        before, size = _streams(), _size(adapter)
         adapter.logits(given)
-        seconds.append(time.perf_counter() - started)
         drew.append(_streams() != before)
         grew.append(_size(adapter) != size)
 
@@ -79,7 +78,7 @@ def check_determinism(adapter: ModelAdapter, budget: Budget) -> Outcome:
             # Layers made by the first call are said once, as lazy parameters; here they count as part of the model.
             answer(adapter, inputs)
         if drew[0]:
-            findings += _random(adapter, budget, seconds[0])
+            findings += _random(adapter, budget)
         if _history(adapter, inputs, budget):
             findings += _diagnose(adapter, inputs)
     except ModelChangedError as error:
@@ -139,7 +138,7 @@ def answer(adapter: ModelAdapter, inputs: Inputs, seed: int = 0) -> Tensor:
 def mutations(adapter: ModelAdapter, inputs: Inputs, run: Callable[[Inputs], Any]) -> list[Finding]:
     """Run the model once on a copy of the inputs, and find those that are no longer what they were.
 
-    Code: ``input_mutation``: ``fail`` where values changed, ``warn`` where a write happened to leave them equal.
+    Code: ``input_mutation``, also for a write that happened to leave equal values: those of other inputs it changes.
     """
     given = copied(inputs)
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
@@ -152,25 +151,42 @@ def mutations(adapter: ModelAdapter, inputs: Inputs, run: Callable[[Inputs], Any
 
     with _fresh(adapter):
         guarded(adapter, inputs, "", call)
+    # A write through `.data` moves no version, and an equal value no bit.
+    changed = [key for key, value in tensors.items() if not _same(value, inputs[key])]
     written = [key for key, value in tensors.items() if value._version != before[key]]
-    if not written:
+    if not changed and not written:
         return []
-    changed = [key for key in written if not torch.equal(tensors[key], inputs[key])]
     key = (changed or written)[0]
     given = copied(inputs)
     with _fresh(adapter):
-        places = culprits(adapter.module, lambda: given[key]._version, call)
-    count = int((tensors[key] != inputs[key]).sum())
-    what = f"changes {count} of {tensors[key].numel()} values of" if changed else "writes to (equal values, this time)"
+        places = culprits(adapter.module, lambda: _mark(given[key]), call)
+    what = "writes to (equal values, this time)"
+    if changed and tensors[key].shape == inputs[key].shape:
+        what = f"changes {int((tensors[key] != inputs[key]).sum())} of {tensors[key].numel()} values of"
+    elif changed:
+        what = "changes the shape of"
     mode = "train" if adapter.module.training else "eval"
     message = f"one forward pass in {mode} mode {what} its argument `{key}` in place"
     where = (places[0] if places else "") or adapter.name
     reproduction = (
         "from utils.adapters import ModelAdapter; adapter = ModelAdapter(model); inputs = adapter.example_inputs()\n"
         f"before = inputs['{key}'].clone(); adapter.forward(inputs)\n"
-        f"print((inputs['{key}'] != before).sum())"
+        f"print(inputs['{key}']._version, inputs['{key}'] != before)"
     )
-    return [Finding("input_mutation", "fail" if changed else "warn", where, message, MUTATION_HINT, reproduction)]
+    return [Finding("input_mutation", "fail", where, message, MUTATION_HINT, reproduction)]
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Tell whether an input has the shape and the bits that it had."""
+    if first.layout != torch.strided or second.layout != torch.strided:
+        return first._version == 0
+    return first.shape == second.shape and first.dtype == second.dtype and same_bits(first, second)
+
+
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what is another after any write to a tensor."""
+    values = bits(tensor).cpu().numpy().tobytes() if tensor.layout == torch.strided else b""
+    return tensor._version, tensor.shape, values
 
 
 def _first_call(adapter: ModelAdapter, inputs: Inputs, run: Callable[[Inputs], Any]) -> list[Finding]:
@@ -242,12 +258,12 @@ def _difference(first: Tensor, second: Tensor) -> str:
     return f"|difference| {change(first, second):.2g}, largest |logit| {float(first.abs().max()):.2g}"
 
 
-def _random(adapter: ModelAdapter, budget: Budget, seconds: float) -> list[Finding]:
+def _random(adapter: ModelAdapter, budget: Budget) -> list[Finding]:
     """Name the random numbers that change the answer, one finding per code.
 
     Several seeds are tried on a larger batch: a layer that is dropped rarely is dropped for some sample some time.
     """
-    inputs = example(adapter, 0, MORE_SAMPLES if seconds < QUICK else 2)
+    inputs = example(adapter, 0, MORE_SAMPLES if adapter.num_parameters < LARGE_MODEL else 2)
     for item in hidden_items(adapter.module):
         if isinstance(item.item, torch.nn.Module) and item.trains:
             # Hidden layers are out of reach of eval(), which is said once, as unregistered layers.

@@ -14,6 +14,7 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Finding
 from utils.validation.gradient_reach import groups, training_inputs
 from utils.validation.probing import logits
+from utils.validation.weight_scales import role
 
 SHOWN = 6
 HINT = "Set requires_grad = True, or list its prefix in ModelSpec(frozen=(...,)) if it is frozen on purpose."
@@ -74,8 +75,10 @@ def _judged(adapter: ModelAdapter, name: str, parameters: dict[str, nn.Parameter
     owner = adapter.module.get_submodule(owner_name)
     if isinstance(owner, nn.Embedding) or TABLE_NAME.search(leaf):
         return None
-    sisters = [p for key, p in parameters.items() if key != name and _role(key) == _role(name)]
+    sisters = [p for key, p in parameters.items() if key != name and role(key) == role(name)]
     if any(p.requires_grad for p in sisters):
+        return "fail"
+    if not sisters and _stands_for_trained(adapter, name, parameters):
         return "fail"
     if sisters:
         # All of one kind: norms are frozen so for small batches; anything else is worth a look.
@@ -94,9 +97,19 @@ def _judged(adapter: ModelAdapter, name: str, parameters: dict[str, nn.Parameter
     return "warn" if any(p.requires_grad for child in alike for p in child.parameters()) else None
 
 
-def _role(name: str) -> str:
-    """Return a parameter's name without its numbers, the same for the same part of every block."""
-    return re.sub(r"\d+", "#", name)
+def _stands_for_trained(adapter: ModelAdapter, name: str, parameters: dict[str, nn.Parameter]) -> bool:
+    """Tell whether a parameter is all that its module has, and the same place in other blocks trains one of its shape.
+
+    The layers in that place may be of another class, with another name for it.
+    """
+    place = name.rpartition(".")[0]
+    own = {key: p for key, p in parameters.items() if key.rpartition(".")[0] == place}
+    if len(own) > 1 or next(adapter.module.get_submodule(place).children(), None) is not None:
+        return False
+    elsewhere = [
+        p for key, p in parameters.items() if key not in own and role(key.rpartition(".")[0]) == role(place) != place
+    ]
+    return bool(elsewhere) and all(p.requires_grad and p.shape == parameters[name].shape for p in elsewhere)
 
 
 def _comes_first(

@@ -18,6 +18,8 @@ from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.gradient_reach import training_inputs
 from utils.validation.probing import logits
 from utils.validation.rectifiers import watch_rectifiers
+from utils.validation.statistics import thinned
+from utils.validation.symmetry import stays_equal
 from utils.validation.untrained import looks_untrained, normalise_batches
 from utils.validation.weight_scales import (
     LARGEST_SOUND_GAIN,
@@ -25,6 +27,7 @@ from utils.validation.weight_scales import (
     exploding_head,
     largest_gain,
     largest_weight,
+    loud_head,
     weight_faults,
 )
 from utils.validation.zero_weights import zero_weights
@@ -43,6 +46,8 @@ SUDDEN = 1e-3
 """Share of the signal that differs between samples, from which on a step to nothing is a cut."""
 LARGE_LOSS = 6.0
 """First loss in units of chance that is worth a look."""
+LOUD_LOSS = 2.5
+"""First loss in units of chance that a head of ordinary scale does not reach."""
 CLASSIFYING = ("causal_lm", "masked_lm", "seq2seq", "text_classification", "image_classification",
                "audio_classification", "tabular_classification")  # fmt: skip
 
@@ -83,6 +88,7 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if findings and as_configured(adapter):
         # The library's own choice, at a width that does not suit it: odd, but no accident.
         findings = [replace(finding, severity="warn") for finding in findings]
+    head = _head(adapter, output_of, tuple(result.shape))
     loss: float | None = None
     chance: float | None = None
     if adapter.task.value in CLASSIFYING and result.shape[-1] > 1:
@@ -93,8 +99,15 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
         if matrix and findings[0].code == "exploding_init" and findings[0].message.startswith("the first loss"):
             # One matrix, drawn beyond what any family draws, is to blame.
             findings = [replace(findings[0], severity="fail", where=matrix)]
-    head = _head(adapter, output_of, tuple(result.shape))
-    findings += _symmetric(adapter)
+        far = LOUD_LOSS * chance + 1
+        quiet = any(finding.severity == "fail" for finding in findings) or not fresh or not loss > far
+        if not quiet and (matrix := loud_head(adapter, head, inputs, limit=far / 2)):
+            # With the head at an ordinary scale, the loss is an ordinary one.
+            message = (
+                f"the first loss is {loss:.1f}, chance is ln({result.shape[-1]}) = {chance:.2f}: the head is too loud"
+            )
+            findings = [Finding("exploding_init", "fail", matrix, message, EXPLODING_HINT)]
+    findings += _symmetric(adapter) or stays_equal(adapter)
     findings += zero_weights(adapter, inputs, head)
     if not findings and all(rectified.alive.values()):
         findings += _lost_input(scales, variations, result, fresh)
@@ -120,7 +133,7 @@ def _signal(
     """Judge the root mean square of the signal after each block, `variations` being what tells two samples apart."""
     if not scales:
         return []
-    path = " -> ".join(f"{scale:.2g}" for scale in _thinned(list(scales.values())))
+    path = " -> ".join(f"{scale:.2g}" for scale in thinned(list(scales.values())))
     fail_above, warn_above = (200.0, 60.0) if fresh else (1e6, 1e5)
     for name, scale in scales.items():
         if scale > warn_above:
@@ -152,17 +165,11 @@ def _lost_input(scales: dict[str, float], variations: dict[str, float], result: 
             if before > SUDDEN:
                 # Cut off in one step, which input_influence reports: nothing died away.
                 return []
-            path = " -> ".join(f"{value:.2g}" for value in _thinned(list(variations.values())))
+            path = " -> ".join(f"{value:.2g}" for value in thinned(list(variations.values())))
             message = f"two samples give the same output; the difference between them by depth is {path}"
             return [Finding("vanishing_init", "fail", name, message, VANISHING_HINT)]
         before = share
     return []
-
-
-def _thinned(values: list[float], count: int = 8) -> list[float]:
-    """Return at most `count` values, evenly spaced, the last included."""
-    step = max(1, math.ceil(len(values) / count))
-    return values[::step] if (len(values) - 1) % step == 0 else [*values[::step], values[-1]]
 
 
 def _first_loss(

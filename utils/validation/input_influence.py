@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from utils.adapters.capture import named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
+from utils.adapters.roles import role_of
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.dependence import (
     as_double,
@@ -28,6 +29,7 @@ from utils.validation.dependence import (
 )  # fmt: skip
 from utils.validation.probing import ModelCrash, logits
 from utils.validation.rectifiers import FEWEST_VALUES, RECTIFIERS
+from utils.validation.reproduction import ignored
 
 LENGTH = 9
 PLAIN = 1e-3
@@ -63,7 +65,7 @@ def check_input_influence(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if len(names) > 1:
         for name in names:
             reach[name] = _reach(adapter, inputs, {name: replaced[name]}, base)
-            if reach[name] == 0:
+            if reach[name] == 0 and not _feeds_loss(adapter, inputs, {name: replaced[name]}):
                 findings.append(_ignored(adapter, name, inputs, replaced[name], reach))
     why = "every input changes the output: " + ", ".join(f"{name} by {size:.2g}" for name, size in reach.items())
     return Outcome(
@@ -77,6 +79,9 @@ def check_input_influence(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
 def _other(adapter: ModelAdapter, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor) or name in ("labels", "targets", "past_key_values", "cache_position"):
+        return value
+    if name != adapter.main_input and role_of(name) == "labels":
+        # An answer to compare with; some models read it in train mode only.
         return value
     return other_content(adapter, name, value)
 
@@ -108,6 +113,16 @@ def _reach(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping
     # A signal that arrives faint is no signal that is cut off.
     size = relative(float((second - first).abs().max()), first)
     return size if size > 4 * torch.finfo(first.dtype).eps else 0.0
+
+
+def _feeds_loss(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> bool:
+    """Tell whether an input moves a single number beside the logits: labels do that, and nothing else, to a loss."""
+    try:
+        before, after = outputs(adapter, inputs), outputs(adapter, {**inputs, **changes})
+    except ModelCrash:
+        return False
+    numbers = [path for path in before if before[path].numel() == 1 and path in after and path != adapter.output.value]
+    return any(not torch.equal(before[path], after[path]) for path in numbers)
 
 
 def _constant(
@@ -227,4 +242,5 @@ def _ignored(
         f"replacing `{name}` ({changed:.0%} of its values) leaves every bit of the output as it is; replacing all "
         f"inputs changes it by {reach['all']:.2g} of its size"
     )
-    return Finding("ignored_input", "fail", adapter.name, message, IGNORED_HINT)
+    lines = ignored(adapter, name, inputs[name])
+    return Finding("ignored_input", "fail", adapter.name, message, IGNORED_HINT, lines)

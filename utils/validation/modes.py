@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from utils.adapters.capture import observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.isolation import preserved
+from utils.runtime.resources import LARGE_MODEL
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.determinism import Inputs, copied, example, mutations
@@ -36,8 +37,6 @@ MODE_HINT = (
 PINNED_HINT = "Write functional.dropout(x, p, training=self.training), or use nn.Dropout and its result."
 
 
-LARGE = 20_000_000
-"""Parameters above which a batch is no larger than it must be."""
 RARE = 1e-4
 """Probability at which a random layer may have done nothing by chance in all tries."""
 
@@ -93,7 +92,7 @@ def check_modes(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """
     module = adapter.module
     layers = {name: child for name, child in module.named_modules() if switches(child)}
-    inputs = example(adapter, 0, 2 if adapter.num_parameters > LARGE else 4)
+    inputs = example(adapter, 0, 2 if adapter.num_parameters > LARGE_MODEL else 4)
     runs: list[_Run] = []
     with preserved(module):
         in_eval = _run(adapter, inputs, False)
@@ -261,6 +260,9 @@ def _same(
                 return []
             if not alike(_run(adapter, inputs, True, seed).output, base):
                 return []
+    if not run.acted and adapter.unfilled_inputs:
+        # They may belong to a part that waits for an input that was not given, such as an image or a sound.
+        return []
     idle = [name for name, acted in run.acted.items() if not acted]
     acting = [name for name, acted in run.acted.items() if acted]
     evidence = "the model's output is the same in train mode as in eval mode"

@@ -119,7 +119,7 @@ def _class_loss(
         label = f"torch.arange({labels.numel()}).view{tuple(labels.shape)} % {classes}"
         check = f"print(model(**inputs, {name}={label}))"
         site = loss_site(adapter, inputs, labels)
-        return Finding(code, severity, site, message, hint, reproduction(adapter, check))
+        return Finding(code, severity, site, message, hint, reproduction(adapter, check, labels.shape[0]))
 
     if not bool(torch.isfinite(got.loss)):
         return [], f"{float(got.loss)} for random labels; the check of finite numbers has the cause"

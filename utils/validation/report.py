@@ -9,10 +9,11 @@ from typing import Any
 from utils.runtime.files import write_atomic
 from utils.runtime.resources import format_count
 from utils.validation.check import CheckResult, Finding, json_safe
-from utils.validation.codes import MEANING
+from utils.validation.codes import MEANING, ROOTS
 
 REPORT_VERSION = 2
 WIDTH = 120
+REPR_LINES = 10
 TASK_NAMES = {
     "causal_lm": "causal language model",
     "masked_lm": "masked language model",
@@ -33,7 +34,13 @@ def value_text(value: Any) -> str:
     return f"{value:.4g}"
 
 
-@dataclass(frozen=True)
+def short_text(value: Any) -> str:
+    """Format a measured value for a narrow cell; one that is a sentence is in the explanation as well."""
+    text = value_text(value)
+    return text if len(text) <= 12 else "-"
+
+
+@dataclass(frozen=True, repr=False)
 class ValidationReport:
     """Results of all checks on one model."""
 
@@ -86,12 +93,12 @@ class ValidationReport:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """All findings, faults first; one fault that several checks meet counts once."""
+        """All findings, faults first, of these first what explains others; a fault that several checks meet is one."""
         unique: dict[tuple[str, str], Finding] = {}
         for result in self.results:
             for finding in result.findings:
                 unique.setdefault((finding.code, finding.where), finding)
-        return tuple(sorted(unique.values(), key=lambda finding: finding.severity != "fail"))
+        return tuple(sorted(unique.values(), key=lambda f: (f.severity != "fail", f.code not in ROOTS)))
 
     @property
     def sentence(self) -> str:
@@ -131,13 +138,22 @@ class ValidationReport:
         lines += ["", f"{'check':<20} {'status':<6} {'value':>12} {'threshold':>12} {'seconds':>8}  why"]
         for result in self.results:
             why = result.why if result.status in ("pass", "skip") else "see above"
-            # A value that is a sentence is in the explanation as well.
-            shown = [text if len(text) <= 12 else "-" for text in map(value_text, (result.value, result.threshold))]
+            shown = [short_text(result.value), short_text(result.threshold)]
             cells = f"{result.check:<20} {result.status:<6} {shown[0]:>12} {shown[1]:>12} {result.seconds:>8.2f}  "
             lines += _wrap(why, cells, indent=len(cells))
             for note in result.details.get("reduced", ()):
                 lines += _wrap(f"reduced: {note}", " " * len(cells))
         return "\n".join(line.rstrip() for line in lines) + "\n"
+
+    def __repr__(self) -> str:
+        lines = [f"{self.verdict}  {self.sentence}"]
+        shown = self.findings if len(self.findings) <= REPR_LINES else self.findings[: REPR_LINES - 1]
+        for finding in shown:
+            line = f"{finding.severity:<4}  {finding.code}  {finding.where}  {finding.message}"
+            lines.append(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}...")
+        if len(shown) < len(self.findings):
+            lines.append(f"and {len(self.findings) - len(shown)} more")
+        return "\n".join([*lines, "print(report) tells all of it, report.to_html(path) as a page"])
 
     def __str__(self) -> str:
         return self.text()

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Finding
+from utils.validation.gradient_reach import training_inputs
+from utils.validation.probing import logits
+from utils.validation.substitution import parameters_as
 
 LARGEST_SOUND_GAIN = 2.2
 LARGE, TINY = 3.0, 1e-3
@@ -26,7 +29,7 @@ LARGEST_HEAD = 3.0
 LARGEST_TABLE = 20.0
 """Standard deviation of an embedding; the largest in use is 1, or the square root of the width of small models."""
 SAMPLED = 65_536
-INIT_KEY = re.compile(r"init\w*_(range|std|scale)$|^init_std$")
+INIT_KEY = re.compile(r"init\w*_(range|std|scale|factor)$|^init_std$")
 EXPLODING_HINT = (
     "Initialise with a standard deviation near 1/sqrt(fan-in) (0.02 is usual), residual outputs smaller still."
 )
@@ -76,21 +79,26 @@ def largest_weight(adapter: ModelAdapter) -> str | None:
 
 def as_configured(adapter: ModelAdapter) -> bool:
     """Tell whether the matrices are drawn as the config's class states by default: no accident, however odd."""
+    stated = _stated_spreads(adapter)
+    spreads = [weight.spread for weight in weights(adapter) if not weight.table]
+    return bool(spreads) and any(0.7 * value < median(spreads) < 1.4 * value for value in stated)
+
+
+def _stated_spreads(adapter: ModelAdapter) -> set[float]:
+    """Return the standard deviations that the config states and its class has by default."""
     config = getattr(adapter.module, "config", None)
     if config is None or isinstance(config, dict):
-        return False
+        return set()
     try:
         usual = vars(type(config)())
     except Exception:
         # Configs without defaults state nothing.
-        return False
-    stated = {
+        return set()
+    return {
         float(value)
         for key, value in vars(config).items()
         if INIT_KEY.search(key) and isinstance(value, (int, float)) and usual.get(key) == value
     }
-    spreads = [weight.spread for weight in weights(adapter) if not weight.table]
-    return bool(spreads) and any(0.7 * value < median(spreads) < 1.4 * value for value in stated)
 
 
 def weight_faults(adapter: ModelAdapter) -> list[Finding]:
@@ -104,7 +112,7 @@ def weight_faults(adapter: ModelAdapter) -> list[Finding]:
         return []
     large = [weight for weight in hidden if weight.gain > LARGE]
     tiny = [weight for weight in hidden if weight.gain < TINY]
-    if len(large) * 2 > len(hidden) and len(large) > 1:
+    if len(large) * 2 > len(hidden) and len(large) > 1 and not _scaled_at_runtime(adapter, large):
         worst = large[0]
         message = f"{len(large)} of {len(hidden)} matrices amplify more than {LARGE:g} times, {_stated(worst)} first"
         return [_finding("exploding_init", worst, message)]
@@ -120,7 +128,7 @@ def weight_faults(adapter: ModelAdapter) -> list[Finding]:
                 message = f"the embedding's standard deviation is {weight.spread:.3g}; usual is 0.02 to 1"
                 findings.append(_finding("exploding_init", weight, message))
             continue
-        sisters = [other.gain for other in hidden if other is not weight and _role(other.name) == _role(weight.name)]
+        sisters = [other.gain for other in hidden if other is not weight and role(other.name) == role(weight.name)]
         if len(sisters) < 2:
             continue
         usual = median(sisters)
@@ -132,10 +140,42 @@ def weight_faults(adapter: ModelAdapter) -> list[Finding]:
     return findings[:3]
 
 
+def _scaled_at_runtime(adapter: ModelAdapter, large: list[Weight]) -> bool:
+    """Tell whether forward() divides large matrices by their gain itself, as equalised learning rates do.
+
+    Then the logits are of ordinary size, and fall at least as far as the matrices when these are divided once more. A
+    norm or a saturating activation would hold them.
+    """
+    gains = {id(adapter.module.get_parameter(weight.name)): weight.gain for weight in large}
+    names = [weight.name for weight in large]
+    inputs = training_inputs(adapter)
+    usual = float(logits(adapter, inputs).float().square().mean().sqrt())
+    parts = iter([gains[id(p)] for p in adapter.module.parameters() if id(p) in gains])
+    with parameters_as(adapter, names, lambda p: p / next(parts)):
+        tamed = float(logits(adapter, inputs).float().square().mean().sqrt())
+    return usual < LARGE and tamed < 1.5 * usual / median(gains.values())
+
+
 def exploding_head(adapter: ModelAdapter) -> str | None:
     """Return the name of the largest matrix that no scheme draws, nor a config: beyond `LARGEST_HEAD`."""
     large = [w for w in weights(adapter) if not w.table and w.spread > LARGEST_HEAD and w.gain > LARGE]
     return max(large, key=lambda weight: weight.gain).name if large else None
+
+
+def loud_head(adapter: ModelAdapter, head: str | None, inputs: dict[str, Tensor], limit: float) -> str | None:
+    """Return the name of an untied head's matrix if it alone keeps the first loss above a limit.
+
+    A tied table is drawn for reading too, and a config may state the scale; neither is an accident.
+    """
+    weight = next((w for w in weights(adapter) if head is not None and w.name == f"{head}.weight"), None)
+    if weight is None or weight.table or weight.gain <= LARGE:
+        return None
+    if any(0.7 * value < weight.spread < 1.4 * value for value in _stated_spreads(adapter)):
+        return None
+    with parameters_as(adapter, [weight.name], lambda p: p / weight.gain):
+        result = logits(adapter, inputs)
+        loss = float(adapter.loss(result, adapter.random_labels(result)))
+    return weight.name if loss < limit else None
 
 
 def _spread(parameter: Tensor) -> float:
@@ -154,7 +194,7 @@ def _fan_in(owner: nn.Module, parameter: Tensor) -> int:
     return min(parameter.shape[-2:])
 
 
-def _role(name: str) -> str:
+def role(name: str) -> str:
     """Return a parameter's name without its numbers, the same for the same part of every block."""
     return re.sub(r"\d+", "#", name)
 

@@ -53,6 +53,14 @@ def _is_last(adapter: ModelAdapter, inputs: dict[str, Tensor], names: list[str])
     return float((there + back - 2 * zero).abs().max()) <= 1e-5 * float((there - back).abs().max())
 
 
+def _is_head(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str], name: str) -> bool:
+    """Tell whether a zero matrix beside others moves with the first step, and the logits are linear in it."""
+    if name in _without_gradient(adapter, inputs, [name], []):
+        return False
+    with parameters_as(adapter, [other for other in zeros if other != name], noise):
+        return _is_last(adapter, inputs, [name])
+
+
 def _zeros(adapter: ModelAdapter) -> list[str]:
     """Return the names of the parameters of two numbers or more that are all zero."""
     found: list[str] = []
@@ -71,8 +79,12 @@ def _cutting(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str],
     if _tells_apart(adapter, inputs, zeros, keep=suspects):
         return []
     findings = []
-    for name in suspects[:SHOWN]:
-        if not _tells_apart(adapter, inputs, zeros, keep=[name]):
+    lone = [name for name in suspects[:SHOWN] if not _tells_apart(adapter, inputs, zeros, keep=[name])]
+    heads = [name for name in lone if _is_head(adapter, inputs, zeros, name)]
+    if heads and _tells_apart(adapter, inputs, zeros, keep=[name for name in suspects if name not in heads]):
+        return []
+    for name in lone:
+        if name not in heads:
             count = adapter.module.get_parameter(name).numel()
             message = f"all {count:,} numbers are zero, and the output no longer depends on the input"
             findings.append(Finding("zero_init", "fail", name, message, HINT))
