@@ -2,7 +2,7 @@
 
     python benchmarks/validation_quality.py                        everything, one seed
     python benchmarks/validation_quality.py --set holdout          models that no check was tuned on
-    python benchmarks/validation_quality.py --set unseen_a         a second such set
+    python benchmarks/validation_quality.py --set unseen_a         written apart too; checks were mended by it since
     python benchmarks/validation_quality.py --public               bugs of public trackers only
     python benchmarks/validation_quality.py --sound --seeds 3      sound models only, three seeds each
     python benchmarks/validation_quality.py --code future_leakage --json answers.json

@@ -80,6 +80,31 @@ def test_half_of_the_weights_frozen_still_learns(tiny):
     assert run(model).status == "pass"
 
 
+class Prompted(nn.Module):
+    """A trained vector that can move the loss by two percent, on a head that stays: as a layer, or as a constant."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.zeros(4))
+        if layer:
+            self.head = nn.Linear(12, 4, bias=False).requires_grad_(False)
+        self.register_buffer("fixed", torch.linspace(-1e-3, 1e-3, 48).view(12, 4))
+        self.layer = layer
+
+    def forward(self, x):
+        rest = 1e-3 * self.head(x) if self.layer else x @ self.fixed
+        return rest + 0.03 * self.prompt.tanh()
+
+
+@pytest.mark.parametrize(("layer", "status"), [(True, "pass"), (False, "warn")])
+def test_what_a_prompt_reaches_through_a_frozen_model_is_little(layer, status):
+    """Where nothing is frozen, so little is worth a look."""
+    inputs = {"x": torch.linspace(-9, 8, 24).sin().view(2, 12)}
+    result = run(Prompted(layer), spec=ModelSpec(task="tabular_classification", example_inputs=inputs))
+    assert result.status == status, result.why
+    assert 0.95 < result.value < 0.99
+
+
 class Slow(nn.Module):
     """Probabilities: cross-entropy falls, but cannot fall far."""
 

@@ -88,6 +88,49 @@ def test_two_zeros_in_a_row_stay(tiny):
     assert "gradient is exactly zero" in result.why
 
 
+def test_two_pairs_of_zeros_are_said_at_the_first(tiny):
+    """Each block has its pair; what holds both blocks says nothing."""
+    model = tiny.GPT()
+    for block in model.blocks[:2]:
+        for parameter in block.mlp.parameters():
+            nn.init.zeros_(parameter)
+    assert [(code, where) for code, where, _ in found(model)] == [("zero_init", "blocks.0.mlp")]
+
+
+class Repeated(nn.Module):
+    """A rotation, made `factor` times as long in forward() or in the layer, is applied many times before a layer."""
+
+    def __init__(self, factor, inside=False):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.turn = nn.Parameter(torch.linalg.qr(torch.randn(32, 32))[0])
+        self.factor, self.inside = factor, inside
+        self.last = nn.Sequential(Times(factor**12), nn.Linear(32, 32)) if inside else nn.Identity()
+
+    def forward(self, x):
+        x = self.enter(x)
+        for _ in range(12):
+            x = x @ self.turn * (1 if self.inside else self.factor)
+        return self.leave(self.last(x))
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_code_that_makes_the_signal_loud_is_blamed():
+    """The layer that is handed a loud signal is not; the part whose code hands it is."""
+    torch.manual_seed(0)
+    assert [(c, w) for c, w, _ in found(Repeated(2.0))] == [("exploding_gradient", "Repeated")]
+    assert [(c, w) for c, w, _ in found(Repeated(2.0, inside=True))] == [("exploding_gradient", "last")]
+    assert found(Repeated(1.0)) == []
+
+
 def test_zeros_that_move(tiny):
     """Last layers of branches, the head, and gates start at zero in many sound models, also all at once."""
     model = tiny.GPT()

@@ -44,6 +44,8 @@ RECOVERED = 1e-3
 """Scale of a later place that tells a faint branch from a faint stream."""
 SUDDEN = 1e-3
 """Share of the signal that differs between samples, from which on a step to nothing is a cut."""
+LOUD = 60.0
+"""Scale of a signal that no untrained model needs."""
 LARGE_LOSS = 6.0
 """First loss in units of chance that is worth a look."""
 LOUD_LOSS = 2.5
@@ -62,6 +64,7 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
     inputs = training_inputs(adapter)
     scales: dict[str, float] = {}
     variations: dict[str, float] = {}
+    loud: set[str] = set()
     followed = set(blocks(adapter.module).value)
     output_of: dict[str, tuple[int, ...]] = {}
 
@@ -74,6 +77,9 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
         if name in followed or (not followed and name and isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d))):
             values = tensor.detach().float()
             scales[name] = float(values.square().mean().sqrt())
+            entering = next((t for t in given if isinstance(t, Tensor) and t.is_floating_point()), None)
+            if name not in followed and entering is not None and float(entering.detach().float().std()) > LOUD:
+                loud.add(name)
             if values.shape[0] == 2:
                 variations[name] = float((values[0] - values[1]).square().mean().sqrt())
 
@@ -84,7 +90,7 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if not bool(torch.isfinite(result).all()):
         raise Skipped("the logits are not finite (see numerical_stability)")
     findings = weight_faults(adapter) if fresh else []
-    findings += [] if findings else _signal(adapter, scales, variations, fresh)
+    findings += [] if findings else _signal(adapter, scales, variations, fresh, loud)
     if findings and as_configured(adapter):
         # The library's own choice, at a width that does not suit it: odd, but no accident.
         findings = [replace(finding, severity="warn") for finding in findings]
@@ -128,20 +134,24 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
 
 def _signal(
-    adapter: ModelAdapter, scales: dict[str, float], variations: dict[str, float], fresh: bool
+    adapter: ModelAdapter, scales: dict[str, float], variations: dict[str, float], fresh: bool, loud: set[str]
 ) -> list[Finding]:
-    """Judge the root mean square of the signal after each block, `variations` being what tells two samples apart."""
+    """Judge the root mean square of the signal after each block, `variations` being what tells two samples apart.
+
+    What is too large as it enters a layer, one of `loud`, became so in the code that calls it.
+    """
     if not scales:
         return []
     path = " -> ".join(f"{scale:.2g}" for scale in thinned(list(scales.values())))
-    fail_above, warn_above = (200.0, 60.0) if fresh else (1e6, 1e5)
+    fail_above, warn_above = (200.0, LOUD) if fresh else (1e6, 1e5)
     for name, scale in scales.items():
         if scale > warn_above:
             severity = "fail" if max(scales.values()) > fail_above else "warn"
             message = f"the signal's scale (root mean square) by depth is {path}; here it passes {warn_above:g}"
             if fresh and largest_gain(adapter) <= LARGEST_SOUND_GAIN:
                 message += "; no weights are large, so something multiplies or adds up on the way"
-                return [Finding("exploding_gradient", severity, name, message, STRUCTURE_HINT)]
+                place = name.rpartition(".")[0] or adapter.name if name in loud else name
+                return [Finding("exploding_gradient", severity, place, message, STRUCTURE_HINT)]
             return [Finding("exploding_init", severity, name, message, EXPLODING_HINT)]
     plain = [name for name, scale in scales.items() if variations.get(name, scale) > RECOVERED]
     last = max((index for index, name in enumerate(scales) if name in plain), default=-1)

@@ -67,8 +67,8 @@ def stays_equal(adapter: ModelAdapter) -> list[Finding]:
         if _moved(groups[0]) and name not in [finding.where for finding in findings]:
             shape = tuple(before[name].shape)
             message = (
-                f"all {shape[axis]} slices along axis {axis} of the weight {shape} start equal, get equal gradients and "
-                f"are equal after {STEPS} steps"
+                f"all {shape[axis]} slices along axis {axis} of the weight {shape} start equal, get equal gradients "
+                f"and are equal after {STEPS} steps"
             )
             lines = f"w = model.get_parameter({name!r})\nprint((w == w.narrow({axis}, 0, 1)).all())  # True"
             findings.append(Finding("symmetric_init", "fail", name, message, HINT, lines))

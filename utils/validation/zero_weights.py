@@ -124,7 +124,9 @@ def _trapped(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str],
         return []
     more = f"; so do {len(trapped) - 1} more like it" if len(trapped) > 1 else ""
     message = f"the numbers are all zero and their gradient is exactly zero too, so they stay as they are{more}"
-    where = _common(trapped) if len(trapped) <= 4 and _common(trapped) else trapped[0]
+    # The pair that lies closest together: blocks have one each.
+    nearest = max(trapped[1:], key=lambda name: len(_common([trapped[0], name])))
+    where = (_common([trapped[0], nearest]) if len(trapped) <= 4 else "") or trapped[0]
     return [Finding("zero_init", "fail", where, message, HINT)]
 
 
