@@ -6,15 +6,17 @@ the input cannot be used, 130 after Ctrl-C.
 
 import argparse
 import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
 from utils.adapters.spec import TASKS, ModelSpec
 from utils.runtime.errors import ConfigError, SeedbedError
+from utils.runtime.optional import require
 from utils.runtime.project import VERSION
 from utils.runtime.settings import field_help
 from utils.training.config import NOT_YET, TrainingConfig
@@ -50,6 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
             "--trust", action="store_true", help="run the model's code even if the audit finds something in it"
         )
         sub.add_argument("--task", choices=TASKS, help="what the model is for, when detection is wrong")
+        sub.add_argument(
+            "--example-inputs", metavar="FILE",
+            help="arguments of forward() by name, batch first: .safetensors, .npz, or .json with lists of numbers",
+        )  # fmt: skip
+        sub.add_argument(
+            "--load-time-limit", type=float, metavar="SECONDS", help="limit for running the model's code while it loads"
+        )
 
     validate = verb(
         "validate",
@@ -134,10 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     except (SeedbedError, OSError) as error:
+        said = _in_options(str(error))
         if options.json:
-            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+            print(json.dumps({"error": said, "kind": type(error).__name__}))
         else:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{type(error).__name__}: {said}", file=sys.stderr)
         return 2
 
 
@@ -150,14 +160,26 @@ def _validate(options: argparse.Namespace) -> int:
     from utils.tier1_critical_validation import validate
 
     tiers = [_value(part) for part in options.tiers.split(",")]
-    report = validate(
-        _load(options), tiers, ModelSpec(task=options.task), None, options.time_budget, progress=not options.quiet
+    model = _load(options)
+    spec = _spec(options, model)
+    report = validate(model, tiers, spec, None, options.time_budget, progress=not options.quiet)
+    told = tuple(
+        replace(
+            result,
+            why=_in_options(result.why),
+            findings=tuple(
+                replace(f, message=_in_options(f.message), hint=_in_options(f.hint)) for f in result.findings
+            ),
+        )
+        for result in report.results
     )
-    if options.html:
-        report.to_html(options.html)
-    if options.badge:
-        report.badge(options.badge)
+    report = replace(report, results=told)
+    for path, write in ((options.html, report.to_html), (options.badge, report.badge)):
+        if path:
+            print(f"wrote {write(path).resolve()}", file=sys.stderr)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.text())
+    if report.findings and not options.json:
+        print(f"To see and reproduce a finding in Python, begin with:\n{_lines_to_load(options)}")
     return 0 if report.passed else 1
 
 
@@ -172,12 +194,13 @@ def _train(options: argparse.Namespace) -> int:
     if "max_epochs" in settings and "max_steps" not in settings:
         settings["max_steps"] = None
     config = TrainingConfig.from_dict(settings)
+    model = _load(options)
     run = train(
-        _load(options),
+        model,
         options.data,
         config,
         options.run_dir,
-        spec=ModelSpec(task=options.task),
+        spec=_spec(options, model),
         progress=not options.quiet,
     )
     return _show_run(run, options.json)
@@ -205,10 +228,8 @@ def _export(options: argparse.Namespace) -> int:
     else:
         model = _load(options)
     formats = tuple(name.strip() for name in options.formats.split(",") if name.strip())
-    report = export(
-        model, options.directory, formats, spec=ModelSpec(task=options.task) if options.task else None,
-        progress=not options.quiet,
-    )  # fmt: skip
+    spec = _spec(options, model) if options.task or options.example_inputs else None
+    report = export(model, options.directory, formats, spec=spec, progress=not options.quiet)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.text())
     return 0 if report.passed else 1
 
@@ -230,7 +251,68 @@ def _load(options: argparse.Namespace) -> Any:
     from utils.loading import load_model
 
     config = _read_json(options.model_config) if options.model_config else None
-    return load_model(options.model, config=config, revision=options.revision, trust=options.trust)
+    limit = {} if options.load_time_limit is None else {"time_limit": options.load_time_limit}
+    return load_model(options.model, config=config, revision=options.revision, trust=options.trust, **limit)
+
+
+def _spec(options: argparse.Namespace, model: Any) -> ModelSpec:
+    """Return what the options say about a model."""
+    examples = _read_examples(options.example_inputs, model) if options.example_inputs else None
+    return ModelSpec(task=options.task, example_inputs=examples)
+
+
+def _read_examples(path: str, model: Any) -> dict[str, Any]:
+    """Read arguments of forward from a file without running anything in it; a model's real numbers have its dtype."""
+    import numpy
+    import torch
+
+    kind = Path(path).suffix
+    if kind not in (".safetensors", ".npz", ".json"):
+        raise ConfigError(f"{path} ends in {kind or 'nothing'}.", "Expected a .safetensors, .npz or .json file.")
+    try:
+        if kind == ".safetensors":
+            return dict(require("safetensors.torch", "read this file").load_file(path))
+        if kind == ".npz":
+            with numpy.load(path, allow_pickle=False) as held:
+                read = {name: torch.from_numpy(held[name]) for name in held.files}
+        else:
+            values = _read_json(path).items()
+            read = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in values}
+    except SeedbedError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}.", "Expected the arguments of forward() by name, numbers only."
+        ) from error
+    module = getattr(model, "module", model)
+    real = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return {
+        name: value.to(real) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in read.items()
+    }
+
+
+def _lines_to_load(options: argparse.Namespace) -> str:
+    """Return the lines of Python after which a report's lines run as they are."""
+    given = {"config": options.model_config, "revision": options.revision, "trust": options.trust}
+    said = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    lines = f"import utils\nmodel = utils.load_model({options.model!r}{said}).module"
+    return lines + (f"\nspec = utils.ModelSpec(task={options.task!r})" if options.task else "")
+
+
+def _in_options(text: str) -> str:
+    """Return a message with the command line's options for the arguments of Python functions that it names."""
+
+    def examples(match: re.Match[str]) -> str:
+        names = ", ".join(re.findall(r"'(\w+)'", match[1]))
+        return "--example-inputs FILE (.safetensors, .npz or .json" + (f" with {names})" if names else ")")
+
+    text = re.sub(r"ModelSpec\(example_inputs=\{([^}]*)\}\)", examples, text)
+    text = re.sub(r"ModelSpec\.example_inputs|\bexample_inputs(?=[ ,.])", "--example-inputs", text)
+    text = re.sub(r"ModelSpec\(task='?([\w.]+?)'?\)", lambda m: f"--task {m[1].strip('.') or 'NAME'}", text)
+    text = re.sub(r"\bconfig=\{'(\w+)': \.\.\.\}", r'--model-config FILE with {"\1": ...}', text)
+    text = re.sub(r"\bconfig=(?=[ .])", "--model-config", text)
+    return text.replace("trust=True", "--trust").replace("time_limit=", "--load-time-limit")
 
 
 def _read_json(path: str) -> dict[str, Any]:

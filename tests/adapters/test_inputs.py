@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter, ModelSpec
-from utils.adapters.inputs import candidate_kinds, image_shapes, longest_length, main_example, sound_shapes, table_sizes
+from utils.adapters.inputs import (
+    candidate_kinds,
+    image_shapes,
+    length_inputs,
+    longest_length,
+    main_example,
+    sound_shapes,
+    stretched,
+    table_sizes,
+)
 from utils.runtime.errors import AdapterError, ConfigError
 
 
@@ -93,3 +102,24 @@ def test_likely_limits_are_tried_first() -> None:
 def test_spectrograms_may_be_called_values() -> None:
     shapes = [shape for shape, _ in sound_shapes({"num_mel_bins": 8, "max_length": 20}, "wave")]
     assert shapes == [(20, 8), (16000,)]
+
+
+def test_lengths_follow_the_text() -> None:
+    """Cut with it, grown with it, always with one full text, and longest first where they were."""
+    examples = {"input_ids": torch.zeros(4, 9, dtype=torch.long), "n": torch.tensor([9, 5, 3, 1])}
+    assert length_inputs(examples, "input_ids") == {"n"}
+    assert length_inputs({**examples, "n": torch.tensor([9, 0, 3, 1])}, "input_ids") == set()
+    assert length_inputs({**examples, "n": torch.tensor([7, 5, 3, 1])}, "input_ids") == set()
+    generator = torch.Generator().manual_seed(0)
+    for batch, length, expected in ((4, 4, [4, 4, 3, 1]), (2, 12, [12, 5]), (6, None, [9, 9, 5, 5, 3, 1])):
+        made = stretched(examples, "input_ids", "tokens", batch, length, 5, generator, torch.device("cpu"))
+        assert made["n"].tolist() == expected
+    examples["n"] = torch.tensor([1, 3, 5, 9])
+    made = stretched(examples, "input_ids", "tokens", 2, None, 5, generator, torch.device("cpu"))
+    assert made["n"].tolist() == [1, 9]
+
+
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.LazyConv1d(4, 1), nn.LazyConv2d(4, 1)])
+def test_lazy_layers_get_an_input_with_content(layer: nn.Module) -> None:
+    """They state a size of 0 until the first call, and from that they would take weights without numbers."""
+    assert all(p.numel() for p in ModelAdapter(layer).module.parameters())

@@ -342,3 +342,11 @@ def test_tiny_models_are_quick(small: Any) -> None:
     started = time.perf_counter()
     ModelAdapter(model)
     assert time.perf_counter() - started < 0.1
+
+
+def test_the_text_of_an_adapter_is_one_line(small: Any) -> None:
+    text = repr(ModelAdapter(small.Nano()))
+    assert text.startswith("ModelAdapter(Nano, causal_lm, ") and "inputs idx" in text and "\n" not in text
+    examples = {"input1": torch.ones(2, 9), "input2": torch.ones(2, 9)}
+    unknown = ModelAdapter(nn.Bilinear(3, 4, 5), spec=ModelSpec(example_inputs=examples))
+    assert "no forward pass succeeded" in str(unknown)

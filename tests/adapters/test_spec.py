@@ -82,7 +82,7 @@ def test_facts_that_the_model_contradicts(facts: dict[str, Any], message: str) -
         ModelAdapter(Language(), spec=ModelSpec(**facts))
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "masked_lm", "text_classification", "tabular_classification"])
+@pytest.mark.parametrize("task", ["causal_lm", "masked_lm", "tabular_classification"])
 def test_pictures_are_no_texts(task: str) -> None:
     with pytest.raises(ConfigError, match=f"task is '{task}', but Pictures takes images and returns \\(2, 5\\)"):
         ModelAdapter(Pictures(), spec=ModelSpec(task=task))
@@ -97,6 +97,8 @@ def test_pictures_are_no_texts(task: str) -> None:
         (Language(pooled=True), {"task": "tabular_classification"}),
         (Pictures(), {"task": "image_classification"}),
         (Pictures(), {"task": "embedding"}),
+        # Vectors of words, one map per text, as convolutions over texts read them.
+        (Pictures(), {"task": "text_classification"}),
         (nn.Sequential(nn.Linear(784, 10)), {"task": "image_classification"}),
         (nn.Sequential(nn.Linear(8, 3)), {"task": "text_classification"}),
     ],
@@ -130,3 +132,45 @@ def test_a_frozen_prefix_may_be_the_second_name_of_a_shared_weight() -> None:
     model.tok, model.head = nn.Embedding(20, 4), nn.Linear(4, 20, bias=False)
     model.head.weight = model.tok.weight
     ModelSpec(frozen=("head",)).check_against(model, (), ("input_ids",))
+
+
+@pytest.mark.parametrize("prefix", ["module.tok", "tok", "_orig_mod.module.tok", "module."])
+def test_frozen_prefixes_may_name_wrappers(prefix: str) -> None:
+    """Names as the wrapped model has them, and as the model inside has them."""
+    for model in (Language(), nn.DataParallel(Language())):
+        spec = ModelSpec(frozen=(prefix,))
+        adapter = ModelAdapter(model, spec=spec)
+        assert adapter.failure is None
+        assert all(spec.freezes(name) for name, _ in adapter.module.named_parameters() if "tok" in name)
+        assert spec.freezes("head.weight") == (prefix == "module.")
+    with pytest.raises(ConfigError, match=r"names 'module\.toc'"):
+        ModelAdapter(nn.DataParallel(Language()), spec=ModelSpec(frozen=("module.toc",)))
+
+
+def test_single_numbers_of_numpy_are_numbers() -> None:
+    class Scaled(Pictures):
+        def forward(self, pixels: torch.Tensor, scale: float) -> torch.Tensor:
+            return pixels.mean((2, 3)) * scale
+
+    inputs = {"pixels": torch.randn(2, 3, 8, 8), "scale": np.float32(2)}
+    assert ModelAdapter(Scaled(), spec=ModelSpec(example_inputs=inputs)).failure is None
+    with pytest.raises(ConfigError, match=r"example_inputs\['scale'\] is a ndarray"):
+        ModelSpec(example_inputs={**inputs, "scale": np.ones(2)})
+
+
+def test_what_tables_are_asked_for_is_seen_under_any_name() -> None:
+    """Ids given by keyword are looked at as well; a crash of the model's own is passed on as it is."""
+
+    class Keyword(Language):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.tok(input=input_ids)
+
+    with pytest.raises(ConfigError, match="holds the id 50, and `tok` reads it"):
+        ModelAdapter(Keyword(), spec=ModelSpec(example_inputs={"input_ids": IDS + 35}))
+
+    class Broken(Language):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            self.tok(input_ids)
+            raise RuntimeError("no such head")
+
+    assert ModelAdapter(Broken(), spec=ModelSpec(example_inputs={"input_ids": IDS})).failure is not None

@@ -1,4 +1,4 @@
-"""Limits of time and memory, rehearsals in a copy of the process, and caught output."""
+"""Limits of time and memory, what a rehearsal in a copy of the process ends with, and caught output."""
 
 import contextlib
 import ctypes
@@ -13,10 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import utils
-from utils.adapters import ModelAdapter
-from utils.runtime import rehearsal
-from utils.runtime.errors import AdapterError
+from utils.runtime import rehearsal, watchdog
 from utils.runtime.printing import KEPT, captured_output
 from utils.runtime.rehearsal import rehearse
 from utils.runtime.resources import allocation_limit, available_memory, is_out_of_memory, total_memory
@@ -49,11 +46,11 @@ def stubborn():
             continue
 
 
-def in_thread(function):
+def in_thread(function, seconds=20):
     answers = []
     thread = threading.Thread(target=lambda: answers.append(function()))
     thread.start()
-    thread.join(20)
+    thread.join(seconds)
     return answers[0]
 
 
@@ -186,6 +183,72 @@ def test_limits_that_end_as_their_blocks_do_leave_nothing_behind():
         return late <= 300
 
     assert anywhere(run) == (True, True)
+
+
+def test_a_limit_that_is_late_to_name_the_module_stays_in_its_block(monkeypatch):
+    """In a large model that takes a while, in which the block may come to its end."""
+
+    def slow(module, frame):
+        time.sleep(0.02)
+        return ""
+
+    monkeypatch.setattr(watchdog, "working_module", slow)
+
+    def run():
+        leaks = []
+        for count in range(60):
+            try:
+                with time_limit(0.005):
+                    end = time.perf_counter() + 0.005 + 0.0005 * count
+                    while time.perf_counter() < end:
+                        pass
+            except TimedOut:
+                continue
+            except BaseException as error:
+                leaks.append(type(error).__name__)
+        return leaks, watchdog.limited(), len(watchdog._PENDING)
+
+    assert in_thread(run, 60) == ([], False, 0)
+
+
+def test_an_interruption_that_arrives_on_the_way_out_ends_its_own_block(monkeypatch):
+    """The thread may have left the block between the look at it and the exception."""
+    stop, left = watchdog._Asynchronous._stop, []
+
+    def late(limit):
+        if not left:
+            left.append(1)
+            raise limit._kind
+        stop(limit)
+
+    def run():
+        try:
+            with time_limit(5):
+                pass
+        except TimedOut as error:
+            return error.seconds, watchdog.limited()
+        return None
+
+    monkeypatch.setattr(watchdog._Asynchronous, "_stop", late)
+    assert in_thread(run) == (5, False)
+
+
+def test_a_limit_that_cannot_be_set_counts_for_nothing(monkeypatch):
+    def run():
+        with contextlib.suppress(RuntimeError), time_limit(5):
+            pass
+        return watchdog.limited()
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    thread = threading.Thread(target=lambda: answers.append(run()))
+    answers = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda made: start(made) if made is thread else refuse(made))
+    thread.start()
+    thread.join(20)
+    assert answers == [False]
 
 
 def test_limits_of_two_threads_do_not_meet():
@@ -406,93 +469,3 @@ def test_streams_that_are_closed_or_missing_do_no_harm(monkeypatch):
     with captured_output() as printed:
         print("text", end="")
     assert (printed.count, printed.start, sys.stderr) == (4, "text", None)
-
-
-class Counted(nn.Module):
-    """Leaves a mark in a file for every process that calls it, and then does something."""
-
-    def __init__(self, path, act=lambda: None):
-        super().__init__()
-        self.net, self.path, self.act = nn.Linear(4, 2), path, act
-
-    def forward(self, x):
-        with open(self.path, "a") as file:
-            file.write(f"{os.getpid()}\n")
-        self.act()
-        return self.net(x)
-
-
-def processes(path):
-    return set(path.read_text().split())
-
-
-def test_an_adapter_made_by_hand_is_rehearsed_once(tmp_path):
-    path = tmp_path / "calls"
-    model = Counted(path)
-    adapter = ModelAdapter(model)
-    assert len(processes(path)) == 2
-    ModelAdapter(adapter)
-    ModelAdapter(model)
-    assert len(processes(path)) == 2
-    ModelAdapter(Counted(path))
-    assert len(processes(path)) == 3
-
-
-@pytest.mark.parametrize(
-    ("act", "words"),
-    [
-        (lambda: os._exit(3), "was ended with exit status 3"),
-        (lambda: ctypes.string_at(0), "died with signal 11"),
-        (lambda: sys.exit(1), r"was ended by SystemExit\(1\)"),
-        (forever, "gave no answer within 0.5 s"),
-        (lambda: time.sleep(100), "gave no answer within 0.5 s"),
-    ],
-)
-def test_an_adapter_of_a_fatal_model_is_an_error(act, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(rehearsal, "ONCE_SECONDS", 0.5)
-    monkeypatch.setattr(rehearsal, "CONFIRMING_SECONDS", 0.2)
-    path = tmp_path / "calls"
-    model = Counted(path, act)
-    for _ in range(2):
-        with pytest.raises(AdapterError, match=words):
-            ModelAdapter(model)
-    assert len(processes(path)) <= 2
-
-
-def test_waiting_in_the_copy_alone_is_no_fault_of_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(rehearsal, "ONCE_SECONDS", 0.5)
-    parent = os.getpid()
-    model = Counted(tmp_path / "calls", lambda: os.getpid() == parent or time.sleep(100))
-    assert ModelAdapter(model).failure is None
-
-
-def test_no_rehearsal_inside_a_limit(tmp_path):
-    path = tmp_path / "calls"
-    with time_limit(20):
-        ModelAdapter(Counted(path))
-    assert processes(path) == {str(os.getpid())}
-
-
-def test_validation_rehearses_once_itself(tmp_path):
-    path = tmp_path / "calls"
-    utils.validate(Counted(path), progress=False, time_budget=1)
-    assert len(processes(path)) == 2
-
-
-@pytest.mark.parametrize("fatal", [1, 100])
-def test_lengths_are_rehearsed_too(fatal):
-    class Picky(nn.Module):
-        """Ends the process at lengths of one token, or of many."""
-
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
-
-        def forward(self, input_ids):
-            if input_ids.shape[1] == 1 == fatal or input_ids.shape[1] >= fatal > 1:
-                os._exit(4)
-            return self.head(self.embed(input_ids))
-
-    report = utils.validate(Picky(), progress=False)
-    assert [f.code for f in report.findings] == ["process_died"]
-    assert "exit status 4 in a forward pass at another length" in report.findings[0].message

@@ -246,3 +246,57 @@ def test_messages_carry_numbers_and_lines_to_run():
 def test_a_model_that_no_call_runs_is_not_judged():
     result = result_of(check_determinism, nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 4)))
     assert result.could_not_run
+
+
+class Variational(nn.Module):
+    """Draws its latent vector in eval mode too, in one way or another."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.encode, self.mean, self.spread = nn.Linear(20, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+        self.decode, self.draw = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 20)), draw
+
+    def forward(self, x):
+        hidden = self.encode(x).relu()
+        mean, spread = self.mean(hidden), self.spread(hidden)
+        return self.decode(self.draw(mean, (0.5 * spread).exp())), mean, spread
+
+
+def noisy_twice(mean, deviation):
+    return mean + torch.randn_like(mean) * deviation + 0.1 * torch.randn_like(mean)
+
+
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        (lambda mean, deviation: mean + deviation * torch.randn_like(deviation), ["warn"]),
+        (lambda mean, deviation: torch.randn_like(mean).mul(deviation).add_(mean), ["warn"]),
+        (lambda mean, deviation: deviation.new(deviation.shape).normal_().mul(deviation).add(mean), ["warn"]),
+        (lambda mean, deviation: torch.distributions.Normal(mean, deviation).rsample(), ["warn"]),
+        (lambda mean, deviation: torch.normal(mean, deviation), ["warn"]),
+        (noisy_twice, ["fail"]),
+        (lambda mean, deviation: torch.rand_like(mean), ["fail"]),
+    ],
+)
+def test_latent_vectors_may_be_drawn(draw, expected):
+    """Noise on a returned mean, and nowhere else, may be wanted: worth a look, no fault."""
+    result = result_of(check_determinism, Variational(draw))
+    assert [finding.severity for finding in result.findings] == expected
+
+
+def test_noise_without_mean_and_variance_is_a_fault():
+    """An answer and one other output prove no latent vector; and dropout is none."""
+
+    class Single(Variational):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    class Dropping(Variational):
+        def forward(self, x):
+            answer, mean, spread = super().forward(x)
+            return functional.dropout(answer, 0.5), mean, spread
+
+    draw = lambda mean, deviation: mean + deviation * torch.randn_like(deviation)  # noqa: E731
+    assert found(check_determinism, Single(draw)) == [(RANDOM, "fail", "Single")]
+    fails = [finding for finding in found(check_determinism, Dropping(draw)) if finding[1] == "fail"]
+    assert (DROPOUT, "fail", "Dropping") in fails

@@ -311,9 +311,20 @@ def test_auxiliary_head_in_training_only():
 
 
 def test_no_parameters():
-    """A model with nothing to train is not passed over in silence."""
+    """Nothing to train is no fault, unless layers are there that torch does not see."""
     result = check_gradient_flow(nn.Softmax(dim=-1))
-    assert result.status == "warn" and codes(result) == [("frozen_parameter", "Softmax")]
+    assert (result.status, result.why) == ("skip", "the model has no parameters: nothing to train")
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(8, 8), nn.Linear(8, 3)]
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x).relu())
+
+    result = check_gradient_flow(Listed())
+    assert result.status == "warn" and codes(result) == [("frozen_parameter", "Listed")]
 
 
 def test_most_of_the_model_frozen(tiny):

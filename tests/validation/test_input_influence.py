@@ -227,3 +227,47 @@ def test_labels_that_forward_reads_from_a_dict_are_made_up():
     adapter = ModelAdapter(Labelled())
     assert adapter.modality == "tokens" and adapter.task.value == "text_classification"
     assert judged(Labelled()).findings == ()
+
+
+class Triplet(nn.Module):
+    """One vector for each of three inputs; `lost` reads the anchor in place of another one."""
+
+    def __init__(self, lost=False):
+        super().__init__()
+        self.net, self.lost = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), lost
+
+    def forward(self, anchor, positive, negative):
+        return self.net(anchor), self.net(positive), self.net(anchor if self.lost else negative)
+
+
+def test_any_tensor_of_the_output_may_hear_an_input():
+    """A siamese model answers for each input; one that is read nowhere is still lost."""
+    sound = judged(Triplet())
+    assert sound.status == "pass" and sound.details["influence"]["negative"] > 0
+    (finding,) = judged(Triplet(lost=True)).findings
+    assert finding.code == "ignored_input" and "`negative`" in finding.message
+
+
+class Packed(nn.Module):
+    """A recurrence over packed texts; `deaf` takes all texts for full ones."""
+
+    def __init__(self, deaf=False):
+        super().__init__()
+        self.table, self.rnn, self.head = nn.Embedding(40, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 3)
+        self.deaf = deaf
+
+    def forward(self, input_ids, lengths):
+        x = self.table(input_ids)
+        if self.deaf:
+            lengths = torch.full_like(lengths, x.shape[1])
+        x = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True)
+        return self.head(self.rnn(x)[1][-1])
+
+
+def test_lengths_stay_legal():
+    """Shorter lengths are other lengths; zero is none, and the order stays."""
+    ids, lengths = torch.randint(1, 40, (4, 9)), torch.tensor([9, 5, 3, 1])
+    for spec in ({}, {"example_inputs": {"input_ids": ids, "lengths": lengths}}):
+        assert judged(Packed(), **spec).status == "pass"
+        (finding,) = judged(Packed(deaf=True), **spec).findings
+        assert finding.code == "ignored_input" and "`lengths`" in finding.message

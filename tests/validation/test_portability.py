@@ -40,6 +40,9 @@ DEVICES = {
     "after data dependent shapes": routed,
     "after a data dependent branch": decided,
     "after asking for the meta device": lambda part, h: h + torch.arange(16) if h.device.type != "cpu" else h,
+    "moved to the gpu for its shape": lambda part, h: (
+        h + torch.arange(16) * (torch.arange(16).cuda() if h.is_cuda else 1)
+    ),
 }
 DTYPES = {
     "float": lambda part, h: part.linear(h.float()),
@@ -116,6 +119,13 @@ SOUND = {
     "upcast within": lambda part, h: h + torch.sin(h.double()).to(h),
     "asks for the meta device": lambda part, h: (
         h + torch.arange(16, device=None if part.linear.weight.device.type == "meta" else part.linear.weight.device)
+    ),
+    "to the gpu where the input is": lambda part, h: h + (torch.arange(16).cuda() if h.is_cuda else torch.arange(16)),
+    "to the gpu by its name": lambda part, h: (
+        h + (torch.arange(16).cuda() if h.device.type == "cuda" else torch.arange(16))
+    ),
+    "to the gpu by its number": lambda part, h: (
+        h + (torch.arange(16).cuda(h.get_device()) if h.device.type != "cpu" else torch.arange(16))
     ),
     "a list of numbers": lambda part, h: h * len(h.sum((1, 2)).tolist()),
 }

@@ -54,7 +54,7 @@ def test_two_calls_between_layers_count_each():
             x = torch.relu(self.enter(x))
             return self.head(x + torch.relu(x @ self.inner + self.shift))
 
-    assert dead(Bare(-50.0)) == [("enter", "fail")]
+    assert dead(Bare(-50.0)) == [("shift", "fail")]
     assert dead(Bare(0.0)) == []
 
 
@@ -88,3 +88,24 @@ def test_loop_over_time_is_one_place():
             return self.head(h + functional.relu(self.again(x)))
 
     assert dead(Fading()) == []
+
+
+class Gated(nn.Module):
+    """A gate of its own, or a layer that ended before another did, behind a rectifier."""
+
+    def __init__(self, gate=0.5, early=0.0):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(16, 64), nn.Linear(16, 64), nn.Linear(64, 4)
+        self.g = nn.Parameter(torch.full((64,), gate))
+        nn.init.constant_(self.a.bias, early)
+
+    def forward(self, x):
+        first, h = self.a(x), functional.gelu(self.b(x))
+        return self.head(h + functional.relu(self.g) * h + functional.relu(first))
+
+
+def test_what_feeds_the_call_is_named():
+    """The part that ended last may have nothing to do with what the rectifier is given."""
+    assert dead(Gated(gate=-1.0)) == [("g", "fail")]
+    assert dead(Gated(early=-50.0)) == [("a", "fail")]
+    assert dead(Gated()) == []

@@ -93,6 +93,46 @@ class Members(nn.Module):
         return (torch.einsum("bi,eij->bej", x, self.weights) + self.bias).mean(1)
 
 
+class Grey(nn.Module):
+    """One channel, given three times to weights that were drawn for one; `raw` keeps them outside of a layer."""
+
+    def __init__(self, raw=False, same=False):
+        super().__init__()
+        units = torch.randn(1, 8, 1).repeat(3, 1, 20) if same else torch.randn(1, 8, 20).repeat(3, 1, 1)
+        self.stem = None if raw else nn.Linear(24, 20)
+        if self.stem is None:
+            self.inflated = nn.Parameter(units / 5)
+        else:
+            self.stem.weight = nn.Parameter((units.flatten(0, 1).mT / 5).contiguous())
+        self.head = nn.Linear(20, 3)
+        if same:
+            self.head.weight = nn.Parameter(torch.randn(3, 1).repeat(1, 20) / 10)
+
+    def forward(self, x):
+        channels = x[:, None, :8].expand(-1, 3, -1)
+        if self.stem is None:
+            return self.head(torch.einsum("bci,cio->bo", channels, self.inflated).tanh())
+        return self.head(self.stem(channels.flatten(1)).tanh())
+
+
+class Stem(nn.Module):
+    """Convolutions, forward or transposed, whose input channels or units are equal."""
+
+    def __init__(self, inputs, units, transposed=False):
+        super().__init__()
+        kind = nn.ConvTranspose1d if transposed else nn.Conv1d
+        self.conv, self.head = kind(3, 16, 3, padding=1), nn.Linear(16, 3)
+        shape = (1 if units else 16, 1 if inputs else 3, 3)
+        weight = (torch.randn(shape) / 5).expand(16, 3, 3)
+        self.conv.weight = nn.Parameter((weight.transpose(0, 1) if transposed else weight).contiguous())
+        nn.init.constant_(self.conv.bias, 0.1)
+        if units:
+            self.head.weight = nn.Parameter(torch.randn(3, 1).repeat(1, 16) / 10)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x[:, None].expand(-1, 3, -1))).mean(2))
+
+
 def constant(*shape):
     return torch.full(shape, 1 / shape[0])
 
@@ -102,8 +142,15 @@ BROKEN = {
     "columns repeated": (lambda: Units(torch.randn(12, 1).repeat(1, 20) / 4, torch.randn(1, 3).repeat(20, 1)), "w1"),
     "copies averaged": (lambda: Experts(averaged), "experts"),
     "copies in one tensor": (Stacked, "weights"),
+    "equal units over equal inputs": (lambda: Grey(raw=True, same=True), "inflated"),
+    "equal units of a convolution": (lambda: Stem(inputs=False, units=True), "conv.weight"),
+    "equal units of a transposed one": (lambda: Stem(inputs=False, units=True, transposed=True), "conv.weight"),
 }
 SOUND = {
+    "one input given thrice": lambda: Grey(),
+    "one input given thrice to raw weights": lambda: Grey(raw=True),
+    "one channel given thrice": lambda: Stem(inputs=True, units=False),
+    "one channel given thrice, transposed": lambda: Stem(inputs=True, units=False, transposed=True),
     "random": lambda: Units(torch.randn(12, 20) / 4, torch.randn(20, 3) / 4),
     "ones read by random numbers": lambda: Units(constant(12, 20), torch.randn(20, 3) / 4),
     "ones after random numbers": lambda: Units(torch.randn(12, 20) / 4, constant(20, 3)),

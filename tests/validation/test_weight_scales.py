@@ -177,6 +177,79 @@ def test_raw_matrices():
         assert [finding.code for finding in result.findings if finding.severity == "fail"] == expected
 
 
+class Equalised(nn.Module):
+    """A layer drawn with one that scales its matrix itself, or does not, or hides it behind a saturating end."""
+
+    def __init__(self, fan_in, fan_out, how):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(fan_out, fan_in)), nn.Parameter(torch.zeros(fan_out))
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "unit length":
+            return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=1), self.bias)
+        scale = self.weight.shape[1] ** -0.5 if self.how == "scaled" else 1.0
+        result = nn.functional.linear(x, self.weight * scale, self.bias)
+        return result.tanh() if self.how == "saturating" else result
+
+
+class Deep(nn.Module):
+    def __init__(self, how, norm, head):
+        super().__init__()
+        self.layers = nn.ModuleList(Equalised(64 if i else 32, 64, how) for i in range(4))
+        self.norm, self.head = norm, Equalised(64, 10, how) if head else nn.Linear(64, 10)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = nn.functional.leaky_relu(layer(x), 0.2)
+            x = nn.functional.rms_norm(x, x.shape[-1:]) if self.norm else x
+        return self.head(x)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize(
+    ("how", "sound"), [("scaled", True), ("unit length", True), ("plain", False), ("saturating", False)]
+)
+def test_layers_that_scale_at_run_time(how, sound, head, norm):
+    """Judged at the layer: a norm behind it neither hides a fault nor makes one."""
+    torch.manual_seed(0)
+    codes = [code for code, _, severity in found(Deep(how, norm, head)) if severity == "fail"]
+    assert codes == ([] if sound else ["exploding_init"])
+
+
+@pytest.mark.parametrize(("classes", "std", "severity"), [(10, 1.0, "fail"), (10, 0.1, None), (2, 0.36, "warn")])
+def test_head_of_large_numbers(classes, std, severity):
+    """Certain of wrong answers before it has seen any; with two classes a scale that stays below three nats warns."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, classes, bias=False))
+    redrawn(model, std, "3.weight")
+    assert [(w, s) for _, w, s in found(model)] == ([("3.weight", severity)] if severity else [])
+
+
+class GatedBranch(nn.Module):
+    """A gate over a branch that ends in a matrix; each may start at zero."""
+
+    def __init__(self, gate=0.0, last=0.0, bias=0.0):
+        super().__init__()
+        self.enter, self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.gate, self.head = nn.Parameter(torch.full((1,), gate)), nn.Linear(32, 4)
+        self.down.weight.data.mul_(last)
+        nn.init.constant_(self.down.bias, bias)
+
+    def forward(self, x):
+        x = self.enter(x)
+        return self.head(x + self.gate * self.down(torch.relu(self.up(x))))
+
+
+def test_gate_over_a_branch_at_zero():
+    """Either zero alone moves with the first step; together neither does, unless a bias is there."""
+    torch.manual_seed(0)
+    assert found(GatedBranch()) == [("zero_init", "down.weight", "fail")]
+    for sound in ({"gate": 1.0}, {"last": 1.0}, {"bias": 0.1}):
+        assert found(GatedBranch(**sound)) == []
+
+
 def test_head_whose_config_states_its_scale(tiny):
     """What a class draws by default is no accident."""
 

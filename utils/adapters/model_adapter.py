@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters.capture import named_tensors, tensor_at
-from utils.adapters.description import facts, facts_table
+from utils.adapters.description import facts, facts_page, summary
 from utils.adapters.detection import (
     LABEL_INPUTS,
     Detection,
@@ -77,7 +77,7 @@ class ModelAdapter:
             AdapterError: `model` is no module, cannot train (TorchScript, exported, quantised, no values), has lazy
                 layers and no call that runs, needs arguments that cannot be guessed, or returns nothing like logits.
         """
-        rehearse_once(model, lambda: type(self)(model, config, spec))
+        rehearse_once(model, lambda: type(self)(model, config, spec), config=config, spec=spec)
         self.origin: Any = model.origin if isinstance(model, ModelAdapter) else model
         factory: Callable[[], nn.Module] | None = None
         if isinstance(model, ModelAdapter):
@@ -341,9 +341,8 @@ class ModelAdapter:
         """Return every detected fact as a row ``{"name", "value", "reason"}``."""
         return facts(self)
 
-    def _repr_html_(self) -> str:
-        """Show the facts and their reasons in a notebook."""
-        return facts_table(self.name, self.describe(), str(self.module))
+    __repr__ = summary
+    _repr_html_ = facts_page
 
     def _materialise(self) -> None:
         """Find the inputs on copies, so that the layers without shapes of the user's model stay as they are.
@@ -454,14 +453,15 @@ class ModelAdapter:
     def _confirmed_arrangement(self, shape: tuple[int, ...], inputs: Mapping[str, Tensor]) -> str:
         """Tell how the output's axes are ordered, where another size has the same answer."""
         content = inputs.get("decoder_input_ids", inputs[self.main_input])
-        if self.modality != "tokens" or content.dim() != 2:
+        if not self.batched or ((tokens := self.modality == "tokens") and content.dim() != 2):
             return USUAL
 
-        def shape_at(samples: int, positions: int) -> tuple[int, ...]:
-            output = self.forward(self.example_inputs(samples, positions))
-            return tuple(tensor_at(output, self._output.value or "").shape)
+        def shape_at(samples: int, positions: int | None) -> tuple[int, ...]:
+            found = self.forward(self.example_inputs(samples, positions))
+            return tuple(tensor_at(found, self._output.value or "").shape)
 
-        how = confirmed_arrangement(shape, content.shape[0], content.shape[1], self.vocab_size.value, shape_at)
+        steps, vocabulary = (content.shape[1], self.vocab_size.value) if tokens else (None, None)
+        how = confirmed_arrangement(shape, content.shape[0], steps, vocabulary, shape_at)
         if how != USUAL:
             self._output = Detection(self._output.value, f"{self._output.reason}, {how}")
         return how

@@ -21,6 +21,10 @@ TASKS = (
 )
 
 
+WRAPPERS = ("module.", "_orig_mod.")
+"""What data parallelism and torch.compile put in front of the names of parameters."""
+
+
 @runtime_checkable
 class ModelSource(Protocol):
     """Anything that carries a module with its config, as a loaded model and an adapter do."""
@@ -101,7 +105,8 @@ class ModelSpec:
                     "Expected the names of forward()'s arguments.",
                     "Write example_inputs={'input_ids': ...}.",
                 )
-            if not isinstance(value, Tensor) and hasattr(value, "__array__"):
+            # A single number of numpy's is as good as one of Python's.
+            if not isinstance(value, Tensor) and hasattr(value, "__array__") and getattr(value, "ndim", 0) > 0:
                 raise ConfigError(
                     f"ModelSpec.example_inputs[{name!r}] is a {type(value).__name__}.",
                     "Expected tensors.",
@@ -128,6 +133,10 @@ class ModelSpec:
 
         return build
 
+    def freezes(self, name: str) -> bool:
+        """Tell whether a parameter of this name is frozen on purpose; prefixes may name wrappers or leave them out."""
+        return any(_names(prefix, name) for prefix in self.frozen)
+
     def check_against(self, module: nn.Module, required: Sequence[str], names: Sequence[str] | None) -> None:
         """Check the values that only a model can confirm.
 
@@ -141,7 +150,7 @@ class ModelSpec:
         """
         parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
         for prefix in self.frozen:
-            if not any(name.startswith(prefix) for name in parameters):
+            if not any(_names(prefix, name) for name in parameters):
                 some = ", ".join(parameters[:4]) + (", ..." if len(parameters) > 4 else "")
                 raise ConfigError(
                     f"ModelSpec.frozen names {prefix!r}, and no parameter's name starts with it.",
@@ -160,3 +169,15 @@ class ModelSpec:
                 f"Expected keyword arguments out of {', '.join(names) or 'none at all'}.",
                 "Correct it so that model(**example_inputs) is a valid call.",
             )
+
+
+def _names(prefix: str, name: str) -> bool:
+    """Tell whether a prefix, with the names of wrappers or without, is that of a parameter."""
+    return name.startswith(prefix) or _unwrapped(name).startswith(_unwrapped(prefix))
+
+
+def _unwrapped(name: str) -> str:
+    """Return a name without the wrappers in front of it."""
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name

@@ -98,8 +98,6 @@ def check_task(adapter: ModelAdapter, shape: tuple[int, ...]) -> None:
         narrow = texts and len(shape) == 2 and vocabulary is not None and shape[-1] < vocabulary / 2
         if (not texts and len(shape) < 3) or narrow or len(shape) < 2:
             expected = "scores over the vocabulary for each token: (batch, seq, vocab)"
-    elif task == "text_classification" and adapter.modality == "image" and not texts:
-        expected = "token ids, or features of texts"
     elif task == "image_classification" and adapter.modality == "tokens":
         expected = "images (batch, channels, height, width), or their pixels as real numbers"
     elif task == "audio_classification" and adapter.modality == "tokens":

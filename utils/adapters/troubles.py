@@ -71,6 +71,11 @@ def none_succeeded(model: str, attempts: Sequence[str], names: Sequence[str] | N
         names: The inputs that were made up; None where they were the user's own.
         sized: Whether what it raised depends on the size of the input.
     """
+    if attempts and all(": RecursionError: " in attempt for attempt in attempts):
+        return (
+            f"forward() of {model} calls itself without end, whatever it is given ({len(attempts)} inputs tried): "
+            f"{attempts[0].partition(': ')[2]}. Give the recursion an end, or call the layer that is meant."
+        )
     advice = "Correct ModelSpec.example_inputs so that model(**example_inputs) is a valid call."
     if names is not None:
         given = ", ".join(f"{name!r}: ..." for name in dict.fromkeys(name.split(".")[0] for name in names))
@@ -82,5 +87,5 @@ def none_succeeded(model: str, attempts: Sequence[str], names: Sequence[str] | N
     kinds: dict[str, str] = {}
     for attempt in attempts:
         kinds.setdefault(attempt.partition(": ")[2], attempt)
-    shown = list(kinds.values())[:4]
+    shown = sorted(kinds.values(), key=lambda attempt: ": RecursionError: " not in attempt)[:4]
     return f"No forward pass of {model} succeeded ({len(attempts)} tried). {'; '.join(shown)}. {advice}"

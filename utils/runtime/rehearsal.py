@@ -15,8 +15,8 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ class Rehearsal:
     """The last `Notes.where`."""
     busy: bool = True
     """Whether the child was computing rather than waiting."""
+    taken: float = 0.0
+    """Bytes by which the child grew."""
 
     @property
     def ok(self) -> bool:
@@ -59,8 +61,24 @@ class Rehearsal:
         return self.outcome in ("survived", "inconclusive")
 
 
-_DONE: dict[int, tuple[weakref.ref[torch.nn.Module], Rehearsal]] = {}
-"""By their ids, the models that `rehearse_once` has rehearsed."""
+class _Same:
+    """Stands for one object without keeping it alive, and is equal to what stands for the same one."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._value: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            # What cannot be watched may be gone, and another object in its place.
+            self._value = lambda: None
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (mine := self._value()) is not None and mine is other._value()
+
+
+_SURVIVED: dict[int, tuple[weakref.ref[torch.nn.Module], Any]] = {}
+"""By their ids, the models that have survived `rehearse_once`, and how they were called."""
 
 
 class Notes:
@@ -114,14 +132,16 @@ def rehearse(act: Callable[[Notes], Any], seconds: float, module: torch.nn.Modul
     return _watch(child, notes, started, seconds)
 
 
-def rehearse_once(model: Any, act: Callable[[], Any]) -> None:
-    """Before a model's first passes in this process: rehearse them, once for each model.
+def rehearse_once(model: Any, act: Callable[[], Any], **given: Any) -> None:
+    """Before a model's first passes in this process: rehearse them, until it has survived them once.
 
-    Nothing is done inside a time limit, whose owner has taken care of it, nor for a model that is not on the CPU.
+    Another call of a model, or another ``forward``, is rehearsed again. Nothing is done inside a time limit, whose
+    owner has taken care of it, nor for a model that is not on the CPU.
 
     Args:
         model: A module, or what has one in ``module``.
         act: Does the first passes.
+        **given: What they depend on beside the module; what is None may be an attribute of what holds the module.
 
     Raises:
         AdapterError: This process would hang in them, end or run out of memory.
@@ -132,22 +152,45 @@ def rehearse_once(model: Any, act: Callable[[], Any]) -> None:
     parameters = list(module.parameters())
     if any(parameter.device.type != "cpu" for parameter in parameters):
         return
-    known, result = _DONE.get(id(module), (None, None))
-    if known is None or result is None or known() is not module:
-        size = sum(p.numel() for p in parameters if not torch.nn.parameter.is_lazy(p))
-        result = rehearse(lambda notes: act(), ONCE_SECONDS + SECONDS_PER_BILLION * size / 1e9, module)
-        if result.outcome == "timed_out" and not result.busy:
-            result = _confirmed(result, act, module)
-        key = id(module)
-        _DONE[key] = (weakref.ref(module, lambda _: _DONE.pop(key, None)), result)
-    if not result.ok:
-        where = f" at {result.where}" if result.where else ""
-        raise AdapterError(
-            f"{type(module).__name__} was not run: in a copy of this process, its first forward pass{where}"
-            f" {result.reason}.",
-            "Expected a model that answers.",
-            "validate(model) reports where; look there for endless loops, waiting, and code outside Python.",
-        )
+    key = id(module)
+    held = {} if model is module else {name: getattr(model, name, None) for name in given}
+    facts = {name: held.get(name) if value is None else value for name, value in given.items()}
+    code = [(getattr(type(part), "forward", None), vars(part).get("forward")) for part in module.modules()]
+    circumstances = _mark((facts, code))
+    known, survived = _SURVIVED.get(key, (None, None))
+    if known is not None and known() is module and survived == circumstances:
+        return
+    size = sum(p.numel() for p in parameters if not torch.nn.parameter.is_lazy(p))
+    result = rehearse(lambda notes: act(), ONCE_SECONDS + SECONDS_PER_BILLION * size / 1e9, module)
+    if result.outcome == "timed_out" and not result.busy:
+        result = _confirmed(result, act, module)
+    if result.ok:
+        _SURVIVED[key] = (weakref.ref(module, lambda _: _SURVIVED.pop(key, None)), circumstances)
+        return
+    where = f" at {result.where}" if result.where else ""
+    raise AdapterError(
+        f"{type(module).__name__} was not run: in a copy of this process, its first forward pass{where}"
+        f" {result.reason}.",
+        "Expected a model that answers.",
+        "validate(model) reports where; look there for endless loops, waiting, and code outside Python.",
+    )
+
+
+def _mark(value: Any) -> Any:
+    """Return what two values can be compared by later, without keeping alive what may hold a model.
+
+    Settings that say nothing are as good as none.
+    """
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_mark(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, (type, torch.nn.Module)):
+        value = {item.name: getattr(value, item.name) for item in fields(value)}
+    if isinstance(value, Mapping):
+        marks = {str(key): _mark(item) for key, item in value.items()}
+        return {key: mark for key, mark in marks.items() if mark is not None and mark != []} or None
+    return _Same(value)
 
 
 def _confirmed(result: Rehearsal, act: Callable[[], Any], module: torch.nn.Module) -> Rehearsal:
@@ -220,8 +263,8 @@ def _watch(child: int, notes: Notes, started: float, seconds: float) -> Rehearsa
             _end(child)
             os.waitpid(child, 0)
     busy = usage.ru_utime + usage.ru_stime > BUSY_SHARE * (time.monotonic() - started)
-    place = {"stage": notes.stage, "where": notes.where, "busy": busy}
     grown = usage.ru_maxrss * 1024 - before
+    place: dict[str, Any] = {"stage": notes.stage, "where": notes.where, "busy": busy, "taken": grown}
     taken = f" and had taken {format_bytes(grown)}" if grown > NOTABLE_BYTES else ""
     if late:
         if not busy:

@@ -123,8 +123,9 @@ class _Alarm(_Limit):
     """
 
     def __enter__(self) -> None:
-        self._begin()
+        # From here on no alarm rings half way.
         left, self._interval = signal.setitimer(signal.ITIMER_REAL, 0)
+        self._begin()
         now = time.monotonic()
         self._alarms = 0
         self._due: float | None = now + self.seconds
@@ -188,40 +189,57 @@ class _Asynchronous(_Limit):
     """Limits a block of another thread by an exception that a thread of its own raises in it."""
 
     def __enter__(self) -> None:
+        self._thread, self._where, self._over = threading.get_ident(), "", threading.Event()
         self._begin()
-        self._thread = threading.get_ident()
-        self._where = ""
-        # Only a class can be raised in another thread, so that each limit has one.
-        self._kind = type("_Expired", (_Expired,), {"__init__": lambda error: _Expired.__init__(error, self, "")})
-        self._over = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        try:
+            # Only a class can be raised in another thread, so that each limit has one.
+            self._kind = type("_Expired", (_Expired,), {"__init__": lambda error: _Expired.__init__(error, self, "")})
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
+        except BaseException:
+            # A block that was never entered is not left either.
+            self._stop()
+            _INSIDE.limits -= 1
+            raise
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        while True:
+            try:
+                self._stop()
+                break
+            except _Expired as late:
+                # It was raised while the block still ran, and arrived here.
+                if late.limit is not self:
+                    raise
+                error = late
+        self._watcher.join(AGAIN_SECONDS)
+        if isinstance(error, _Expired) and error.limit is self:
+            error.where = self._where
+        self._end(error)
+
+    def _stop(self) -> None:
+        """Let nothing be raised from now on."""
         self._over.set()
         with _RAISING:
             # One that was raised and has not arrived yet must not arrive outside the block. Another limit's must.
             if _PENDING.get(self._thread) is self:
                 del _PENDING[self._thread]
                 _raise_in(self._thread, None)
-        self._watcher.join(AGAIN_SECONDS)
-        if isinstance(error, _Expired) and error.limit is self:
-            error.where = self._where
-        self._end(error)
 
     def _watch(self) -> None:
         """Wait, and interrupt the block; again and again if it does not end."""
         pause = self.seconds
         alarms = 0
         while alarms < MOST_ALARMS and not self._over.wait(pause):
+            # Finding the module takes a while in a large model, in which the block may come to its end.
+            where = self._where or working_module(self.module, sys._current_frames().get(self._thread))
             with _RAISING:
-                frame = sys._current_frames().get(self._thread)
                 if self._over.is_set():
                     break
-                if _is_handling(frame):
+                if _is_handling(sys._current_frames().get(self._thread)):
                     pause = MOMENT
                     continue
-                self._where = self._where or working_module(self.module, frame)
+                self._where = where
                 _PENDING[self._thread] = self
                 _raise_in(self._thread, self._kind)
             pause = AGAIN_SECONDS

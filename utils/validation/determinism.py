@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.adapters.capture import named_tensors
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
 from utils.runtime.isolation import ModelChangedError, preserved
@@ -22,7 +23,7 @@ from utils.runtime.resources import LARGE_MODEL
 from utils.runtime.seeding import seed_streams
 from utils.runtime.snapshot import bits, same_bits
 from utils.validation.check import Budget, Finding, Outcome
-from utils.validation.draws import guilty_draws
+from utils.validation.draws import guilty_draws, samples_latent
 from utils.validation.hidden import hidden_items
 from utils.validation.probing import ModelCrash, guarded, has_length, short_length
 from utils.validation.watching import alike, change, culprits, first_difference, running_modules
@@ -41,6 +42,7 @@ RANDOM_HINT = (
     "Draw random numbers in train mode only (if self.training:), or once in __init__ and keep them with "
     "register_buffer."
 )
+LATENT_HINT = "A variational model may draw; for answers that can be compared, use the mean unless self.training."
 CLOCK_HINT = "Look for the time, an unseeded generator (numpy's default_rng()) or uninitialised memory (torch.empty)."
 STATE_HINT = (
     "Keep nothing on self in forward() that the next call reads; pass caches and hidden states in and out as arguments."
@@ -286,6 +288,7 @@ def _random(adapter: ModelAdapter, budget: Budget) -> list[Finding]:
         return []
     evidence = f"two calls on the same input in eval mode differ ({_difference(base, reseeded)})"
     draws = guilty_draws(adapter, call)
+    latent = samples_latent(adapter, lambda given: _whole_answer(adapter, inputs, given), (0, tried))
     findings = []
     for code, drops, hint in (
         ("dropout_in_eval", True, DROPOUT_HINT), ("nondeterministic_forward", False, RANDOM_HINT)
@@ -294,7 +297,11 @@ def _random(adapter: ModelAdapter, budget: Budget) -> list[Finding]:
         if found:
             also = f", and {len(found) - 1} more" if len(found) > 1 else ""
             message = f"{evidence}: {found[0].function}() draws random numbers here{also}"
-            findings.append(Finding(code, "fail", found[0].module or adapter.name, message, hint, REPRODUCTION))
+            wanted = latent and not drops
+            severity = "warn" if wanted else "fail"
+            if wanted:
+                hint = LATENT_HINT
+            findings.append(Finding(code, severity, found[0].module or adapter.name, message, hint, REPRODUCTION))
     if findings:
         return findings
     places = culprits(adapter.module, lambda: _streams()[:3], call)
@@ -303,6 +310,14 @@ def _random(adapter: ModelAdapter, budget: Budget) -> list[Finding]:
     source = "layers are skipped at random" if skipped else "Python's or NumPy's random numbers are drawn"
     where = (places[0] if places else "") or adapter.name
     return [Finding(code, "fail", where, f"{evidence}: {source} here", hint, REPRODUCTION)]
+
+
+def _whole_answer(adapter: ModelAdapter, inputs: Inputs, seed: int) -> dict[str, Tensor]:
+    """Return every real-valued tensor of the output for a copy of the inputs on given random streams."""
+    with _fresh(adapter), torch.no_grad():
+        seed_streams(seed, "determinism")
+        found = named_tensors(adapter.forward(copied(inputs)))
+        return {path: tensor.clone() for path, tensor in found if tensor.is_floating_point()}
 
 
 def _streams() -> tuple[Any, ...]:

@@ -74,22 +74,27 @@ def check_embedding_scale(adapter: ModelAdapter, budget: Budget) -> Outcome:
     # Slow waves hardly change over a few positions, so most of them counts as constant here.
     slow = position > FEWEST_WAVES and constant > position / 2
     waves = math.hypot(position, constant) if slow and not as_configured(adapter) else 0.0
-    details = {"content": shares.content, "position": shares.position, "constant": shares.constant}
-    why = f"position has {position:.2g} times the scale of content in what the first layer reads"
-    if position <= SHADED and waves <= WAVES_DROWNED and constant <= CONSTANT_DROWNED:
-        return Outcome(position, DROWNED, why, (), details)
-    drowned = position > DROWNED or waves > WAVES_DROWNED or constant > CONSTANT_DROWNED
+    details = {"content": shares.content, "position": shares.position, "constant": shares.constant, "waves": waves}
+    # The ratio that is furthest beyond its limit, or nearest to it, decides.
+    ratio, limit, what = max(
+        (position, DROWNED, "position"),
+        (waves, WAVES_DROWNED, "position (slow waves, their mean included)"),
+        (constant, CONSTANT_DROWNED, "a constant vector"),
+        key=lambda part: part[0] / part[1],
+    )
+    drowned = ratio > limit
+    if not drowned and position > SHADED:
+        ratio, limit, what = position, SHADED, "position"
+    if ratio <= limit:
+        why = f"what the first layer reads holds {ratio:.2g} times as much {what} as content, {limit:g} at most"
+        return Outcome(ratio, limit, why, (), details)
     # A scale that the config's class states is a choice, however slow a start it gives.
     severity = "fail" if drowned and not as_configured(adapter) else "warn"
-    what, ratio = ("the position", max(position, waves))
-    if position <= SHADED and waves <= WAVES_DROWNED:
-        what, ratio = "a constant vector", constant
-    message = f"what the first layer reads holds {ratio:.3g} times more of {what} than of the content"
+    message = f"what the first layer reads holds {ratio:.3g} times as much {what} as content; the limit is {limit:g}"
     where = _loudest(adapter, inputs, stream_width=streams[0].shape[-1])
     reproduction = "for name, p in model.named_parameters():\n    if p.dim() > 1: print(name, tuple(p.shape), p.std())"
-    return Outcome(
-        position, DROWNED, why, [Finding("embedding_scale", severity, where, message, HINT, reproduction)], details
-    )
+    finding = Finding("embedding_scale", severity, where, message, HINT, reproduction)
+    return Outcome(ratio, limit, "", [finding], details)
 
 
 def split(stream: Tensor) -> Shares:

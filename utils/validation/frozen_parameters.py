@@ -36,7 +36,7 @@ def frozen_parameters(adapter: ModelAdapter, parameters: dict[str, nn.Parameter]
     frozen = [
         name
         for name, p in parameters.items()
-        if not p.requires_grad and not name.startswith(tuple(adapter.spec.frozen)) and p.is_floating_point()
+        if not p.requires_grad and not adapter.spec.freezes(name) and p.is_floating_point()
     ]
     fixed = sum(parameters[name].numel() for name in frozen)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -148,9 +148,25 @@ def _is_low_rank(adapter: ModelAdapter, name: str, parameter: Tensor) -> bool:
     thin = min(parameter.shape[:2])
     for place in (owner, owner.rpartition(".")[0]):
         inside = adapter.module.get_submodule(place).named_parameters() if place else ()
-        bases = [p for _, p in inside if not p.requires_grad and p.dim() > 1]
+        held = [p for _, p in inside]
+        bases = [p for p in held if not p.requires_grad and p.dim() > 1]
+        others = [p for p in held if p.requires_grad and p.dim() == 2 and p is not parameter]
+        # However narrow the frozen matrix is: a product of its very shape is added to it.
+        if any(_multiply_to(parameter, other, base) for other in others for base in bases):
+            return True
         if any(2 * thin <= min(base.shape[:2]) and set(parameter.shape) & set(base.shape) for base in bases):
             return True
+    return False
+
+
+def _multiply_to(first: Tensor, second: Tensor, base: Tensor) -> bool:
+    """Tell whether two matrices multiply, through fewer numbers than the wider side has, to the shape of a third."""
+    if first.dim() != 2 or base.dim() != 2:
+        return False
+    for a in (first.shape, first.shape[::-1]):
+        for b in (second.shape, second.shape[::-1]):
+            if a[1] == b[0] < max(base.shape) and sorted((a[0], b[1])) == sorted(base.shape):
+                return True
     return False
 
 

@@ -20,6 +20,7 @@ from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.dependence import as_double, double_twin
 from utils.validation.frozen_parameters import frozen_parameters
 from utils.validation.gradient_reach import still_missing, training_inputs, waiting, without_gradient
+from utils.validation.hidden import hidden_items
 from utils.validation.probing import crash_site, first_line, has_length, is_finite, is_out_of_memory, logits
 from utils.validation.rectifiers import dead_rectifiers, watch_rectifiers
 from utils.validation.train_mode import check_train_mode
@@ -42,8 +43,12 @@ def check_gradient_flow(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """
     parameters = dict(adapter.module.named_parameters())
     if not parameters:
-        message = "the model has no parameters, so there is nothing that training could change"
-        hint = "If it should learn, assign its layers to self in __init__; lists and dicts hide them from torch."
+        items = hidden_items(adapter.module)
+        hidden = [item for item in items if item.tensors and (item.trains or isinstance(item.item, nn.Module))]
+        if not hidden:
+            raise Skipped("the model has no parameters: nothing to train")
+        message = f"the model has no parameters, and `{hidden[0].where}` holds weights that torch does not see"
+        hint = "Assign layers to self in __init__; lists and dicts hide them from torch."
         finding = Finding("frozen_parameter", "warn", adapter.name, message, hint)
         return Outcome("0 parameters", "at least 1", "", [finding])
     ran: dict[str, int] = {}

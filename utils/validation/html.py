@@ -73,6 +73,8 @@ def report_page(report: "ValidationReport") -> str:
 
 def report_fragment(report: "ValidationReport") -> str:
     """Return the report as one element with its own scoped style, for a notebook."""
+    from utils.validation.report import folded
+
     parts = [
         f"<style>{STYLE}</style>",
         f'<p class="verdict"><b class="{VERDICT_CLASS[report.verdict]}">{escape(report.verdict)}</b>'
@@ -81,7 +83,7 @@ def report_fragment(report: "ValidationReport") -> str:
         *(finding_html(finding) for finding in report.findings),
         "<table><thead><tr><th>check</th><th>status</th><th class='number'>value</th>"
         "<th class='number'>threshold</th><th class='number'>seconds</th><th>why</th></tr></thead><tbody>",
-        *(_row(result, told=True) for result in report.results),
+        *(_row(result, told=True) for result in folded(report.results)),
         "</tbody></table>",
         *(_pictures(result) for result in report.results),
         _detections(report),

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from utils.adapters.capture import named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.roles import role_of
+from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.dependence import (
     as_double,
@@ -65,7 +66,10 @@ def check_input_influence(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if len(names) > 1:
         for name in names:
             reach[name] = _reach(adapter, inputs, {name: replaced[name]}, base)
-            if reach[name] == 0 and not _feeds_loss(adapter, inputs, {name: replaced[name]}):
+            if reach[name] == 0:
+                # Siamese models return an answer for each of their inputs, and a loss hears its labels alone.
+                reach[name] = _reach_elsewhere(adapter, inputs, {name: replaced[name]})
+            if reach[name] == 0:
                 findings.append(_ignored(adapter, name, inputs, replaced[name], reach))
     why = "every input changes the output: " + ", ".join(f"{name} by {size:.2g}" for name, size in reach.items())
     return Outcome(
@@ -115,14 +119,26 @@ def _reach(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping
     return size if size > 4 * torch.finfo(first.dtype).eps else 0.0
 
 
-def _feeds_loss(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> bool:
-    """Tell whether an input moves a single number beside the logits: labels do that, and nothing else, to a loss."""
-    try:
-        before, after = outputs(adapter, inputs), outputs(adapter, {**inputs, **changes})
-    except ModelCrash:
-        return False
-    numbers = [path for path in before if before[path].numel() == 1 and path in after and path != adapter.output.value]
-    return any(not torch.equal(before[path], after[path]) for path in numbers)
+def _reach_elsewhere(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> float:
+    """Return how far other content moves any tensor of the output beside the logits; NaN where that is unknown."""
+
+    def tensors(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        seed_streams(0, "forward")
+        with torch.no_grad():
+            return dict(named_tensors(adapter.forward(given)))
+
+    def moved() -> float:
+        try:
+            before, after = tensors(inputs), tensors({**inputs, **changes})
+        except Exception:
+            return float("nan")
+        return max((_difference([before[path]], [after[path]]) for path in before if path in after), default=0.0)
+
+    found = moved()
+    if found == 0:
+        with without_zeros(adapter):
+            found = moved()
+    return found
 
 
 def _constant(

@@ -86,6 +86,8 @@ def check_learnability(adapter: ModelAdapter, budget: Budget) -> Outcome:
     first = next(iter(curves.values()))[0]
     steps = sum(len(losses) - 1 for losses in curves.values())
     details = {"losses": curves}
+    if steps == 0 and not complete:
+        raise Skipped("the time for this check was over before the first step of training was judged")
     words = f"the loss of one batch went from {first:.3g} to {best * first:.3g} at best"
     threshold = f"below {ENOUGH:g} of the first loss"
     tried = f"{steps} steps of Adam with step sizes {', '.join(curves)}"

@@ -102,10 +102,19 @@ def _sure(adapter: ModelAdapter) -> str:
     return "fail" if adapter.spec.task is not None and adapter.spec.task.endswith("classification") else "warn"
 
 
+def _reconstructs(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> bool:
+    """Tell whether there is one number out for each one in, as an autoencoder has it; flattened images count."""
+    main = inputs[adapter.main_input]
+    stated = adapter.spec.task is not None or adapter.spec.num_labels is not None
+    return not stated and main.is_floating_point() and main[0].numel() == result[0].numel() > 2
+
+
 def _sigmoid(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> Returned:
     """Recognise a sigmoid as the last arithmetic of a classifier with one label of several."""
     if float(result.min()) <= 0 or float(result.max()) >= 1:
         return Returned("scores")
+    if _reconstructs(adapter, inputs, result):
+        return Returned("a reconstruction of the input")
     if adapter.config.get("problem_type") == "multi_label_classification" or result.shape[-1] < 3:
         return Returned("scores")
     try:

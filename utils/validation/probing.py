@@ -142,6 +142,20 @@ def live(adapter: ModelAdapter, result: Tensor, path: str = "") -> Tensor:
     return result if columns is None else result[..., columns.to(result.device)]
 
 
+def compares_samples(adapter: ModelAdapter) -> bool:
+    """Tell whether the logits are a table ``(batch, batch)`` of each sample against each other, as contrast makes."""
+    if adapter.failure is not None or not adapter.batched:
+        return False
+    for size in (2, 3):
+        try:
+            shape = tuple(logits(adapter, adapter.example_inputs(size), whole=True).shape)
+        except ModelCrash:
+            return False
+        if shape != (size, size):
+            return False
+    return True
+
+
 def content_input(adapter: ModelAdapter) -> str:
     """Return the name of the input whose positions the logits follow: the decoder's in a seq2seq model."""
     return adapter.content_input if adapter.task.value == "seq2seq" else adapter.main_input

@@ -63,6 +63,9 @@ class Rectified(TorchFunctionMode):
         weighed = weighed and bool(args[0].any())
         node = args[0].grad_fn if weighed else None
         result = func(*args, **(kwargs or {}))
+        if weighed and node is None:
+            # A parameter itself: only what comes out has a node.
+            node = result.grad_fn
         if rectifies:
             site = self._site()
             if weighed:
@@ -117,9 +120,24 @@ def dead_rectifiers(adapter: ModelAdapter, seen: Rectified) -> list[Finding]:
     caller, last, _, own = worst
     # Where one module, or one function, serves several layers, the layer before it tells which call it was.
     shared = not own or sum(site[3] == own for site in seen.alive) > 1
-    if shared and last:
-        message += f" (in {caller or adapter.name}, after {last})"
-    return [Finding("dead_relu", severity, (last or caller if shared else own) or adapter.name, message, HINT)]
+    if not shared:
+        return [Finding("dead_relu", severity, own, message, HINT)]
+    names = {id(p): name for name, p in adapter.module.named_parameters()}
+    feeding = [names[id(p)] for p in _nearest(seen.behind.get(worst, [])) if id(p) in names]
+    # What ended last need not be what was handed over.
+    if last and (not feeding or any(name.startswith(f"{last}.") for name in feeding)):
+        where, how = last, "after"
+    else:
+        where, how = (_holder(adapter.module, feeding[0]), "fed by") if feeding else (caller, "")
+    if how:
+        message += f" (in {caller or adapter.name}, {how} {where})"
+    return [Finding("dead_relu", severity, where or adapter.name, message, HINT)]
+
+
+def _holder(module: nn.Module, name: str) -> str:
+    """Return the layer that a parameter makes up with others; the parameter itself where its holder has parts."""
+    owner = name.rpartition(".")[0]
+    return owner if owner and next(module.get_submodule(owner).children(), None) is None else name
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -129,12 +147,17 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _learns(nodes: list[Any]) -> bool:
     """Tell whether the nearest parameters behind autograd nodes got a gradient above zero."""
+    return any(p.grad is not None and bool(p.grad.any()) for p in _nearest(nodes))
+
+
+def _nearest(nodes: list[Any]) -> list[Tensor]:
+    """Return the parameters, or other leaves, that the fewest steps lead to from autograd nodes."""
     level, known = list(nodes), set(nodes)
     while level:
         found = [node.variable for node in level if hasattr(node, "variable")]
         if found:
-            return any(p.grad is not None and bool(p.grad.any()) for p in found)
+            return found
         following = [before for node in level for before, _ in node.next_functions if before is not None]
         level = [node for node in dict.fromkeys(following) if node not in known]
         known.update(level)
-    return False
+    return []

@@ -18,6 +18,7 @@ from utils.runtime.dispatch import OperatorMode
 
 CLOSED = 0.01
 """Largest value of a gate that hardly lets anything through."""
+IS_CUDA, IS_META = Tensor.is_cuda.__get__, Tensor.is_meta.__get__  # type: ignore[attr-defined]
 Convert = Callable[[Tensor], Tensor]
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
@@ -154,6 +155,15 @@ class Disguised(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function, or read one attribute, under the other name."""
+        # What asks for a GPU without naming the device; the getters of attributes are made anew at each access.
+        if func is Tensor.cuda:
+            return args[0].to("meta")
+        if func == IS_CUDA:
+            return _is_away(args[0])
+        if func == IS_META:
+            return False
+        if func is Tensor.get_device and _is_away(args[0]):
+            return self.gpu.index
         back = (self._back(args), self._back(kwargs or {}))
         result = func(*back[0], **back[1])
         return self.gpu if isinstance(result, torch.device) and result.type == "meta" else result

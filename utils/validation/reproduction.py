@@ -1,9 +1,12 @@
-"""Three lines for each kind of finding that show it on ``model``: to paste, run and look at.
+"""A few lines for nearly every kind of finding that show it on ``model``: to paste, run and look at.
 
 A check that knows better lines gives its own. Where a model was validated with a ``spec`` or a ``config``, the lines
-use those names too. In all of them `a` is the adapter, `m` the module and `x` its inputs.
+use those names too. In all of them `a` is the adapter, `m` the module and `x` its inputs. Lines that do more than read
+values work on a copy, `trial`: whoever pastes them keeps the model as it is.
 """
 
+import ast
+import copy
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -14,18 +17,14 @@ from utils.validation.check import Finding
 from utils.validation.gradient_reach import training_inputs
 from utils.validation.probing import content_input, has_length
 
-WITHOUT = {
-    "timed_out": "the lines would not come back",
-    "process_died": "the lines would end the process",
-    "out_of_memory": "the lines would take all memory",
-    "slow_python_loop": "a measurement, which utils.show repeats",
-    "quadratic_memory": "a measurement, which utils.show repeats",
-    "padding_leakage": "the sense of the mask is found by trying, which utils.show repeats",
-    "nan_padding": "the sense of the mask is found by trying, which utils.show repeats",
-    "shape_limit": "the message names the lengths that do not run",
-}
-"""Codes that may come without lines, and why."""
 WIDTH = 107
+COPY = "import copy; trial = copy.deepcopy(model)"
+UNCOPIED = "# model cannot be copied: these lines change it\n"
+READERS = {
+    "buffers", "get_buffer", "get_parameter", "get_submodule", "modules", "named_buffers", "named_modules",
+    "named_parameters", "parameters", "state_dict",
+}  # fmt: skip
+"""Methods of a module that lines may call on the model itself."""
 BACKWARD = "y = a.logits(x); a.loss(y, a.random_labels(y)).backward()"
 GRADIENTS = "print({n: float(p.grad.norm()) for n, p in m.named_parameters() if p.grad is not None})"
 
@@ -58,10 +57,56 @@ def fitted(lines: str) -> str:
     return "\n".join(narrow)
 
 
+def copyable(adapter: ModelAdapter) -> bool:
+    """Tell whether `copy.deepcopy` can copy what the adapter was made from; its values are not copied for that."""
+    values = [*adapter.module.parameters(), *(buffer for buffer in adapter.module.buffers() if buffer.is_leaf)]
+    try:
+        copy.deepcopy(adapter.origin, {id(value): value for value in values})
+    except Exception:
+        return False
+    return True
+
+
+def on_a_copy(lines: str, possible: bool = True) -> str:
+    """Return lines that do the same to a copy of ``model``; those that only read its values stay as they are.
+
+    Args:
+        lines: What shows a fault on ``model``.
+        possible: Whether the model can be copied; if not, the lines say that they change it.
+    """
+    tree = ast.parse(lines)
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "model"]
+    reading = {id(_root(node)) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    reading -= {
+        id(_root(node.func))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr in READERS)
+    }
+    if all(id(node) in reading for node in names) or "copy.deepcopy(model)" in lines or lines.startswith(UNCOPIED):
+        return lines
+    if not possible:
+        return UNCOPIED + lines
+    rows = [row.encode() for row in lines.splitlines()]
+    for node in names:
+        # Both names are equally long, so that what stands behind them keeps its place.
+        row, start = rows[node.lineno - 1], node.col_offset
+        rows[node.lineno - 1] = row[:start] + b"trial" + row[start + len(b"model") :]
+    first, *others = (row.decode() for row in rows)
+    simple = not hasattr(tree.body[0], "body") and len(COPY) + 2 + len(first) <= WIDTH
+    return "\n".join([f"{COPY}; {first}" if simple else f"{COPY}\n{first}", *others])
+
+
+def _root(node: ast.expr) -> ast.expr:
+    """Return what a chain of attributes begins with."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node
+
+
 def opening(adapter: ModelAdapter, length: int | None = None, samples: int = 2) -> str:
     """Return the lines that make the adapter `a`, its module `m` and its inputs `x`."""
-    made = f"m = a.module.eval(); x = {_inputs(adapter, length, samples)}"
-    return f"import torch; from utils import ModelAdapter; a = {_adapter(adapter)}\n{made}"
+    made = f"a = {_adapter(adapter)}; m = a.module.eval(); x = {_inputs(adapter, length, samples)}"
+    return f"import torch; from utils import ModelAdapter\n{made}"
 
 
 def reordered(adapter: ModelAdapter, length: int, tiles: int | None = None) -> str:

@@ -9,6 +9,7 @@ Stacks without skip connections are a legal design (VGG, plain MLPs). A block is
 shape have what it lacks, or where it holds attention, which no working design stacks bare.
 """
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -179,6 +180,8 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
         if not lacking:
             continue
         stray = len(lacking) * 2 < len(blocks) and all(probe.matters(name) for name in blocks if name not in lacking)
+        if stray and _set_apart(adapter.module, lacking, blocks):
+            continue
         needed = _alternate(family, families, watch.inside, order)
         suspects = [
             (name, part)
@@ -187,7 +190,9 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
             and (part := _bare_part(probe, name, watch.inside, stray or needed)) is not None
         ]
         if suspects:
-            findings += _findings(adapter, suspects, family, stray)
+            mild = stray and not needed and not _of_one_list(adapter.module, blocks)
+            mild = mild and not any(_must_be_bypassed(adapter, name, watch.inside) for name, _ in suspects)
+            findings += _findings(adapter, suspects, family, stray, "warn" if mild else "fail")
     # Separate lists of attention and feed-forward parts are at fault together.
     return list({finding.where: finding for finding in reversed(findings)}.values())[::-1]
 
@@ -238,7 +243,8 @@ def _widening_lists(module: nn.Module) -> list[list[str]]:
 def _odd_kin(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
     """Find the unit that lacks what all units of the same build, of any width and anywhere, do inside: pass input on.
 
-    What the caller adds is no part of a unit, and says nothing about units elsewhere.
+    What the caller adds is no part of a unit, and says nothing about units elsewhere. Of units outside of one list it
+    is only worth a look: they may have another job, as a projector behind the blocks has.
     """
     groups = _kin(adapter.module)
     if not groups:
@@ -248,12 +254,55 @@ def _odd_kin(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
     for group in groups:
         units = [name for name in group if kept.get(name) and name in passing]
         lacking = [name for name in units if not passing[name]]
-        if not lacking or len(lacking) * 2 >= len(units):
+        if not lacking or len(lacking) * 2 >= len(units) or _set_apart(adapter.module, lacking, units):
             continue
         probe = probe or Probe(adapter, inputs)
         if all(probe.cuts(name) for name in lacking):
-            return _findings(adapter, [(name, name) for name in lacking], units, stray=True)
+            severity = "fail" if _of_one_list(adapter.module, units) else "warn"
+            return _findings(adapter, [(name, name) for name in lacking], units, stray=True, severity=severity)
     return []
+
+
+def _of_one_list(module: nn.Module, units: list[str]) -> bool:
+    """Tell whether units are members of one list, or stand at places whose names differ in numbers only.
+
+    So do the units of the stages of one trunk.
+    """
+    if len({re.sub(r"\d+", "#", name) for name in units}) == 1:
+        return True
+    parents = {name.rpartition(".")[0] for name in units}
+    return len(parents) == 1 and isinstance(module.get_submodule(parents.pop()), (nn.ModuleList, nn.Sequential))
+
+
+def _set_apart(module: nn.Module, lacking: list[str], units: list[str]) -> bool:
+    """Tell whether settings say why some units differ: a number or flag that none of the others has.
+
+    A number that no two units share counts them, and says nothing about those of another class.
+    """
+    settings = {name: _settings(module.get_submodule(name)) for name in units}
+    others = [name for name in units if name not in lacking]
+    same_class = {type(module.get_submodule(name)) for name in lacking} <= {
+        type(module.get_submodule(name)) for name in others
+    }
+    for key in set[tuple[str, str]]().union(*(settings[name] for name in lacking)):
+        values = [settings[name].get(key) for name in units]
+        counts = len(set(values)) == len(values)
+        if {settings[name].get(key) for name in lacking}.isdisjoint(settings[name].get(key) for name in others) and (
+            same_class or not counts
+        ):
+            return True
+    return False
+
+
+def _settings(unit: nn.Module) -> dict[tuple[str, str], int]:
+    """Return the whole numbers and flags that a unit and the parts of it that are no layers of torch's hold."""
+    return {
+        (part, key): value
+        for part, child in unit.named_modules()
+        if not type(child).__module__.startswith("torch.")
+        for key, value in vars(child).items()
+        if isinstance(value, int) and not key.startswith("_") and key != "training"
+    }
 
 
 def _kin(module: nn.Module) -> list[list[str]]:
@@ -410,7 +459,9 @@ def _alternate(family: list[str], families: list[list[str]], attending: set[str]
     return False
 
 
-def _findings(adapter: ModelAdapter, suspects: list[tuple[str, str]], family: list[str], stray: bool) -> list[Finding]:
+def _findings(
+    adapter: ModelAdapter, suspects: list[tuple[str, str]], family: list[str], stray: bool, severity: str = "fail"
+) -> list[Finding]:
     """Describe the blocks of one family that lack a skip connection."""
     block, part = suspects[0]
     # A bare attention or feed-forward module has no way to know its place: whoever calls it adds its input.
@@ -421,7 +472,7 @@ def _findings(adapter: ModelAdapter, suspects: list[tuple[str, str]], family: li
         f"with the matrices of {part} at zero, two samples get the same logits"
     )
     reproduction = (
-        f"part = model.get_submodule({part!r})  # work on a copy of the model\n"
+        f"part = model.get_submodule({part!r})\n"
         "from utils import ModelAdapter; matrices = [p.data.zero_() for p in part.parameters() if p.dim() > 1]\n"
         "a = ModelAdapter(model); y = a.logits(a.example_inputs()); print((y[0] - y[-1]).abs().max())"
     )
@@ -429,7 +480,7 @@ def _findings(adapter: ModelAdapter, suspects: list[tuple[str, str]], family: li
     places = [name for name, _ in suspects] if whole else [caller]
     if len(places) > SHOWN or len(places) == len(family):
         places = places[:1]
-    return [Finding("missing_residual", "fail", place, message, HINT, reproduction) for place in places]
+    return [Finding("missing_residual", severity, place, message, HINT, reproduction) for place in places]
 
 
 def _is_whole_block(adapter: ModelAdapter, block: str) -> bool:

@@ -19,10 +19,12 @@ from utils.validation.codes import CALLED, MADE, OF_NAN, RAISED
 from utils.validation.containment import NOT_RUN, UnusableModel, contained
 from utils.validation.probing import ModelCrash, crash_line, first_line, is_out_of_memory
 from utils.validation.report import ValidationReport
-from utils.validation.reproduction import default_lines
+from utils.validation.reproduction import copyable, default_lines, on_a_copy
 
 CHANGED = "state_across_calls"
 CRASHED = "crash on a legal input"
+WITHOUT_LINES = "without_lines"
+"""What the details of a result call the errors of lines that could not be made."""
 DEFAULT_SECONDS = {1: 22.0, 2: 150.0}
 HANGING_SECONDS, HANGING_AGAIN_SECONDS = 60.0, 5.0
 """A check is ended after so long, or after four times its budget if that is more; less once one had to be ended."""
@@ -139,12 +141,11 @@ def run_check(
     if outcome is None:
         gap = {"could_not_run": True} if could_not_run else {}
         return CheckResult(check.id, check.tier, "skip", None, None, skipped, budget.spent(), {**gap, **output})
-    findings = tuple(
-        _completed(adapter, finding)
-        for finding in sorted(outcome.findings, key=lambda finding: finding.severity != "fail")
-    )
+    ordered = sorted(outcome.findings, key=lambda finding: finding.severity != "fail")
+    findings, lost = _completed(adapter, ordered) if ordered else ((), {})
     status = findings[0].severity if findings else "pass"
-    details = {**outcome.details, **({"reduced": list(budget.reduced)} if budget.reduced else {}), **output}
+    reduced = {"reduced": list(budget.reduced)} if budget.reduced else {}
+    details = {**outcome.details, **reduced, **output, **({WITHOUT_LINES: lost} if lost else {})}
     why = findings[0].message if findings else outcome.why
     return CheckResult(
         check.id, check.tier, status, outcome.value, outcome.threshold, why, budget.spent(), details, findings,
@@ -152,25 +153,41 @@ def run_check(
     )  # fmt: skip
 
 
-def _completed(adapter: ModelAdapter, finding: Finding) -> Finding:
-    """Add the place in the code, and lines that show the fault, where the check gave none."""
-    location = finding.location
-    if not location and finding.code in RAISED:
-        location = crash_line(adapter, finding.where)
-    if not location:
-        at = "made" if finding.code in MADE else "called" if finding.code in CALLED else "inside"
-        location = code_location(adapter.module, finding.where, at)
-    return replace(finding, location=location, reproduction=finding.reproduction or _lines(adapter, finding))
+def _completed(adapter: ModelAdapter, findings: Sequence[Finding]) -> tuple[tuple[Finding, ...], dict[str, str]]:
+    """Add the place in the code, and lines that show the fault where the check gave none; and what went wrong there."""
+    placed = []
+    for finding in findings:
+        location = finding.location
+        if not location and finding.code in RAISED:
+            location = crash_line(adapter, finding.where)
+        if not location:
+            at = "made" if finding.code in MADE else "called" if finding.code in CALLED else "inside"
+            location = code_location(adapter.module, finding.where, at)
+        placed.append(replace(finding, location=location))
+    lines, lost = _lines(adapter, placed)
+    return tuple(replace(finding, reproduction=text) for finding, text in zip(placed, lines, strict=True)), lost
 
 
-def _lines(adapter: ModelAdapter, finding: Finding) -> str:
-    """Return the lines that show a finding; a model that breaks while they are made has none."""
+def _lines(adapter: ModelAdapter, findings: Sequence[Finding]) -> tuple[list[str], dict[str, str]]:
+    """Return the lines that show each finding, and the errors of those that could not be made, by code."""
+    lines = [finding.reproduction for finding in findings]
+    lost: dict[str, str] = {}
+    index, possible, code = 0, True, findings[0].code
     try:
         with preserved(adapter.module, 0, "reproduction"), contained(adapter.module, HANGING_AGAIN_SECONDS):
-            adapter.module.eval()
-            return default_lines(adapter, finding)
-    except Exception:
-        return ""
+            possible = copyable(adapter)
+            for index, finding in enumerate(findings):
+                code = finding.code
+                adapter.module.eval()
+                try:
+                    lines[index] = on_a_copy(lines[index] or default_lines(adapter, finding), possible)
+                except Exception as error:
+                    # Not worth a finding: the next one may do better, and the result tells of this one.
+                    lost[code] = f"{type(error).__name__}: {first_line(error)}"
+    except (UnusableModel, ModelChangedError) as error:
+        lost[code] = f"{type(error).__name__}: {first_line(error)}"
+        lines[index:] = [on_a_copy(text, possible) for text in lines[index:]]
+    return lines, lost
 
 
 def _changed_finding(adapter: ModelAdapter, error: ModelChangedError) -> Finding:

@@ -13,7 +13,8 @@ from utils.runtime.resources import is_out_of_memory
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Finding
 from utils.validation.dependence import as_double, double_twin
-from utils.validation.probing import has_length, short_length
+from utils.validation.probing import has_length, logits, short_length
+from utils.validation.substitution import parameters_as
 
 STEPS = 4
 STEP = 0.1
@@ -65,6 +66,8 @@ def stays_equal(adapter: ModelAdapter) -> list[Finding]:
             findings.append(Finding("symmetric_init", "fail", parent or adapter.name, message, HINT, lines))
     for (name, axis), groups in units.items():
         if _moved(groups[0]) and name not in [finding.where for finding in findings]:
+            if not _output_axes(adapter.module, name) and _only_add_up(twin, name, axis):
+                continue
             shape = tuple(before[name].shape)
             message = (
                 f"all {shape[axis]} slices along axis {axis} of the weight {shape} start equal, get equal gradients "
@@ -80,16 +83,49 @@ def _slices(now: dict[str, Tensor], before: dict[str, Tensor], name: str, axis: 
     return list(zip(before[name].unbind(axis), now[name].unbind(axis), strict=True))
 
 
+def _output_axes(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the axis of a weight along which its layer's units lie; empty where nothing says which one it is.
+
+    Along the other axis lie the inputs: slices that read equal inputs stay equal, and lose nothing by it.
+    """
+    owner = module.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)):
+        return (1,)
+    known = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+    return (0,) if isinstance(owner, known) else ()
+
+
+def _only_add_up(twin: ModelAdapter, name: str, axis: int) -> bool:
+    """Tell whether only the sum of two slices counts: then they read equal inputs, or are read as one number.
+
+    What one slice gains the other loses. Units between which something bends would answer otherwise.
+    """
+    length = short_length(twin) if has_length(twin) else None
+    inputs = as_double(twin.example_inputs(3, length))
+    twin.module.eval()
+    seed_streams(0, "symmetry")
+    move = torch.randn_like(twin.module.get_parameter(name).detach().narrow(axis, 0, 1))
+    move *= float(twin.module.get_parameter(name).detach().square().mean().sqrt())
+
+    def shifted(parameter: Tensor) -> Tensor:
+        shifted = parameter.clone()
+        shifted.narrow(axis, 0, 1).add_(move)
+        shifted.narrow(axis, 1, 1).sub_(move)
+        return shifted
+
+    before = logits(twin, inputs)
+    with parameters_as(twin, [name], shifted):
+        after = logits(twin, inputs)
+    return float((after - before).abs().max()) <= EQUAL * float(before.abs().max())
+
+
 def _equal_axes(module: nn.Module) -> list[tuple[str, int]]:
-    """Return weights and each axis along which all their slices are one; zeros and single numbers say nothing."""
+    """Return weights and each axis along which all their units are one; zeros and single numbers say nothing."""
     found = []
     for name, weight in module.named_parameters():
         if not weight.requires_grad or weight.dim() < 2 or not weight.is_floating_point():
             continue
-        owner = module.get_submodule(name.rpartition(".")[0])
-        # The taps of a kernel are no units.
-        axes = (0, 1) if isinstance(owner, nn.modules.conv._ConvNd) else range(weight.dim())
-        for axis in axes:
+        for axis in _output_axes(module, name) or range(weight.dim()):
             if weight.shape[axis] < 2 or weight.numel() == weight.shape[axis]:
                 continue
             values, first = weight.detach(), weight.detach().narrow(axis, 0, 1)

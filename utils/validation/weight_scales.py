@@ -10,9 +10,11 @@ import math
 import re
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from torch import Tensor, nn
 
+from utils.adapters.capture import first_tensor, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Finding
 from utils.validation.gradient_reach import training_inputs
@@ -141,19 +143,45 @@ def weight_faults(adapter: ModelAdapter) -> list[Finding]:
 
 
 def _scaled_at_runtime(adapter: ModelAdapter, large: list[Weight]) -> bool:
-    """Tell whether forward() divides large matrices by their gain itself, as equalised learning rates do.
+    """Tell whether forward() divides most large matrices by their gain itself, as equalised learning rates do.
 
-    Then the logits are of ordinary size, and fall at least as far as the matrices when these are divided once more. A
-    norm or a saturating activation would hold them.
+    Then the modules that hold them do not amplify, and with the matrices divided once more they either put out that
+    much less, or, where they normalise what they multiply with, the same. What only saturates does neither.
     """
+    owners: dict[str, list[float]] = {}
+    for weight in large:
+        owners.setdefault(weight.name.rpartition(".")[0], []).append(weight.gain)
     gains = {id(adapter.module.get_parameter(weight.name)): weight.gain for weight in large}
-    names = [weight.name for weight in large]
     inputs = training_inputs(adapter)
-    usual = float(logits(adapter, inputs).float().square().mean().sqrt())
+    usual = _amplifications(adapter, inputs, set(owners))
     parts = iter([gains[id(p)] for p in adapter.module.parameters() if id(p) in gains])
-    with parameters_as(adapter, names, lambda p: p / next(parts)):
-        tamed = float(logits(adapter, inputs).float().square().mean().sqrt())
-    return usual < LARGE and tamed < 1.5 * usual / median(gains.values())
+    with parameters_as(adapter, [weight.name for weight in large], lambda p: p / next(parts)):
+        tamed = _amplifications(adapter, inputs, set(owners))
+    scaled = [
+        weight
+        for weight in large
+        if (owner := weight.name.rpartition(".")[0]) in usual.keys() & tamed.keys()
+        and usual[owner] <= LARGE
+        and (tamed[owner] < 1.5 * usual[owner] / median(owners[owner]) or tamed[owner] > 0.99 * usual[owner])
+    ]
+    return len(scaled) * 2 > len(large)
+
+
+def _amplifications(adapter: ModelAdapter, inputs: dict[str, Tensor], owners: set[str]) -> dict[str, float]:
+    """Return by how much each of some modules scales what it reads, at most; ids count as one."""
+    found: dict[str, float] = {}
+
+    def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        entering, leaving = first_tensor(given), first_tensor(output)
+        if name not in owners or entering is None or leaving is None or not leaving.is_floating_point():
+            return
+        scale = float(entering.detach().float().square().mean().sqrt()) if entering.is_floating_point() else 1.0
+        if scale > 0:
+            found[name] = max(found.get(name, 0.0), float(leaving.detach().float().square().mean().sqrt()) / scale)
+
+    with observe(adapter.module, note):
+        logits(adapter, inputs)
+    return found
 
 
 def exploding_head(adapter: ModelAdapter) -> str | None:
@@ -162,8 +190,8 @@ def exploding_head(adapter: ModelAdapter) -> str | None:
     return max(large, key=lambda weight: weight.gain).name if large else None
 
 
-def loud_head(adapter: ModelAdapter, head: str | None, inputs: dict[str, Tensor], limit: float) -> str | None:
-    """Return the name of an untied head's matrix if it alone keeps the first loss above a limit.
+def loud_head(adapter: ModelAdapter, head: str | None, inputs: dict[str, Tensor]) -> tuple[str, float] | None:
+    """Return the name of an untied head's matrix of a large gain, and the first loss without that gain.
 
     A tied table is drawn for reading too, and a config may state the scale; neither is an accident.
     """
@@ -175,7 +203,7 @@ def loud_head(adapter: ModelAdapter, head: str | None, inputs: dict[str, Tensor]
     with parameters_as(adapter, [weight.name], lambda p: p / weight.gain):
         result = logits(adapter, inputs)
         loss = float(adapter.loss(result, adapter.random_labels(result)))
-    return weight.name if loss < limit else None
+    return weight.name, loss
 
 
 def _spread(parameter: Tensor) -> float:
