@@ -15,7 +15,6 @@ from benchmarks.unseen_b import (
     sound_traps_other,
     sound_traps_text,
 )
-
 from benchmarks.zoo.entry import Entry
 
 BROKEN = (
