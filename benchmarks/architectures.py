@@ -161,6 +161,8 @@ class Worker:
 
     def run(self, job: Job, seconds: float) -> dict[str, Any]:
         """Examine one model within a time limit."""
+        if self.process is not None and not self.process.is_alive():
+            self.close()
         if self.process is None:
             context = multiprocessing.get_context("spawn")
             self.connection, theirs = context.Pipe()

@@ -3,11 +3,11 @@
     python benchmarks/step_overhead.py                 all loops, 5 rounds
     python benchmarks/step_overhead.py --rounds 3 --steps 1000
 
-Every loop trains the same linear classifier of 8 x 8 images with the same batches, AdamW, clipping and a cosine, in one
-thread; the model is so small that only the loop counts. Seedbed logs every 10 steps, shows its progress bar, and has its
-checkpoint writer on (one checkpoint in the middle is left out of the median). Lightning runs as it comes: CSV logger,
-`self.log` of the loss, progress bar and checkpoint callback. The HF Trainer logs every 10 steps. Loops take turns, round
-by round, and the least of the rounds' medians counts, because load from elsewhere only ever adds.
+Every loop trains the same linear classifier of 8 x 8 images with the same batches, AdamW, clipping and a cosine, in
+one thread; the model is so small that only the loop counts. Seedbed logs every 10 steps, shows its progress bar and has
+its checkpoint writer on. Lightning runs as it comes (CSV logger, `self.log` of the loss, progress bar, checkpoint
+callback) and lean (none of these). The HF Trainer logs every 10 steps. Loops take turns, round by round, and the least of
+the rounds counts, because load from elsewhere only ever adds.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Clock:
         return statistics.median(gaps[len(gaps) // 10 :]) * 1e6
 
     def mean(self) -> float:
-        """Return the mean microseconds between two steps, without the first tenth: what is done only at times counts."""
+        """Return the mean microseconds between two steps, without the first tenth; rare work counts."""
         kept = self.times[len(self.times) // 10 :]
         return (kept[-1] - kept[0]) / (len(kept) - 1) * 1e6
 
@@ -197,8 +197,8 @@ def hf_trainer(steps: int, clock: Clock) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=BATCH, logging_steps=10, report_to=[], save_steps=steps,
-            use_cpu=True, disable_tqdm=False, lr_scheduler_type="cosine",
+            folder, max_steps=steps, per_device_train_batch_size=BATCH, logging_steps=10, report_to=[],
+            save_steps=steps, use_cpu=True, disable_tqdm=False, lr_scheduler_type="cosine",
         )  # fmt: skip
         trainer = Trainer(WithLoss(), arguments, train_dataset=Images(), callbacks=[Tick()])
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

@@ -87,6 +87,16 @@ def test_bad_input_is_one_paragraph_and_status_2(arguments, words, capsys):
     assert captured.out == ""
 
 
+def test_ctrl_c_is_one_line_and_status_130(tiny, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.tier1_critical_validation.validate", interrupted)
+    assert main(["validate", "example:gpt", "--model-config", tiny, "--quiet"]) == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "Interrupted.\n")
+
+
 def test_errors_as_json(capsys):
     assert main(["resume", "nowhere", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["kind"] == "RunError"
@@ -263,3 +273,77 @@ def test_help_explains_every_verb_and_every_setting(capsys):
 def test_it_runs_as_a_module(root):
     result = subprocess.run([sys.executable, "-m", "utils", "--version"], cwd=root, capture_output=True, text=True)
     assert result.stdout.startswith("Seedbed 0.")
+
+
+RECOMMENDER = """from torch import nn
+
+class Recommender(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.users, self.items = nn.Embedding(30, 8), nn.Embedding(40, 8)
+
+    def forward(self, user, item):
+        return (self.users(user) * self.items(item)).sum(-1)
+"""
+
+
+@pytest.mark.parametrize("kind", ["json", "npz", "safetensors"])
+def test_example_inputs_come_from_a_file(tmp_path, capsys, kind):
+    import numpy
+
+    model = tmp_path / "recommender.py"
+    model.write_text(RECOMMENDER)
+    validate = ["validate", str(model), "--quiet"]
+    assert main(validate) == 2
+    said = capsys.readouterr().err
+    assert "Pass --example-inputs FILE (.safetensors, .npz or .json with user, item)" in said
+    assert "ModelSpec" not in said
+    values = {"user": [1, 2, 3], "item": [4, 5, 6]}
+    path = tmp_path / f"inputs.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(values))
+    elif kind == "npz":
+        numpy.savez(path, **values)
+    else:
+        pytest.importorskip("safetensors.numpy").save_file({n: numpy.array(v) for n, v in values.items()}, path)
+    assert main([*validate, "--example-inputs", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("READY  Recommender")
+
+
+def test_example_inputs_are_never_unpickled(tmp_path, capsys):
+    import numpy
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "made"), "w")
+
+    numpy.savez(tmp_path / "evil.npz", user=numpy.array([Evil()], dtype=object))
+    (tmp_path / "made").unlink(missing_ok=True)
+    (tmp_path / "text.json").write_text('{"x": [["a"]]}')
+    (tmp_path / "x.pt").write_bytes(b"")
+    validate = ["validate", "example:vit", "--quiet", "--example-inputs"]
+    for name, words in (("evil.npz", "cannot be read"), ("text.json", "cannot be read"), ("x.pt", "ends in .pt")):
+        assert main([*validate, str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_messages_name_options_and_a_report_can_be_pasted(tmp_path, capsys):
+    source = "import os\nfrom torch import nn\n\nclass Net(nn.Module):\n    def __init__(self, width):\n"
+    source += "        super().__init__()\n        self.lin = nn.Linear(width, width)\n\n    def forward(self, x):\n"
+    source += "        return nn.functional.dropout(self.lin(x))\n"
+    (tmp_path / "net.py").write_text(source)
+    validate = ["validate", str(tmp_path / "net.py"), "--quiet"]
+    assert main(validate) == 2
+    assert "load again with --trust." in capsys.readouterr().err
+    assert main([*validate, "--trust"]) == 2
+    assert 'pass --model-config FILE with {"width": ...}.' in capsys.readouterr().err
+    (tmp_path / "c.json").write_text('{"width": 8}')
+    config, page = str(tmp_path / "c.json"), tmp_path / "new" / "page.html"
+    assert main([*validate, "--trust", "--model-config", config, "--html", str(page)]) == 1
+    captured = capsys.readouterr()
+    assert f"wrote {page}" in captured.err and "Code: net.py:9" in captured.out
+    lines = captured.out.partition("begin with:\n")[2]
+    scope = {}
+    exec(lines, scope)
+    assert type(scope["model"]).__name__ == "Net" and "trust=True" in lines

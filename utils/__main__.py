@@ -8,10 +8,11 @@ the input cannot be used, 130 after an interrupt that no run could turn into a c
 
 import argparse
 import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from utils.runtime.settings import field_help
 from utils.training.config import NOT_YET, TrainingConfig
 from utils.training.run_file import RunFile, read_run_file
 
+INTERRUPTED = 130
 REFERENCE_HELP = (
     "the model: a Gist id or URL, a GitHub, raw or Colab URL, a file or folder, hub:owner/name, or example:gpt|bert|vit"
 )
@@ -55,6 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
             "--trust", action="store_true", help="run the model's code even if the audit finds something in it"
         )
         sub.add_argument("--task", choices=TASKS, help="what the model is for, when detection is wrong")
+        sub.add_argument(
+            "--example-inputs", metavar="FILE",
+            help="arguments of forward() by name, batch first: .safetensors, .npz, or .json with lists of numbers",
+        )  # fmt: skip
+        sub.add_argument(
+            "--load-time-limit", type=float, metavar="SECONDS", help="limit for running the model's code while it loads"
+        )
 
     def training(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("model", nargs="?", help=REFERENCE_HELP)
@@ -177,13 +186,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         return verbs[options.verb](options)
     except KeyboardInterrupt:
-        print("interrupted; what was saved before is whole, and the same command goes on from there", file=sys.stderr)
-        return 130
+        print("Interrupted; what was saved before is whole, and the same command goes on from there.", file=sys.stderr)
+        return INTERRUPTED
     except (SeedbedError, OSError) as error:
+        said = _in_options(str(error))
         if options.json:
-            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+            print(json.dumps({"error": said, "kind": type(error).__name__}))
         else:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{type(error).__name__}: {said}", file=sys.stderr)
         return 2
 
 
@@ -196,14 +206,26 @@ def _validate(options: argparse.Namespace) -> int:
     from utils.tier1_critical_validation import validate
 
     tiers = [_value(part) for part in options.tiers.split(",")]
-    report = validate(
-        _load(options), tiers, ModelSpec(task=options.task), None, options.time_budget, progress=not options.quiet
+    model = _load(options)
+    spec = _spec(options, model)
+    report = validate(model, tiers, spec, None, options.time_budget, progress=not options.quiet)
+    told = tuple(
+        replace(
+            result,
+            why=_in_options(result.why),
+            findings=tuple(
+                replace(f, message=_in_options(f.message), hint=_in_options(f.hint)) for f in result.findings
+            ),
+        )
+        for result in report.results
     )
-    if options.html:
-        report.to_html(options.html)
-    if options.badge:
-        report.badge(options.badge)
+    report = replace(report, results=told)
+    for path, write in ((options.html, report.to_html), (options.badge, report.badge)):
+        if path:
+            print(f"wrote {write(path).resolve()}", file=sys.stderr)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.text())
+    if report.findings and not options.json:
+        print(f"To see and reproduce a finding in Python, begin with:\n{_lines_to_load(options)}")
     return 0 if report.passed else 1
 
 
@@ -213,12 +235,13 @@ def _train(options: argparse.Namespace) -> int:
     file = _run_file(options)
     config = _config(options, file)
     run_dir = _needed(options.run_dir or file.run_dir, "run_dir", "--run-dir DIR", options)
+    model = _load(options, file)
     run = train(
-        _load(options, file),
+        model,
         options.data or file.data or DATA,
         config,
         run_dir,
-        spec=ModelSpec(task=options.task or file.task),
+        spec=_spec(options, model, file.task),
         mirror=options.mirror or file.mirror,
         progress=not options.quiet,
     )
@@ -299,9 +322,8 @@ def _export(options: argparse.Namespace) -> int:
     said = options.formats or file.export.get("formats") or FORMATS
     formats = tuple(said) if isinstance(said, list) else tuple(n.strip() for n in str(said).split(",") if n.strip())
     task = options.task or file.task
-    report = export(
-        model, directory, formats, spec=ModelSpec(task=task) if task else None, progress=not options.quiet
-    )  # fmt: skip
+    spec = _spec(options, model, task) if task or options.example_inputs else None
+    report = export(model, directory, formats, spec=spec, progress=not options.quiet)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.text())
     return 0 if report.passed else 1
 
@@ -406,7 +428,39 @@ def _load(options: argparse.Namespace, file: RunFile | None = None) -> Any:
     # Another model than the file's does not take the settings of that one.
     own = file if options.model in (None, file.model) else RunFile()
     config = _read_json(options.model_config) if options.model_config else own.model_config
-    return load_model(reference, config=config, revision=options.revision or own.revision, trust=options.trust)
+    limit = {} if options.load_time_limit is None else {"time_limit": options.load_time_limit}
+    return load_model(reference, config=config, revision=options.revision or own.revision, trust=options.trust, **limit)
+
+
+def _spec(options: argparse.Namespace, model: Any, task: str | None = None) -> ModelSpec:
+    """Return what the options say about a model; `task` is what a run file says."""
+    from utils.loading.example_files import read_examples
+
+    examples = read_examples(options.example_inputs, model) if options.example_inputs else None
+    return ModelSpec(task=options.task or task, example_inputs=examples)
+
+
+def _lines_to_load(options: argparse.Namespace) -> str:
+    """Return the lines of Python after which a report's lines run as they are."""
+    given = {"config": options.model_config, "revision": options.revision, "trust": options.trust}
+    said = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    lines = f"import utils\nmodel = utils.load_model({options.model!r}{said}).module"
+    return lines + (f"\nspec = utils.ModelSpec(task={options.task!r})" if options.task else "")
+
+
+def _in_options(text: str) -> str:
+    """Return a message with the command line's options for the arguments of Python functions that it names."""
+
+    def examples(match: re.Match[str]) -> str:
+        names = ", ".join(re.findall(r"'(\w+)'", match[1]))
+        return "--example-inputs FILE (.safetensors, .npz or .json" + (f" with {names})" if names else ")")
+
+    text = re.sub(r"ModelSpec\(example_inputs=\{([^}]*)\}\)", examples, text)
+    text = re.sub(r"ModelSpec\.example_inputs|\bexample_inputs(?=[ ,.])", "--example-inputs", text)
+    text = re.sub(r"ModelSpec\(task='?([\w.]+?)'?\)", lambda m: f"--task {m[1].strip('.') or 'NAME'}", text)
+    text = re.sub(r"\bconfig=\{'(\w+)': \.\.\.\}", r'--model-config FILE with {"\1": ...}', text)
+    text = re.sub(r"\bconfig=(?=[ .])", "--model-config", text)
+    return text.replace("trust=True", "--trust").replace("time_limit=", "--load-time-limit")
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -170,7 +170,7 @@ TIER1: tuple[Check, ...] = (
         "does the gradient reach the first layers?",
         check_signal_propagation,
         share=1,
-        codes=("vanishing_gradient", "exploding_gradient", "missing_residual"),
+        codes=("vanishing_gradient", "exploding_gradient", "missing_residual", "constant_output"),
     ),
     Check("embedding_scale", 1, "is the content heard?", check_embedding_scale, share=0.5, codes=("embedding_scale",)),
     Check(

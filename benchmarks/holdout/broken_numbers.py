@@ -98,13 +98,6 @@ class LogDistance(LabelLm):
         return self.head(self.rnn(self.words(input_ids))[0] + 0.1 * torch.log(1 - t / 40)[:, None])
 
 
-class AllHidden(MhaReader):
-    """An empty text hides all keys."""
-
-    def hidden_keys(self, attention_mask: Tensor) -> Tensor | None:
-        return attention_mask == 0
-
-
 class ByZero(MhaReader):
     """Means over the number of real words, which may be none."""
 
@@ -287,7 +280,6 @@ ENTRIES = [
     broken(
         "nan_long_sequence", "log of what is left", LogDistance, ("", "rnn", "head"), task="causal_lm", max_length=64
     ),
-    broken("nan_padding", "all keys hidden", AllHidden, ("", "mha*"), example_inputs=MASKED),
     broken("nan_padding", "mean of none", ByZero, ("", "classifier"), example_inputs=MASKED),
     broken("nan_padding", "pooling over none", MaskedPooling, ("", "out", "query"), example_inputs=MASKED),
     broken("low_precision_unsafe", "exp without maximum", BareExp, ("", "to_*"), example_inputs=FEATURES),

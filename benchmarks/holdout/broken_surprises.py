@@ -123,13 +123,6 @@ class BackToCpu(Unet):
         return super().grow(x.to("cpu"), like)
 
 
-class CpuMask(Translator):
-    """The mask says where it lives."""
-
-    def causal(self, n: int, device: Any) -> Tensor | None:
-        return torch.triu(torch.full((n, n), float("-inf"), device="cpu"), diagonal=1)
-
-
 class FloatMessages(GraphNet):
     """Casts its nodes to float32 first."""
 
@@ -297,14 +290,6 @@ ENTRIES = [
     broken("hardcoded_device", "steps without device", CpuSteps, ("", "w*"), vocab_size=97),
     broken("hardcoded_device", "state without device", CpuState, ("", "cell"), example_inputs=SERIES),
     broken("hardcoded_device", "features to the processor", BackToCpu, ("", "dec2*", "dec1*"), example_inputs=IMAGE),
-    broken(
-        "hardcoded_device",
-        "mask on the processor",
-        CpuMask,
-        ("", "transformer*"),
-        example_inputs=TRANSLATION,
-        task="seq2seq",
-    ),
     broken("hardcoded_dtype", "nodes as float32", FloatMessages, ("", "lift"), example_inputs=NODES),
     broken("hardcoded_dtype", "one-hot as float32", FloatHot, ("", "gru", "table"), task="causal_lm", vocab_size=60),
     broken("hardcoded_dtype", "first state as float32", FloatState, ("", "rnn"), task="causal_lm"),

@@ -227,6 +227,27 @@ def test_reserved_rows_of_a_table_that_is_no_embedding(by_shape: bool) -> None:
     assert adapter.max_length.reason.endswith("less the 2 first rows of `pos`")
 
 
+class Windowed(nn.Module):
+    """Fills its input up to a multiple of 16 itself; the position of what it adds is the padding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.pos = nn.Embedding(30, 8, padding_idx=1), nn.Embedding(40, 8, padding_idx=1)
+        self.head = nn.Linear(8, 30)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        padded = nn.functional.pad(input_ids, (0, -length % 16), value=1)
+        real = padded.ne(1).long()
+        return self.head(self.tok(padded) + self.pos(real.cumsum(1) * real + 1))[:, :length]
+
+
+def test_reserved_rows_behind_padding_of_its_own() -> None:
+    adapter = ModelAdapter(Windowed(), {"max_position_embeddings": 40, "pad_token_id": 1})
+    assert adapter.max_length.value == 38
+    assert adapter.max_length.reason.endswith("less the 2 first rows of `pos`")
+
+
 class BidirectionalLMHeadModel(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

@@ -7,8 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter, ModelSpec
-from utils.adapters.inputs import candidate_kinds, image_shapes, longest_length, main_example, sound_shapes, table_sizes
-from utils.runtime.errors import AdapterError
+from utils.adapters.inputs import (
+    candidate_kinds,
+    image_shapes,
+    length_inputs,
+    longest_length,
+    main_example,
+    sound_shapes,
+    stretched,
+    table_sizes,
+)
+from utils.runtime.errors import AdapterError, ConfigError
 
 
 class Graph(nn.Module):
@@ -38,21 +47,22 @@ def test_examples_are_stretched_to_batch_and_length() -> None:
 
 
 def test_examples_that_do_not_serve() -> None:
-    for examples in ({"x": [1, 2]}, {"x": torch.zeros(0, 3)}, {"x": torch.tensor(1.0)}):
+    for examples in ({"input": [1, 2]}, {"input": torch.zeros(0, 3)}, {"input": torch.tensor(1.0)}):
         with pytest.raises(
             AdapterError, match=r"example_inputs holds no tensor with at least one sample\..*batch first"
         ):
             ModelAdapter(nn.Linear(3, 2), spec=ModelSpec(example_inputs=examples))
-    failure = ModelAdapter(nn.Linear(3, 2), spec=ModelSpec(example_inputs={"wrong": torch.rand(2, 3)})).failure
+    with pytest.raises(ConfigError, match=r"gives 'wrong', which forward\(\) does not take and lacks 'input'"):
+        ModelAdapter(nn.Linear(3, 2), spec=ModelSpec(example_inputs={"wrong": torch.rand(2, 3)}))
+    failure = ModelAdapter(nn.Linear(3, 2), spec=ModelSpec(example_inputs={"input": torch.rand(2, 4)})).failure
     assert failure is not None
-    assert "unexpected keyword argument 'wrong'" in failure
     assert failure.endswith("Correct ModelSpec.example_inputs so that model(**example_inputs) is a valid call.")
     assert main_example({"a": 1}) is None
 
 
 def test_images_by_example() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 18 * 18, 2))
-    assert ModelAdapter(model).failure is not None
+    assert ModelAdapter(model).image_shape.value == (1, 20, 20)
     adapter = ModelAdapter(model, spec=ModelSpec(example_inputs={"input": torch.rand(4, 1, 20, 20)}))
     assert (adapter.modality, adapter.image_shape.value) == ("image", (1, 20, 20))
     assert ModelAdapter(model, {"image_size": 20}).image_shape.value == (1, 20, 20)
@@ -92,3 +102,24 @@ def test_likely_limits_are_tried_first() -> None:
 def test_spectrograms_may_be_called_values() -> None:
     shapes = [shape for shape, _ in sound_shapes({"num_mel_bins": 8, "max_length": 20}, "wave")]
     assert shapes == [(20, 8), (16000,)]
+
+
+def test_lengths_follow_the_text() -> None:
+    """Cut with it, grown with it, always with one full text, and longest first where they were."""
+    examples = {"input_ids": torch.zeros(4, 9, dtype=torch.long), "n": torch.tensor([9, 5, 3, 1])}
+    assert length_inputs(examples, "input_ids") == {"n"}
+    assert length_inputs({**examples, "n": torch.tensor([9, 0, 3, 1])}, "input_ids") == set()
+    assert length_inputs({**examples, "n": torch.tensor([7, 5, 3, 1])}, "input_ids") == set()
+    generator = torch.Generator().manual_seed(0)
+    for batch, length, expected in ((4, 4, [4, 4, 3, 1]), (2, 12, [12, 5]), (6, None, [9, 9, 5, 5, 3, 1])):
+        made = stretched(examples, "input_ids", "tokens", batch, length, 5, generator, torch.device("cpu"))
+        assert made["n"].tolist() == expected
+    examples["n"] = torch.tensor([1, 3, 5, 9])
+    made = stretched(examples, "input_ids", "tokens", 2, None, 5, generator, torch.device("cpu"))
+    assert made["n"].tolist() == [1, 9]
+
+
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.LazyConv1d(4, 1), nn.LazyConv2d(4, 1)])
+def test_lazy_layers_get_an_input_with_content(layer: nn.Module) -> None:
+    """They state a size of 0 until the first call, and from that they would take weights without numbers."""
+    assert all(p.numel() for p in ModelAdapter(layer).module.parameters())

@@ -327,8 +327,8 @@ def test_a_failure_lists_what_was_tried() -> None:
     adapter = ModelAdapter(Broken())
     assert adapter.failure is not None
     assert adapter.failure.startswith("No forward pass of Broken succeeded (")
-    assert "token ids (2, 12): RuntimeError: deliberate;" in adapter.failure
-    assert "pass ModelSpec(example_inputs={...})" in adapter.failure
+    assert "token ids (2, 12): RuntimeError: deliberate." in adapter.failure
+    assert "pass ModelSpec(example_inputs={'input_ids': ...})" in adapter.failure
     assert (adapter.modality, adapter.task.value) == ("tokens", "causal_lm")
     assert adapter.task.reason == "assumed for token ids, because no forward pass succeeded"
     assert adapter.describe()[0]["reason"] == "the likeliest kind of `input_ids`, but no forward pass succeeded"
@@ -342,3 +342,11 @@ def test_tiny_models_are_quick(small: Any) -> None:
     started = time.perf_counter()
     ModelAdapter(model)
     assert time.perf_counter() - started < 0.1
+
+
+def test_the_text_of_an_adapter_is_one_line(small: Any) -> None:
+    text = repr(ModelAdapter(small.Nano()))
+    assert text.startswith("ModelAdapter(Nano, causal_lm, ") and "inputs idx" in text and "\n" not in text
+    examples = {"input1": torch.ones(2, 9), "input2": torch.ones(2, 9)}
+    unknown = ModelAdapter(nn.Bilinear(3, 4, 5), spec=ModelSpec(example_inputs=examples))
+    assert "no forward pass succeeded" in str(unknown)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.loading import load_model
+from utils.adapters.location import code_location
+from utils.loading import load_model, read_code
 from utils.runtime.errors import AuditError, ConfigError, InstantiationError, ModelReferenceError
 
 HEAD = "import torch\nfrom torch import nn\n"
@@ -245,3 +246,54 @@ def test_bad_paths_say_what_to_do(tmp_path: Path) -> None:
         load_model("example:gpt", revision="abc1234")
     with pytest.raises(ModelReferenceError, match="The reference is a int"):
         load_model(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (model(body="while True: pass"), "Model gave no answer within 1 s (net.py, line 6: `while True: pass`)"),
+        (model(body="import time; time.sleep(1e6)"), "Model gave no answer within 1 s (net.py, line 6"),
+        ("while True: pass\n", "The import of the source gave no answer within 1 s (net.py, line 3"),
+        (model(body="import os; os._exit(0)"), "in a copy of this process, and the process was ended with"),
+        (model(body="raise MemoryError"), "in a copy of this process, and memory ran out (net.py, line 6"),
+    ],
+)  # fmt: skip
+def test_a_model_that_does_not_come_back_is_stopped(tmp_path: Path, source: str, words: str) -> None:
+    before = set(sys.modules)
+    (tmp_path / "net.py").write_text(HEAD + source)
+    with pytest.raises(InstantiationError) as caught:
+        load_model(tmp_path / "net.py", trust=True, time_limit=1)
+    assert words in str(caught.value)
+    assert not [name for name in set(sys.modules) - before if name.startswith("seedbed_model")]
+
+
+def test_a_slow_constructor_within_the_limit_loads(tmp_path: Path) -> None:
+    folder = write(tmp_path, model(body="import time; time.sleep(0.1); self.lin = nn.Linear(4, 4)"))
+    assert load_model(folder, trust=True, time_limit=5).name == "Model"
+    with pytest.raises(ConfigError, match="time_limit is 0"):
+        load_model(folder, time_limit=0)
+
+
+def test_messages_name_the_file_as_its_author_does(tmp_path: Path) -> None:
+    def said(text: str, **options: Any) -> str:
+        (tmp_path / "vae.py").write_text(text)
+        with pytest.raises((InstantiationError, ModelReferenceError, AuditError)) as caught:
+            load_model(tmp_path / "vae.py", **options)
+        return str(caught.value)
+
+    assert said("class A(nn.Module:").startswith("vae.py, line 1: ")
+    assert said(HEAD + "x = 1 / 0\n", trust=True).count("(vae.py, line 3: `x = 1 / 0`)") == 1
+    assert said("x = 1\n").startswith("vae.py defines no class")
+    assert said(HEAD + model("A") + model("B")).startswith("vae.py defines 2 classes")
+    assert "vae.py:3  process: os._exit" in said(HEAD + "import os; os._exit(1)\n")
+    assert said(" ") == (
+        f"The file {tmp_path / 'vae.py'} is empty. Expected Python source that defines a torch.nn.Module. "
+        "Export the model again, or check that the file was saved."
+    )
+    (tmp_path / "vae.py").write_text(HEAD + "from blocks import Inner\n" + model("A", body="self.lin = Inner()"))
+    (tmp_path / "blocks.py").write_text(HEAD + model("Inner"))
+    loaded = load_model(tmp_path / "vae.py")
+    assert code_location(loaded.module, "A").startswith("vae.py:")
+    assert code_location(loaded.module, "lin.lin").startswith("blocks.py:")
+    assert sorted(loaded.files) == ["blocks.py", "model.py"]
+    assert "--- vae.py" in read_code(tmp_path / "vae.py").text()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.runtime import isolation
+from utils.runtime import isolation, surroundings
 from utils.runtime.isolation import ModelChangedError, preserved
 
 
@@ -325,3 +325,30 @@ def test_a_folder_that_is_gone_cannot_come_back(model, monkeypatch, tmp_path):
         os.chdir(tmp_path)
         inside.rmdir()
     assert os.getcwd() == str(tmp_path)
+
+
+def test_a_setting_that_cannot_be_restored_keeps_no_other(model, monkeypatch):
+    value = {"first": 1, "last": 1}
+
+    def stuck(now):
+        raise OSError("it is stuck")
+
+    def put_last(now):
+        value["last"] = now
+
+    monkeypatch.setattr(surroundings, "SETTINGS", (
+        (lambda: value["first"], stuck), (lambda: value["last"], put_last)
+    ))  # fmt: skip
+    weight = model.linear.weight
+
+    def change():
+        with preserved(model):
+            value.update(first=2, last=2)
+            weight.requires_grad_(False)
+            model.eval()
+
+    with pytest.warns(RuntimeWarning, match="could not be put back: stuck: OSError: it is stuck"):
+        change()
+    assert value == {"first": 2, "last": 1}
+    assert weight.requires_grad
+    assert model.training

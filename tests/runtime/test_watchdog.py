@@ -1,4 +1,4 @@
-"""Limits of time and memory, rehearsals in a copy of the process, and caught output."""
+"""Limits of time and memory, what a rehearsal in a copy of the process ends with, and caught output."""
 
 import contextlib
 import ctypes
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.runtime import rehearsal
+from utils.runtime import rehearsal, watchdog
 from utils.runtime.printing import KEPT, captured_output
 from utils.runtime.rehearsal import rehearse
 from utils.runtime.resources import allocation_limit, available_memory, is_out_of_memory, total_memory
@@ -46,11 +46,11 @@ def stubborn():
             continue
 
 
-def in_thread(function):
+def in_thread(function, seconds=20):
     answers = []
     thread = threading.Thread(target=lambda: answers.append(function()))
     thread.start()
-    thread.join(20)
+    thread.join(seconds)
     return answers[0]
 
 
@@ -101,6 +101,201 @@ def test_an_outer_alarm_rings_after_an_inner_one():
     finally:
         signal.signal(signal.SIGALRM, previous)
         signal.setitimer(signal.ITIMER_REAL, *left)
+
+
+def outcome(outer, inner, act):
+    """Run something inside two limits and say which blocks were ended, the inner one first."""
+    ended = []
+    try:
+        with time_limit(outer):
+            try:
+                with time_limit(inner):
+                    act()
+            except TimedOut as error:
+                ended.append(error.seconds)
+            act()
+    except TimedOut as error:
+        ended.append(error.seconds)
+    return ended
+
+
+def anywhere(function):
+    """Run a function in the main thread and in another one."""
+    return function(), in_thread(function)
+
+
+def short():
+    end = time.monotonic() + 0.15
+    while time.monotonic() < end:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "act", "ended"),
+    [
+        (0.2, 5, forever, [0.2]),
+        (0.2, 5, stubborn, [0.2]),
+        (5, 0.05, short, [0.05]),
+        (0.4, 0.2, forever, [0.2, 0.4]),
+        (0.2, 5, short, [0.2]),
+        (0.2, 0.2, forever, [0.2]),
+        (5, 5, short, []),
+    ],
+)
+def test_of_nested_limits_the_first_to_end_fires_and_ends_its_own_block(outer, inner, act, ended):
+    started = time.monotonic()
+    for found in anywhere(lambda: outcome(outer, inner, act)):
+        assert found == ended or (outer == inner and found == [0.2, 0.2])
+    assert time.monotonic() - started < 4
+
+
+def test_many_limits_inside_one_another_and_in_turn():
+    def run():
+        ended = []
+        try:
+            with time_limit(0.5):
+                while True:
+                    try:
+                        with time_limit(0.1), time_limit(3), time_limit(2):
+                            forever()
+                    except TimedOut as error:
+                        ended.append(error.seconds)
+        except TimedOut as error:
+            ended.append(error.seconds)
+        return ended
+
+    for found in anywhere(run):
+        assert found[-1] == 0.5 and set(found[:-1]) == {0.1} and len(found) <= 5
+
+
+def test_limits_that_end_as_their_blocks_do_leave_nothing_behind():
+    """The alarm may come while a limit is entered or left, which must not leak out of its block."""
+
+    def run():
+        late = 0
+        for count in range(300):
+            try:
+                with time_limit(0.5), time_limit(count * 2e-6 + 1e-6):
+                    pass
+            except TimedOut:
+                late += 1
+        short()
+        return late <= 300
+
+    assert anywhere(run) == (True, True)
+
+
+def test_a_limit_that_is_late_to_name_the_module_stays_in_its_block(monkeypatch):
+    """In a large model that takes a while, in which the block may come to its end."""
+
+    def slow(module, frame):
+        time.sleep(0.02)
+        return ""
+
+    monkeypatch.setattr(watchdog, "working_module", slow)
+
+    def run():
+        leaks = []
+        for count in range(60):
+            try:
+                with time_limit(0.005):
+                    end = time.perf_counter() + 0.005 + 0.0005 * count
+                    while time.perf_counter() < end:
+                        pass
+            except TimedOut:
+                continue
+            except BaseException as error:
+                leaks.append(type(error).__name__)
+        return leaks, watchdog.limited(), len(watchdog._PENDING)
+
+    assert in_thread(run, 60) == ([], False, 0)
+
+
+def test_an_interruption_that_arrives_on_the_way_out_ends_its_own_block(monkeypatch):
+    """The thread may have left the block between the look at it and the exception."""
+    stop, left = watchdog._Asynchronous._stop, []
+
+    def late(limit):
+        if not left:
+            left.append(1)
+            raise limit._kind
+        stop(limit)
+
+    def run():
+        try:
+            with time_limit(5):
+                pass
+        except TimedOut as error:
+            return error.seconds, watchdog.limited()
+        return None
+
+    monkeypatch.setattr(watchdog._Asynchronous, "_stop", late)
+    assert in_thread(run) == (5, False)
+
+
+def test_a_limit_that_cannot_be_set_counts_for_nothing(monkeypatch):
+    def run():
+        with contextlib.suppress(RuntimeError), time_limit(5):
+            pass
+        return watchdog.limited()
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    thread = threading.Thread(target=lambda: answers.append(run()))
+    answers = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda made: start(made) if made is thread else refuse(made))
+    thread.start()
+    thread.join(20)
+    assert answers == [False]
+
+
+def test_limits_of_two_threads_do_not_meet():
+    answers = []
+
+    def run(outer, inner):
+        answers.append(outcome(outer, inner, forever))
+
+    threads = [threading.Thread(target=run, args=limits) for limits in ((0.3, 5), (0.6, 0.3))]
+    for thread in threads:
+        thread.start()
+    ended = outcome(0.2, 5, forever)
+    for thread in threads:
+        thread.join(10)
+    assert (ended, sorted(answers)) == ([0.2], [[0.3], [0.3, 0.6]])
+
+
+@pytest.mark.parametrize("interval", [0, 0.1])
+def test_an_outer_alarm_rings_during_an_inner_limit(interval):
+    rung = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    started = time.monotonic()
+    left = signal.setitimer(signal.ITIMER_REAL, 0.1, interval)
+    try:
+        with pytest.raises(TimedOut), time_limit(0.45):
+            forever()
+        assert rung[0] - started < 0.3
+        assert len(rung) == 1 if interval == 0 else len(rung) >= 2
+        assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == bool(interval)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_an_outer_alarm_that_raises_ends_the_block():
+    def ring(*_):
+        raise KeyError("the caller's own")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    left = signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyError, match="own"), time_limit(5):
+            forever()
+        assert signal.getsignal(signal.SIGALRM) is ring
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def test_modules_are_found_in_frames_and_tracebacks():

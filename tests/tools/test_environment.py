@@ -113,6 +113,10 @@ def test_environments_differ_by_pins_and_kind(checkout, monkeypatch):
     replica = environment.ensure("replica", str(checkout), print)
     assert len({first, second, replica}) == 3
     assert calls[-1][1:] == ([str(checkout / "tests" / "colab" / "replica.txt")], [])
+    (checkout / "tests" / "ui").mkdir()
+    (checkout / "tests" / "ui" / "lab.txt").write_text("")
+    assert environment.ensure("browser", str(checkout), print) not in (first, second, replica)
+    assert calls[-1][1:] == ([str(checkout / "tests" / "ui" / "lab.txt")], [])
 
 
 def test_an_unfinished_environment_is_built_again(checkout, monkeypatch):

@@ -94,10 +94,6 @@ def use(page, address, folder):
     page.wait_for_timeout(1500)
     page.screenshot(path=folder / "wizard.png")
 
-    def row(label):
-        label = page.locator(".widget-html", has_text=label).first
-        return page.locator(".widget-hbox").filter(has=label).last
-
     page.locator(".widget-dropdown select").first.select_option("balanced")
     page.wait_for_selector("text=Most of what the model can do")
     page.locator("text=How long").first.click()

@@ -274,7 +274,7 @@ def test_large_models_run_to_their_last_block(tiny, monkeypatch):
     """The head is left out at the longest length."""
     from utils.validation import causality
 
-    monkeypatch.setattr(causality, "LARGE", 0)
+    monkeypatch.setattr(causality, "LARGE_MODEL", 0)
     result = check_causality(tiny.GPT(mask="until_32"), spec=CAUSAL)
     assert result.findings[0].where == "blocks.1.attn" and "length 64" in result.findings[0].message
     assert check_causality(tiny.GPT(), spec=CAUSAL).status == "pass"

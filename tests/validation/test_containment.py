@@ -15,6 +15,7 @@ from torch import nn
 import utils
 from utils.adapters import ModelAdapter
 from utils.runtime.errors import AdapterError
+from utils.runtime.rehearsal import Rehearsal
 from utils.tier1_critical_validation import TIER1
 from utils.validation import Check, Outcome, containment, run_checks, runner
 from utils.validation.containment import UnusableModel, contained, open_model
@@ -85,7 +86,7 @@ def test_fatal_models_get_a_report(kind):
     assert words in report.findings[0].message
     assert [result.check for result in report.results] == [check.id for check in TIER1]
     assert all(result.could_not_run for result in report.results[1:])
-    assert f"{code} at inner, so the model was not run again" in report.results[-1].why
+    assert report.results[-1].why == "not run, see above"
     assert report.model == "Dangerous" and report.parameters == sum(p.numel() for p in model.parameters())
     assert "NOT READY" in report.text() and report.to_html()
 
@@ -231,3 +232,32 @@ def test_checks_survive_a_limit_of_memory(tmp_path):
     results, hungry = map(int, done.stdout.split())
     assert results == 4
     assert 1 <= hungry <= 3
+
+
+@pytest.mark.parametrize(("taken", "code"), [(9e9, "out_of_memory"), (5e8, "timed_out")])
+def test_a_pass_that_only_takes_memory_is_no_loop(monkeypatch, taken, code):
+    seen = Rehearsal("timed_out", "gave no answer within 15 s", "the first forward pass", taken=taken)
+    monkeypatch.setattr(containment, "rehearse", lambda *_: seen)
+    (finding,) = utils.validate(nn.Linear(2, 2), progress=False).findings
+    assert finding.code == code and ("memory" in finding.hint or "lists that grow" in finding.hint) == (taken > 1e9)
+
+
+class Recursive(nn.Module):
+    """Calls itself, without end or to a depth, on what it is given or on what a layer makes of it."""
+
+    def __init__(self, depth, first):
+        super().__init__()
+        self.depth, self.first, self.layer = depth, first, nn.Linear(8, 8)
+
+    def forward(self, x, depth=0):
+        return self.layer(x) if depth == self.depth else self.forward(self.first(x), depth + 1)
+
+
+def test_endless_recursion_is_named():
+    (finding,) = utils.validate(Recursive(-1, nn.Identity()), progress=False).findings
+    assert finding.code == "shape_crash" and "RecursionError" in finding.message
+    assert finding.location.startswith("test_containment.py:")
+    # Where only some inputs get so far, they may be the wrong ones.
+    report = utils.validate(Recursive(-1, nn.Linear(8, 8)), progress=False)
+    assert report.verdict == "INCOMPLETE" and "RecursionError" in report.results[0].why
+    assert not any(f.severity == "fail" for f in utils.validate(Recursive(2, nn.ReLU()), progress=False).findings)

@@ -179,6 +179,30 @@ class Clamped(Model):
         return self.run(x.clamp_(min=0))
 
 
+class Behind(Model):
+    """Writes past the version counter."""
+
+    def forward(self, x):
+        x.data.zero_()
+        return self.run(x)
+
+
+class Reshaped(Model):
+    def forward(self, x):
+        return self.run(x.unsqueeze_(0).reshape(-1, x.shape[-1]))
+
+
+class Harmless(Model):
+    """Asks for a gradient, and writes to copies."""
+
+    def forward(self, x):
+        if not x.requires_grad:
+            x.requires_grad_()
+        y = x.detach().clone()
+        y.clamp_(min=0)
+        return self.run(x + 0 * nn.functional.relu(y.contiguous(), inplace=True))
+
+
 class Mask(Model):
     def forward(self, input_ids, attention_mask=None):
         if attention_mask is not None:
@@ -188,10 +212,26 @@ class Mask(Model):
 
 @pytest.mark.parametrize(
     ("build", "severity", "where"),
-    [(Outer, "fail", "first.1"), (Ids, "fail", "Ids"), (Clamped, "warn", "Clamped"), (Mask, "fail", "Mask")],
+    [
+        (Outer, "fail", "first.1"),
+        (Ids, "fail", "Ids"),
+        (Clamped, "fail", "Clamped"),
+        (Behind, "fail", "Behind"),
+        (Reshaped, "fail", "Reshaped"),
+        (Mask, "fail", "Mask"),
+    ],
 )
 def test_changed_inputs(build, severity, where):
     assert found(check_determinism, build()) == [("input_mutation", severity, where)]
+
+
+def test_a_write_of_equal_values_is_a_write():
+    assert "equal values" in result_of(check_determinism, Clamped()).findings[0].message
+    assert "shape" in result_of(check_determinism, Reshaped()).findings[0].message
+
+
+def test_asking_for_a_gradient_is_no_write():
+    assert found(check_determinism, Harmless()) == []
 
 
 def test_messages_carry_numbers_and_lines_to_run():
@@ -206,3 +246,57 @@ def test_messages_carry_numbers_and_lines_to_run():
 def test_a_model_that_no_call_runs_is_not_judged():
     result = result_of(check_determinism, nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 4)))
     assert result.could_not_run
+
+
+class Variational(nn.Module):
+    """Draws its latent vector in eval mode too, in one way or another."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.encode, self.mean, self.spread = nn.Linear(20, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+        self.decode, self.draw = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 20)), draw
+
+    def forward(self, x):
+        hidden = self.encode(x).relu()
+        mean, spread = self.mean(hidden), self.spread(hidden)
+        return self.decode(self.draw(mean, (0.5 * spread).exp())), mean, spread
+
+
+def noisy_twice(mean, deviation):
+    return mean + torch.randn_like(mean) * deviation + 0.1 * torch.randn_like(mean)
+
+
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        (lambda mean, deviation: mean + deviation * torch.randn_like(deviation), ["warn"]),
+        (lambda mean, deviation: torch.randn_like(mean).mul(deviation).add_(mean), ["warn"]),
+        (lambda mean, deviation: deviation.new(deviation.shape).normal_().mul(deviation).add(mean), ["warn"]),
+        (lambda mean, deviation: torch.distributions.Normal(mean, deviation).rsample(), ["warn"]),
+        (lambda mean, deviation: torch.normal(mean, deviation), ["warn"]),
+        (noisy_twice, ["fail"]),
+        (lambda mean, deviation: torch.rand_like(mean), ["fail"]),
+    ],
+)
+def test_latent_vectors_may_be_drawn(draw, expected):
+    """Noise on a returned mean, and nowhere else, may be wanted: worth a look, no fault."""
+    result = result_of(check_determinism, Variational(draw))
+    assert [finding.severity for finding in result.findings] == expected
+
+
+def test_noise_without_mean_and_variance_is_a_fault():
+    """An answer and one other output prove no latent vector; and dropout is none."""
+
+    class Single(Variational):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    class Dropping(Variational):
+        def forward(self, x):
+            answer, mean, spread = super().forward(x)
+            return functional.dropout(answer, 0.5), mean, spread
+
+    draw = lambda mean, deviation: mean + deviation * torch.randn_like(deviation)  # noqa: E731
+    assert found(check_determinism, Single(draw)) == [(RANDOM, "fail", "Single")]
+    fails = [finding for finding in found(check_determinism, Dropping(draw)) if finding[1] == "fail"]
+    assert (DROPOUT, "fail", "Dropping") in fails

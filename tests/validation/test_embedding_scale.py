@@ -67,6 +67,7 @@ class Patches(nn.Module):
     [
         (lambda: Tokens(position=1.0), "pos"),
         (lambda: Tokens(position=1.0, kind="parameter"), "pos"),
+        (lambda: Tokens(kind="sinusoids"), "Tokens"),
         (lambda: Tokens(types=2.0), "types"),
         (lambda: Patches(patch=1e-3, position=1.0), "pos"),
     ],
@@ -76,7 +77,8 @@ def test_drowned_content(model, where):
     torch.manual_seed(0)
     result = check(model())
     assert [(f.code, f.where, f.severity) for f in result.findings] == [("embedding_scale", where, "fail")]
-    assert "times more of" in result.why
+    assert "times as much" in result.why
+    assert result.value > result.threshold
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_drowned_content(model, where):
         lambda: Tokens(token=1.0, position=1.0),
         lambda: Tokens(token=1.0, position=0.02),
         lambda: Tokens(token=1.0, position=1e-9),
-        lambda: Tokens(kind="sinusoids"),
+        lambda: Tokens(kind="sinusoids", token=0.1),
         lambda: Tokens(kind="sinusoids", multiplier=math.sqrt(32)),
         lambda: Tokens(types=0.02),
         lambda: Patches(),
@@ -96,7 +98,8 @@ def test_drowned_content(model, where):
 def test_sound_scales(model):
     """Equal scales, content over position, sinusoids as the original transformer and its heirs use them."""
     torch.manual_seed(0)
-    assert check(model()).findings == ()
+    result = check(model())
+    assert result.findings == () and result.value <= result.threshold
 
 
 def test_twenty_eight_times_warns():
@@ -104,6 +107,15 @@ def test_twenty_eight_times_warns():
     torch.manual_seed(0)
     result = check(Tokens(position=0.6))
     assert [(f.code, f.severity) for f in result.findings] == [("embedding_scale", "warn")]
+    assert result.value > result.threshold == 25.0
+
+
+def test_the_number_that_decides_is_shown():
+    """Slow waves have a limit of their own, and count with their mean."""
+    torch.manual_seed(0)
+    result = check(Tokens(kind="sinusoids"))
+    assert result.value > result.threshold == 25.0
+    assert f"{result.value:.3g} times" in result.why and "the limit is 25" in result.why
 
 
 def test_split_of_known_parts():

@@ -1,6 +1,7 @@
 """Gradient flow: parts that never train, told apart; look-alikes left alone."""
 
 import functools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -85,6 +86,45 @@ def test_stray_frozen_parameter(tiny):
     result = check_gradient_flow(model)
     assert result.status == "fail" and codes(result) == [("frozen_parameter", "blocks.1.mlp.0.weight")]
     assert check_gradient_flow(model, spec=ModelSpec(frozen=("blocks.1.mlp",))).status == "pass"
+
+
+class Gain(nn.Module):
+    """A gain of another class than its sisters, with another name for the numbers; `more` parameters beside it."""
+
+    def __init__(self, size=16, more=False):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros(size)) if more else None
+
+    def forward(self, x):
+        return x * self.gain + (0 if self.shift is None else self.shift)
+
+
+class GainedBlock(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.linear = scale, nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.linear(self.scale(x)).tanh()
+
+
+@pytest.mark.parametrize(
+    ("odd", "found"),
+    [
+        (lambda: Gain(), ["blocks.1.scale.gain"]),
+        # A fixed number of another shape, or beside trained ones, is a constant of its own.
+        (lambda: Gain(1), []),
+        (lambda: Gain(more=True), []),
+        (lambda: nn.RMSNorm(16), []),
+    ],
+)
+def test_frozen_where_the_same_place_of_other_blocks_trains(odd, found):
+    blocks = nn.Sequential(*[GainedBlock(odd() if i == 1 else nn.RMSNorm(16)) for i in range(3)])
+    result = check_gradient_flow(
+        nn.Sequential(OrderedDict(enter=nn.Linear(16, 16), blocks=blocks, leave=nn.Linear(16, 4)))
+    )
+    assert codes(result) == [("frozen_parameter", name) for name in found]
 
 
 @pytest.mark.parametrize("purpose", ["embedding", "first_blocks", "all_but_head"])
@@ -271,9 +311,20 @@ def test_auxiliary_head_in_training_only():
 
 
 def test_no_parameters():
-    """Nothing to check is a skip with a reason."""
+    """Nothing to train is no fault, unless layers are there that torch does not see."""
     result = check_gradient_flow(nn.Softmax(dim=-1))
-    assert result.status == "skip" and result.why == "the model has no parameters"
+    assert (result.status, result.why) == ("skip", "the model has no parameters: nothing to train")
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(8, 8), nn.Linear(8, 3)]
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x).relu())
+
+    result = check_gradient_flow(Listed())
+    assert result.status == "warn" and codes(result) == [("frozen_parameter", "Listed")]
 
 
 def test_most_of_the_model_frozen(tiny):
@@ -423,7 +474,7 @@ def test_dead_relu(functional):
     """All dead is a fault; a bias below zero that leaves some units alive is none."""
     result = check_gradient_flow(rectified((-1e3, -1e6), functional))
     assert result.status == "fail" and [finding.code for finding in result.findings] == ["dead_relu"]
-    assert "1 of 1 ReLUs give zero for every unit" in result.why
+    assert "ReLUs give zero for every unit" in result.why
     assert check_gradient_flow(rectified((-0.1, -0.1), functional)).findings == ()
 
 

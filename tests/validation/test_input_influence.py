@@ -188,3 +188,86 @@ def test_nan_is_another_checks():
     """No finite output, no verdict."""
     result = judged(Deaf(lambda m, x: m.head(m.body(x)) * float("nan")))
     assert result.status == "skip" and "not finite" in result.why
+
+
+class Batch(nn.Module):
+    """Reads a dict; `compared` says under which name the answers are that its loss needs."""
+
+    def __init__(self, compared=None, read=True):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 5)
+        self.compared, self.read = compared, read
+
+    def forward(self, batch):
+        scores = self.head(self.embed(batch["input_ids"]).mean(1))
+        if not self.read:
+            return {"logits": scores}
+        return {"logits": scores, "loss": nn.functional.cross_entropy(scores, batch[self.compared])}
+
+
+@pytest.mark.parametrize("name", ["labels", "category"])
+def test_labels_in_a_batch_feed_the_loss(name):
+    """Under any name: they move the loss and need not move the logits."""
+    ids = torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(0))
+    examples = {"batch": {"input_ids": ids, name: torch.arange(4)}}
+    assert judged(Batch(name), example_inputs=examples).findings == ()
+    unread = judged(Batch(name, read=False), example_inputs=examples).findings
+    # What is compared with answers in train mode only is no input that was forgotten.
+    assert [finding.code for finding in unread] == ([] if name == "labels" else ["ignored_input"])
+
+
+def test_labels_that_forward_reads_from_a_dict_are_made_up():
+    """One per text or one per token, whichever runs."""
+
+    class Labelled(Batch):
+        def forward(self, batch):
+            scores = self.head(self.embed(batch["input_ids"]).mean(1))
+            return {"logits": scores, "loss": nn.functional.cross_entropy(scores, batch["labels"])}
+
+    adapter = ModelAdapter(Labelled())
+    assert adapter.modality == "tokens" and adapter.task.value == "text_classification"
+    assert judged(Labelled()).findings == ()
+
+
+class Triplet(nn.Module):
+    """One vector for each of three inputs; `lost` reads the anchor in place of another one."""
+
+    def __init__(self, lost=False):
+        super().__init__()
+        self.net, self.lost = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), lost
+
+    def forward(self, anchor, positive, negative):
+        return self.net(anchor), self.net(positive), self.net(anchor if self.lost else negative)
+
+
+def test_any_tensor_of_the_output_may_hear_an_input():
+    """A siamese model answers for each input; one that is read nowhere is still lost."""
+    sound = judged(Triplet())
+    assert sound.status == "pass" and sound.details["influence"]["negative"] > 0
+    (finding,) = judged(Triplet(lost=True)).findings
+    assert finding.code == "ignored_input" and "`negative`" in finding.message
+
+
+class Packed(nn.Module):
+    """A recurrence over packed texts; `deaf` takes all texts for full ones."""
+
+    def __init__(self, deaf=False):
+        super().__init__()
+        self.table, self.rnn, self.head = nn.Embedding(40, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 3)
+        self.deaf = deaf
+
+    def forward(self, input_ids, lengths):
+        x = self.table(input_ids)
+        if self.deaf:
+            lengths = torch.full_like(lengths, x.shape[1])
+        x = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True)
+        return self.head(self.rnn(x)[1][-1])
+
+
+def test_lengths_stay_legal():
+    """Shorter lengths are other lengths; zero is none, and the order stays."""
+    ids, lengths = torch.randint(1, 40, (4, 9)), torch.tensor([9, 5, 3, 1])
+    for spec in ({}, {"example_inputs": {"input_ids": ids, "lengths": lengths}}):
+        assert judged(Packed(), **spec).status == "pass"
+        (finding,) = judged(Packed(deaf=True), **spec).findings
+        assert finding.code == "ignored_input" and "`lengths`" in finding.message

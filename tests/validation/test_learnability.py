@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utils.adapters import ModelAdapter, ModelSpec
-from utils.validation.check import Budget, Check
+from utils.validation.check import Budget, Check, Skipped
 from utils.validation.learnability import EPSILON, _adam, check_learnability
 from utils.validation.runner import run_check
 
@@ -80,6 +80,31 @@ def test_half_of_the_weights_frozen_still_learns(tiny):
     assert run(model).status == "pass"
 
 
+class Prompted(nn.Module):
+    """A trained vector that can move the loss by two percent, on a head that stays: as a layer, or as a constant."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.zeros(4))
+        if layer:
+            self.head = nn.Linear(12, 4, bias=False).requires_grad_(False)
+        self.register_buffer("fixed", torch.linspace(-1e-3, 1e-3, 48).view(12, 4))
+        self.layer = layer
+
+    def forward(self, x):
+        rest = 1e-3 * self.head(x) if self.layer else x @ self.fixed
+        return rest + 0.03 * self.prompt.tanh()
+
+
+@pytest.mark.parametrize(("layer", "status"), [(True, "pass"), (False, "warn")])
+def test_what_a_prompt_reaches_through_a_frozen_model_is_little(layer, status):
+    """Where nothing is frozen, so little is worth a look."""
+    inputs = {"x": torch.linspace(-9, 8, 24).sin().view(2, 12)}
+    result = run(Prompted(layer), spec=ModelSpec(task="tabular_classification", example_inputs=inputs))
+    assert result.status == status, result.why
+    assert 0.95 < result.value < 0.99
+
+
 class Slow(nn.Module):
     """Probabilities: cross-entropy falls, but cannot fall far."""
 
@@ -104,12 +129,13 @@ def test_does_not_apply(tiny):
     assert "are trained on a copy" in run(nn.Linear(2000, 3000)).why
     assert "not finite" in run(tiny.GPT(fault="nan")).why
 
-    class Waiting(nn.Linear):
+    class Laborious(nn.Linear):
         def forward(self, x):
-            time.sleep(0.15)
+            for _ in range(9000):
+                x = x + 0
             return super().forward(x)
 
-    assert "would take too long" in run(Waiting(8, 4)).why
+    assert "operators; training a copy would take too long" in run(Laborious(8, 4)).why
 
     class Rounded(nn.Module):
         def __init__(self):
@@ -158,10 +184,48 @@ def test_forward_bound_to_the_original():
     assert result.status == "skip" and "calls the original" in result.why
 
 
+class Plain(nn.Module):
+    """A sound layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Slowly(nn.Module):
+    """The same model on a machine that takes long for it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        time.sleep(0.02)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(("build", "codes"), [(Reversed, ["cannot_learn"]), (Plain, [])])
+def test_the_verdict_does_not_depend_on_the_speed(build, codes):
+    """Slow or not, the same steps are done; only the end of the budget makes them fewer, and no fault of it."""
+    model, spec = build(), ModelSpec(example_inputs={"x": torch.randn(2, 8)}, task="regression")
+    fast, slow = run(model, spec=spec, seconds=60.0), run(Slowly(model), spec=spec, seconds=60.0)
+    assert [f.code for f in fast.findings] == [f.code for f in slow.findings] == codes
+    assert [len(c) for c in fast.details["losses"].values()] == [len(c) for c in slow.details["losses"].values()]
+    short = run(Slowly(model), spec=spec, seconds=0.1)
+    assert not short.findings
+    reduced = short.details.get("reduced", ())
+    assert not codes or short.status == "skip" or any("steps of training" in note for note in reduced)
+
+
 def test_no_verdict_after_a_few_steps():
-    """Without time for all step sizes nothing is claimed, and the report says what was left out."""
-    outcome = check_learnability(ModelAdapter(Reversed()), Budget(0.0))
-    assert outcome.findings == []
+    """Without time for any step nothing is claimed, not even a pass, and the report says what was left out."""
+    budget = Budget(0.0)
+    with pytest.raises(Skipped, match="time for this check was over"):
+        check_learnability(ModelAdapter(Reversed()), budget)
+    assert "1 of 40 steps of training with step size 0.01" in budget.reduced
 
 
 def test_its_adam_is_torchs():

@@ -187,3 +187,52 @@ def test_a_crash_in_train_mode_is_left_to_the_check_of_gradients():
 
     result = result_of(check_modes, Crashing())
     assert result.status == "skip" and "no training" in result.why and not result.could_not_run
+
+
+class Hearing(nn.Module):
+    """Its encoder runs only where sound is given; without that argument nothing can ever run it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head, self.encoder = nn.Embedding(50, 16), nn.Linear(16, 50), Encoder()
+
+    def forward(self, input_ids, input_features=None):
+        hidden = self.embed(input_ids)
+        if input_features is not None:
+            hidden = hidden + self.encoder.encoder(input_features)
+        return self.head(hidden)
+
+
+class Deaf(Hearing):
+    def forward(self, input_ids):
+        return super().forward(input_ids)
+
+
+def test_layers_that_wait_for_an_input():
+    assert found(check_modes, Hearing()) == []
+    assert [(code, where) for code, _, where in found(check_modes, Deaf())] == [(CODE, "encoder.encoder.1")]
+
+
+class Seeded(nn.Module):
+    """Sets the seed before it drops; `forks` puts the stream back first."""
+
+    def __init__(self, seeds=True, forks=False):
+        super().__init__()
+        self.net, self.drop, self.seeds, self.forks = nn.Linear(12, 8), nn.Dropout(0.3), seeds, forks
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        if self.forks:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(42)
+                x = x + 0.01 * torch.randn(x.shape[-1])
+        elif self.seeds:
+            torch.manual_seed(42)
+        return self.head(self.net(self.drop(x)).relu())
+
+
+def test_a_seed_in_forward_repeats_every_mask():
+    """The mask is the same in each step; a stream that is put back afterwards leaves dropout random."""
+    assert found(check_modes, Seeded()) == [(CODE, "fail", "Seeded")]
+    assert found(check_modes, nn.Sequential(Seeded())) == [(CODE, "fail", "0")]
+    assert found(check_modes, Seeded(seeds=False)) == found(check_modes, Seeded(forks=True)) == []

@@ -439,3 +439,25 @@ def test_features_without_labels_do_not_apply():
 def test_budget_is_taken():
     """The check runs by itself with whatever time it is given."""
     assert check_objective(ModelAdapter(classifier()), Budget(0.0)).findings == []
+
+
+class Squashed(nn.Module):
+    """A sigmoid at the end, over as many numbers as came in or over another number of classes."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, out), nn.Sigmoid())
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_reconstruction_is_no_set_of_classes():
+    """One number out for each one in is an autoencoder, unless somebody says that there are classes."""
+    for model, spec, expected in (
+        (Squashed(20, 20), {}, []),
+        (Squashed(20, 7), {}, ["double_softmax"]),
+        (Squashed(20, 20), {"task": "tabular_classification"}, ["double_softmax"]),
+    ):
+        outcome = check_objective(ModelAdapter(model, None, ModelSpec(**spec)), Budget(10.0))
+        assert [finding.code for finding in outcome.findings] == expected

@@ -221,6 +221,46 @@ def test_state_after_the_padding():
     assert finding.where == "LastStateBesideMask"
 
 
+class Cut(TextModel):
+    """Gives as many positions as its ids make it: of the hidden ones, or up to the padding id."""
+
+    def __init__(self, hidden, **settings):
+        super().__init__(**settings)
+        self.hidden = hidden
+
+    def forward(self, input_ids, attention_mask=None):
+        result = super().forward(input_ids, attention_mask)
+        if attention_mask is None:
+            return result
+        if self.hidden:
+            return result[:, : 5 + int((input_ids * (1 - attention_mask.long())).sum()) % 3]
+        return result[:, : int((input_ids != 1).sum(1).max())]
+
+
+def test_a_shape_that_follows_hidden_tokens_is_a_leak():
+    (finding,) = judged(Cut(True), **ENCODER).findings
+    assert (finding.code, finding.severity, finding.where) == ("padding_leakage", "fail", "Cut")
+    assert "logits' shape" in finding.message
+
+
+def test_a_shape_that_follows_the_padding_id_is_stated():
+    result = judged(Cut(False, pad=1), {"pad_token_id": 1}, **ENCODER)
+    assert (result.status, result.findings) == ("pass", ())
+    assert "change the output's shape" in result.why
+
+
+class Halved(TextModel):
+    """One answer for two tokens: padded and bare texts cannot be compared position by position."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask)[:, ::2]
+
+
+def test_shapes_that_cannot_be_compared_are_stated():
+    result = judged(Halved(), **ENCODER)
+    assert result.status == "pass" and "were not compared" in result.why
+
+
 def test_two_way_recurrence_only_warns():
     """Without packing it reads the padding backwards; a mask alone cannot stop it."""
 

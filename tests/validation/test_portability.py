@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import rnn
 
 from tests.validation.faulty_modes import Model, found, result_of
 from utils.validation.portability import check_portability
@@ -38,6 +39,10 @@ DEVICES = {
     "through numpy and the cpu": lambda part, h: h + torch.from_numpy(h.detach().cpu().float().numpy()).to(h.dtype),
     "after data dependent shapes": routed,
     "after a data dependent branch": decided,
+    "after asking for the meta device": lambda part, h: h + torch.arange(16) if h.device.type != "cpu" else h,
+    "moved to the gpu for its shape": lambda part, h: (
+        h + torch.arange(16) * (torch.arange(16).cuda() if h.is_cuda else 1)
+    ),
 }
 DTYPES = {
     "float": lambda part, h: part.linear(h.float()),
@@ -58,6 +63,28 @@ def test_devices(name):
 @pytest.mark.parametrize("name", DTYPES)
 def test_dtypes(name):
     assert found(check_portability, Model(DTYPES[name])) == [(DTYPE, "fail", "bad")]
+
+
+class Routed(nn.Module):
+    """Multiplies in float32 with a weight that has to stay in float32."""
+
+    def __init__(self, declared):
+        super().__init__()
+        self.body = Model(lambda part, h: h * nn.functional.linear(h.float(), part.gate.weight).to(h.dtype),
+                          lambda part: setattr(part, "gate", nn.Linear(16, 16)))  # fmt: skip
+        if declared:
+            self._keep_in_fp32_modules_strict = declared
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_what_is_declared_to_stay_in_float32_is_not_cast():
+    assert found(check_portability, Routed(["bad.gate"])) == []
+    assert found(check_portability, Routed({"gate.weight"})) == []
+    # Nothing is declared, or something else is.
+    assert found(check_portability, Routed([])) == [(DTYPE, "fail", "body.bad")]
+    assert found(check_portability, Routed(["ate.weight", "good.gate"])) == [(DTYPE, "fail", "body.bad")]
 
 
 def test_the_caller_is_blamed_for_what_it_hands_down():
@@ -90,6 +117,16 @@ SOUND = {
     "data dependent": lambda part, h: h + h[h.sum(-1) > 0].sum() * (1 if h.sum().item() > 0 else 2),
     "upcast and cast back": lambda part, h: part.linear(h.float().softmax(-1).to(h.dtype)),
     "upcast within": lambda part, h: h + torch.sin(h.double()).to(h),
+    "asks for the meta device": lambda part, h: (
+        h + torch.arange(16, device=None if part.linear.weight.device.type == "meta" else part.linear.weight.device)
+    ),
+    "to the gpu where the input is": lambda part, h: h + (torch.arange(16).cuda() if h.is_cuda else torch.arange(16)),
+    "to the gpu by its name": lambda part, h: (
+        h + (torch.arange(16).cuda() if h.device.type == "cuda" else torch.arange(16))
+    ),
+    "to the gpu by its number": lambda part, h: (
+        h + (torch.arange(16).cuda(h.get_device()) if h.device.type != "cpu" else torch.arange(16))
+    ),
     "a list of numbers": lambda part, h: h * len(h.sum((1, 2)).tolist()),
 }
 
@@ -181,3 +218,44 @@ def test_layers_made_at_the_first_call_are_another_fault():
     result = result_of(check_portability, Later())
     assert result.status == "skip"
     assert "makes parameters" in result.why
+
+
+class Packed(nn.Module):
+    def __init__(self, place, kind=nn.LSTM):
+        super().__init__()
+        self.place = place
+        self.words, self.read = nn.Embedding(50, 8, padding_idx=0), kind(8, 8, batch_first=True)
+
+    def forward(self, input_ids):
+        lengths = self.place((input_ids != 0).sum(1).clamp(min=1))
+        packed = rnn.pack_padded_sequence(self.words(input_ids), lengths, batch_first=True, enforce_sorted=False)
+        out, lengths = rnn.pad_packed_sequence(self.read(packed)[0], batch_first=True, total_length=input_ids.shape[1])
+        real = torch.arange(out.shape[1], device=out.device) < lengths.to(out.device)[:, None]
+        return out * real[..., None]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("place", [torch.Tensor.cpu, torch.Tensor.tolist])
+def test_lengths_of_packed_sequences_belong_on_the_cpu(place, kind):
+    assert found(check_portability, Packed(place, kind)) == []
+
+
+def test_lengths_of_packed_sequences_must_be_on_the_cpu():
+    assert [code for code, *_ in found(check_portability, Packed(lambda lengths: lengths))] == [DEVICE]
+
+
+class FirstState(nn.Module):
+    def __init__(self, kind, place):
+        super().__init__()
+        self.words, self.read, self.place = nn.Embedding(50, 8), kind(8, 8, batch_first=True), place
+
+    def forward(self, input_ids):
+        x = self.words(input_ids)
+        start = torch.zeros(1, len(x), 8, device=self.place or x.device, dtype=x.dtype)
+        return self.read(x, (start, start) if isinstance(self.read, nn.LSTM) else start)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_first_states_on_the_cpu(kind):
+    assert [code for code, *_ in found(check_portability, FirstState(kind, "cpu"))] == [DEVICE]
+    assert found(check_portability, FirstState(kind, None)) == []

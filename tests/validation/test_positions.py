@@ -95,10 +95,41 @@ def test_sound_models_pass(build, spec):
     assert (result.status, result.findings) == ("pass", ())
 
 
+class PlainMean(nn.Module):
+    """What an `EmbeddingBag` does, written out: it may be a first step that forgot the order."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.words = words
+
+    def forward(self, input_ids):
+        return self.words(input_ids).mean(1)
+
+
 def test_bag_of_words_only_warns():
     """Nothing mixes before pooling: built that way, and worth knowing."""
-    (finding,) = judged(MeanOfWords(), **CLASSES).findings
+    model = MeanOfWords()
+    model.words = PlainMean(nn.Embedding(60, 16))
+    (finding,) = judged(model, **CLASSES).findings
     assert (finding.code, finding.severity) == ("position_absent", "warn") and "a bag of words" in finding.message
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_layers_that_are_bags_by_name_are_asked_for_no_order(flat):
+    """Rows of ids, or all ids in one list with the places where texts start."""
+
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.EmbeddingBag(60, 8, mode="sum"), nn.Linear(8, 3)
+
+        def forward(self, input_ids):
+            if not flat:
+                return self.head(self.words(input_ids))
+            starts = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
+            return self.head(self.words(input_ids.flatten(), starts))
+
+    assert judged(Bag(), **CLASSES).findings == ()
 
 
 @pytest.mark.parametrize(
@@ -121,8 +152,8 @@ def test_reproduction_runs():
     """The lines in the finding print zero, or nearly."""
     printed = []
     finding = judged(RunningMean(), **LM).findings[0]
-    exec(finding.reproduction, {"model": RunningMean(), "print": printed.append})
-    assert printed[0].item() < 1e-5 and len(finding.reproduction.splitlines()) <= 3
+    exec(finding.reproduction, {"model": RunningMean(), "spec": ModelSpec(**LM), "print": printed.append})
+    assert printed[0].item() < 1e-5 and len(finding.reproduction.splitlines()) <= 4
 
 
 def test_config_may_switch_positions_off():

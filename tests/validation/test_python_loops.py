@@ -241,6 +241,83 @@ class TwoLayers(nn.Module):
         return x
 
 
+class Mapped(nn.Module):
+    """Makes its mask inside of torch.vmap, where tensors have no storage of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(60, 16)
+
+    def forward(self, input_ids):
+        x = self.words(input_ids)
+        steps = torch.arange(x.shape[1])
+        seen = torch.vmap(lambda row: row.mul(1).ge(steps))(steps)
+        return (x @ x.mT).masked_fill(~seen, -1e9).softmax(-1) @ x
+
+
+class Sorted(nn.Module):
+    """Every expert gets the rows that were sorted to it; only for some of them the counts agree."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.words, self.counts = nn.Embedding(60, 16), counts
+        self.weights = nn.Parameter(torch.randn(len(counts), 16, 16))
+
+    def forward(self, input_ids):
+        x = self.words(input_ids)
+        rows = x.flatten(0, 1)
+        taken = rows[: sum(self.counts)].split(self.counts)
+        made = [functional.linear(part, weight) for part, weight in zip(taken, self.weights, strict=True)]
+        return torch.cat([*made, rows[sum(self.counts) :]]).view_as(x)
+
+
+class Numbers(nn.Module):
+    """Reads many numbers one after another, which is no work on them; or works on each."""
+
+    def __init__(self, work):
+        super().__init__()
+        self.words, self.work = nn.Embedding(60, 32), work
+
+    def forward(self, input_ids):
+        x = self.words(input_ids)
+        mean = x.mean((0, 1))
+        read = [mean[i].exp() if self.work else mean[i].item() for i in range(32)]
+        return x + (torch.stack(read) if self.work else sum(read))
+
+
+class TwoScans(nn.Module):
+    """A recurrence that runs once for each of two heads, over one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.weight = nn.Embedding(60, 16), nn.Parameter(torch.randn(8, 8) / 4)
+
+    def forward(self, input_ids):
+        parts, heads = self.words(input_ids).unflatten(-1, (2, 8)), []
+        for head in range(2):
+            state, steps = parts[:, 0, head] * 0, []
+            for step in range(parts.shape[1]):
+                state = state * 0.9 + parts[:, step, head]
+                steps.append(torch.matmul(parts[:, step, head], self.weight) * state)
+            heads.append(torch.stack(steps, 1))
+        return torch.cat(heads, -1)
+
+
+@pytest.mark.parametrize(
+    "build", [Mapped, lambda: Sorted([2, 2, 2, 3, 1]), lambda: Numbers(False), TwoScans],
+    ids=["vmap", "ragged experts", "numbers", "two scans"],
+)  # fmt: skip
+def test_what_only_looks_like_a_loop_over_slices(build):
+    torch.manual_seed(0)
+    assert find_loops(ModelAdapter(build()), True)[0] == []
+
+
+@pytest.mark.parametrize("build", [lambda: Sorted([2, 2, 2, 2, 2]), lambda: Numbers(True)])
+def test_equal_slices_and_work_on_numbers_are_loops(build):
+    torch.manual_seed(0)
+    assert [f.code for f in find_loops(ModelAdapter(build()), True)[0]] == ["slow_python_loop"]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_experts_that_more_tokens_wake_are_no_loop(seed):
     torch.manual_seed(seed)

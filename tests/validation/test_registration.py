@@ -244,3 +244,24 @@ class Chained(nn.Module):
 def test_lists_from_one_assignment():
     assert found(check_registration, Chained(True)) == [("shared_weight", "fail", "values")]
     assert found(check_registration, Chained(False)) == []
+
+
+class Relay(nn.Module):
+    """Makes a layer once and hands it to each of its blocks, as CoaT does with its position encodings."""
+
+    def __init__(self, shared: nn.Module):
+        super().__init__()
+        self.shared = shared
+        self.blocks = nn.ModuleList(Block(shared) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_layer_that_is_handed_to_blocks_from_its_own_home():
+    """Sharing by hand is a choice; shared batch statistics never are."""
+    assert found(check_registration, Relay(layer())) == [(SHARED, "warn", "blocks.0.attention")]
+    normed = Relay(nn.Sequential(layer(), nn.BatchNorm1d(16)))
+    assert [severity for _, severity, _ in found(check_registration, normed)] == ["fail"]

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from utils.tier1_critical_validation import validate
+from utils.tier1_critical_validation import TIER1, validate
 from utils.validation import CheckResult, Finding, ValidationReport
+from utils.validation.check import NOT_RUN
+from utils.validation.codes import MEANING
 from utils.validation.pictures import Picture
+from utils.validation.report import _EXPLAINS
 
 # Read when the module is imported: a fixture hides these variables from the tests themselves.
 OVERWRITE = bool(os.environ.get("SEEDBED_OVERWRITE_GOLDEN"))
@@ -120,9 +123,9 @@ def test_every_finding_says_where_in_the_code_and_how_to_see_it():
 def test_badge_says_the_verdict_in_one_line(tmp_path, changes, words, colour):
     """A picture of one line for a README; Tier 2 alone never says ready."""
     report = fixed_report(**changes)
-    picture = report.badge(tmp_path / "badge.svg")
+    picture = report.badge()
     assert f">{words}</text>" in picture and f'fill="{colour}"' in picture and picture.count("\n") == 1
-    assert (tmp_path / "badge.svg").read_text() == picture
+    assert report.badge(tmp_path / "badge.svg").read_text() == picture
     assert xml.etree.ElementTree.fromstring(picture).tag.endswith("svg")
 
 
@@ -136,13 +139,14 @@ def test_pictures_are_in_the_page_and_not_in_the_json():
 
 def test_json(tmp_path):
     """Versioned, and strict JSON even with infinities."""
-    text = fixed_report().to_json(tmp_path / "report.json")
+    text = fixed_report().to_json()
     data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert (data["version"], data["verdict"], data["passed"]) == (2, "NOT READY", False)
     assert data["results"][2]["threshold"] == "inf" and data["findings"][0]["where"] == "blocks.2.attn"
     assert set(data["results"][0]) == {
         "check", "tier", "status", "value", "threshold", "why", "seconds", "details", "findings"
     }  # fmt: skip
+    assert fixed_report().to_json(str(tmp_path / "report.json")) == tmp_path / "report.json"
     assert json.loads((tmp_path / "report.json").read_text()) == data
 
 
@@ -171,7 +175,7 @@ def test_html_is_self_contained_and_escaped(tmp_path):
     evil = Finding("x", "fail", "<script>alert(1)</script>", '"><img src=x onerror=1>', "<b>")
     result = CheckResult("<i>", 1, "fail", "<u>", None, "<script>", 1.0, {"<k>": "</pre><script>"}, (evil,))
     report = fixed_report(results=(*fixed_report().results, result), model="</title><script>")
-    page = report.to_html(tmp_path / "report.html")
+    page = report.to_html()
     audit = Audit()
     audit.feed(page)
     assert (audit.links, audit.scripts, audit.open) == ([], 0, [])
@@ -179,7 +183,19 @@ def test_html_is_self_contained_and_escaped(tmp_path):
     assert "http" not in page and "@import" not in page and "url(" not in page
     assert "prefers-color-scheme:dark" in page and len(page) < 100_000
     assert "<svg" in page and "<details>" in page and "reduced: less" in page
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+    assert report.to_html(tmp_path / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_rows_of_the_page_repeat_nothing():
+    """A finding is told once, a value that is a sentence once, and what could not run is not as grey as a skip."""
+    leak = Finding("future_leakage", "fail", "attn", "the only message", "h")
+    results = (
+        CheckResult("a", 1, "fail", "a value of many words", None, leak.message, 0.1, {}, (leak,)),
+        CheckResult("b", 1, "skip", None, None, "not run, see above", 0.1, {"could_not_run": True}),
+    )
+    page = fixed_report(results=results).to_html()
+    assert page.count("the only message") == 1 and "see above</td>" in page and "a value of many words" not in page
+    assert "<td class='warn'>skip</td>" in page
 
 
 def test_notebook_fragment_styles_only_itself():
@@ -191,6 +207,69 @@ def test_notebook_fragment_styles_only_itself():
     assert selectors and all(selector.startswith(".seedbed-report") for selector in selectors)
     assert "<html" not in fragment and "<body" not in fragment
     assert "seedbed-report" in fixed_report().results[0]._repr_html_()
+
+
+def test_repr_is_a_dozen_lines():
+    """The verdict and the findings; where the rest is."""
+    found = tuple(Finding("nan_output", "fail", f"layer{i}", "word " * 60, "do") for i in range(30))
+    many = fixed_report(results=(CheckResult("x", 1, "fail", 1, 0, "", 0.0, {}, found),))
+    lines = repr(many).splitlines()
+    assert len(lines) == 12 and max(map(len, lines)) <= 120
+    assert lines[0].startswith("NOT READY  GPTMini") and lines[-2] == "and 21 more" and "print(report)" in lines[-1]
+    assert len(repr(fixed_report()).splitlines()) == 4 and str(many) == many.text()
+
+
+def found(code, message="m", severity="fail"):
+    """Return the result of a check that found one thing."""
+    return CheckResult(code, 1, severity, 1, 0, message, 0.1, {}, (Finding(code, severity, "x", message, "h"),))
+
+
+@pytest.mark.parametrize(
+    ("results", "order"),
+    [
+        ((found("padding_leakage"), found("wrong_softmax_dim")), ["wrong_softmax_dim", "padding_leakage"]),
+        ((found("nan_output"), found("padding_leakage", "`m` is inverted")), ["padding_leakage", "nan_output"]),
+        ((found("padding_leakage"), found("nan_output")), ["nan_output", "padding_leakage"]),
+        ((found("cannot_learn"), found("zero_gradient"), found("zero_init")),
+         ["zero_init", "cannot_learn", "zero_gradient"]),
+        ((found("cannot_learn"), found("missing_residual", severity="warn")), ["cannot_learn", "missing_residual"]),
+        ((found("batch_leakage"), found("label_shift")), ["batch_leakage", "label_shift"]),
+    ],
+)  # fmt: skip
+def test_causes_come_before_what_they_explain(results, order):
+    """Whichever check met it first; a warning stays behind the faults, and what explains nothing where it is."""
+    report = fixed_report(results=results)
+    assert [finding.code for finding in report.findings] == order
+    assert [finding["code"] for finding in report.to_dict()["findings"]] == order
+
+
+def test_causes_are_codes_that_exist():
+    """A code that was renamed would explain nothing."""
+    known = {code for check in TIER1 for code in check.codes} | set(MEANING)
+    assert {code for cause, _, explained in _EXPLAINS for code in (cause, *explained)} <= known
+
+
+def test_what_waits_for_one_call_is_one_row_and_the_verdict_says_what_to_do():
+    """The one useful line is not buried under those that point to it."""
+    why = "could not run: no pass of Net succeeded. Pass ModelSpec(example_inputs={'x': ...}) with tensors it accepts."
+    first = CheckResult("shape_robustness", 1, "skip", None, None, why, 0.5, {"could_not_run": True})
+    gap = {"could_not_run": True}
+    others = [CheckResult(f"check{i}", 1, "skip", None, None, NOT_RUN, 0.25, gap) for i in range(8)]
+    report = fixed_report(results=(first, *others))
+    text = " ".join(report.text().split())
+    assert "9 checks could not run. Pass ModelSpec(example_inputs={'x': ...}) with tensors it accepts Tier 1" in text
+    assert "8 checks skip - - 2.00 not run, see above" in text and "check3" not in report.text()
+    assert report.to_html().count("not run, see above") == 1 and len(report.results) == 9
+    single = fixed_report(results=(first, others[0]))
+    assert "check0" in single.text() and "Pass" not in fixed_report().sentence
+
+
+def test_tier_2_alone_does_not_say_no_faults():
+    """It does not look for any."""
+    described = fixed_report(results=(CheckResult("rank", 2, "pass", 1, None, "fine", 0.1),), tiers=(2,))
+    assert described.sentence.endswith("parameters: faults were not looked for")
+    sound = fixed_report(results=(CheckResult("modes", 1, "pass", 1, None, "fine", 0.1),), tiers=(1, 2))
+    assert sound.sentence.endswith("parameters: no faults")
 
 
 def test_values_are_checked():

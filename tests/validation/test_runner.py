@@ -139,7 +139,8 @@ def test_model_that_never_runs_is_not_ready(tiny):
     report = validate(model, progress=False)
     assert report.verdict == "NOT READY" and [r.status for r in report.results[:2]] == ["fail", "skip"]
     others = {result.check: result for result in report.results[1:] if result.check != "causality"}
-    assert all("see shape_robustness" in result.why for result in others.values() if result.could_not_run)
+    assert all(result.why == "not run, see above" for result in others.values() if result.status == "skip")
+    assert report.text().count("No forward pass") == 1
     runs_nothing = {"registration", "persistence"}
     assert not any(result.status == "pass" for name, result in others.items() if name not in runs_nothing)
 
@@ -271,3 +272,50 @@ def test_time_is_divided_among_the_tiers_as_they_usually_take():
     assert (weights[0] + weights[1], weights[2]) == pytest.approx(
         (runner.DEFAULT_SECONDS[1], runner.DEFAULT_SECONDS[2])
     )
+
+
+class Undefined(nn.Module):
+    """Its answer is NaN, and it says so each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(30, 8), nn.Linear(8, 30)
+
+    def forward(self, input_ids):
+        print("here I am")
+        return self.head((self.embedding(input_ids) - 9).log())
+
+
+def test_what_a_model_prints_is_shown_once():
+    """Each check counts what was printed; the text stands beside the first."""
+    report = validate(Undefined(), progress=False)
+    shown = [result for result in report.results if "printed_start" in result.details]
+    assert len(shown) == 1 and shown[0].details["printed_start"] == "here I am\n"
+    assert sum(bool(result.details.get("printed")) for result in report.results) > 10
+
+
+def test_the_cause_comes_first_and_what_it_explains_is_left_out(tiny):
+    """Where the output is NaN, a warning about scales says nothing; in a finite model it stays."""
+    warned = Finding("embedding_scale", "warn", "pos", "loud", "h")
+    dead = Finding("dead_relu", "fail", "act", "dead", "h")
+    nan = Finding("nan_output", "fail", "log", "NaN", "h")
+
+    def found(*findings):
+        return lambda adapter, budget: Outcome(1, 1, "fine", findings)
+
+    def report(*groups):
+        checks = [Check(f"c{i}", 1, "?", found(*group)) for i, group in enumerate(groups)]
+        return run_checks(ModelAdapter(tiny.MLP()), checks, progress=False)
+
+    broken = report([dead], [warned], [nan])
+    assert [finding.code for finding in broken.findings] == ["nan_output", "dead_relu"]
+    assert (
+        broken.results[1].status == "skip" and broken.results[1].why == "not judged: something is not finite (see c2)"
+    )
+    assert [finding.code for finding in report([dead], [warned]).findings] == ["dead_relu", "embedding_scale"]
+
+
+def test_a_gradient_of_nan_is_not_called_finite():
+    """The check says that it did not judge."""
+    result = next(r for r in validate(Undefined(), progress=False).results if r.check == "gradient_flow")
+    assert result.status == "skip" and "the loss is not finite" in result.why

@@ -29,7 +29,9 @@ class Keeper(nn.Module):
         super().__init__()
         self.layer, self.how = nn.Linear(width, width), how
         self.history, self.table, self.state = [], {}, None
-        self.window = deque(maxlen=8)
+        self.window, self.calls = deque(maxlen=8), 0
+        for name, shape in (("codes", (8, width)), ("sums", (8, width)), ("counts", (8,))):
+            self.register_buffer(name, torch.ones(shape))
         self.register_buffer("keys", torch.zeros(2, 0, width))
         self.register_buffer("last", torch.zeros(1))
         if how == "hook":
@@ -65,6 +67,10 @@ class Keeper(nn.Module):
             log.append(hidden)
         elif self.how == "global":
             STORE.append(hidden)
+        elif self.how.startswith("every"):
+            self.calls += 1
+            if self.calls % int(self.how[-1]) == 0:
+                self.history.append(hidden.detach())
         # From here on nothing grows for ever.
         elif self.how == "window":
             self.window.append(hidden.detach())
@@ -80,6 +86,24 @@ class Keeper(nn.Module):
             cycle.append(cycle)
         elif self.how == "counter":
             self.history.append(1)
+        elif self.how == "first":
+            self.table.setdefault("mask", torch.ones(4096))
+        elif self.how.startswith("late"):
+            self.calls += 1
+            if self.calls == int(self.how[-1]):
+                self.state = torch.ones(4096)
+        elif self.how.startswith("flushed"):
+            self.history.append(hidden.detach())
+            if len(self.history) == int(self.how[-1]):
+                self.history.clear()
+        elif self.how == "codebook" and self.training:
+            with torch.no_grad():
+                flat = hidden.reshape(-1, hidden.shape[-1])
+                near = torch.cdist(flat, self.codes).argmin(1)
+                ones = functional.one_hot(near, len(self.codes)).to(flat.dtype)
+                self.counts = 0.9 * self.counts + 0.1 * ones.sum(0)
+                self.sums = 0.9 * self.sums + 0.1 * ones.T @ flat
+                self.codes = self.sums / self.counts.clamp(min=1e-5)[:, None]
         return hidden
 
 
@@ -114,7 +138,7 @@ def run(check, model, spec=None, seconds=5.0):
 
 
 KEPT = ["list", "detached", "numpy", "numbers", "train_only", "eval_only", "dict", "by_id", "graph", "buffer", "class",
-        "default", "global", "hook"]  # fmt: skip
+        "default", "global", "hook", "every2", "every3", "every4"]  # fmt: skip
 
 
 @pytest.mark.parametrize("how", KEPT)
@@ -136,7 +160,26 @@ def test_the_reproduction_runs(capsys):
     assert sorted(set(counts)) == counts
 
 
-@pytest.mark.parametrize("how", ["none", "window", "last", "cleared", "by_length", "cycle", "counter"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "none",
+        "window",
+        "last",
+        "cleared",
+        "by_length",
+        "cycle",
+        "counter",
+        "first",
+        "late2",
+        "late5",
+        "late9",
+        "flushed5",
+        "flushed7",
+        "flushed9",
+        "codebook",
+    ],
+)
 def test_bounded_memory_passes(how):
     for model in (Language(how), Picture(how)):
         outcome = run(check_memory_growth, model)

@@ -64,7 +64,7 @@ def test_the_block_with_the_fault_is_named(kind):
     """Its own code crashes, or hands on what another module then chokes on."""
     result = check_shape_robustness(LM(inner=INNER[kind]))
     assert found(result) == [("shape_crash", "fail", "blocks.1")], result.findings
-    assert result.findings[0].reproduction.endswith("model(**inputs)")
+    assert result.findings[0].reproduction.endswith("trial(**inputs)")
 
 
 def test_the_model_itself_is_named():
@@ -464,3 +464,131 @@ def test_columns_of_their_own_ranges(order):
     examples = {"cat": torch.stack(drawn((40, 3, 12), 6), 1), "num": torch.randn(6, 5)}
     spec = ModelSpec(example_inputs={name: examples[name] for name in order})
     assert crashes(Rows(), spec) == []
+
+
+class Unclear(nn.Module):
+    """Takes an object with two tensors in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, sample):
+        return self.head(sample.left + sample.right)
+
+
+class Clips(nn.Module):
+    """Takes (batch, time, channels, height, width), and calls it images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, images):
+        batch, time, _, _, _ = images.shape
+        return self.head(self.conv(images.flatten(0, 1)).mean((2, 3))).view(batch, time, 5).mean(1)
+
+
+@pytest.mark.parametrize("kind", [Unclear, Clips])
+def test_inputs_that_nobody_can_guess_are_no_crash(kind):
+    """The verdict is open, and the report says which argument is unclear and what to pass."""
+    report = validate(kind(), progress=False)
+    assert report.verdict == "INCOMPLETE" and not report.findings
+    name = "sample" if kind is Unclear else "images"
+    why = report.results[0].why
+    assert f"unclear what `{name}` holds" in why and f"ModelSpec(example_inputs={{'{name}': ...}})" in why
+
+
+def test_a_crash_on_evident_inputs_is_the_models_own():
+    """Ids by their name, or by the table that took them."""
+
+    class Broken(Reader):
+        def forward(self, input_ids):
+            return nn.functional.linear(self.embed(input_ids).mean(1), torch.zeros(3, 17))
+
+    class Unnamed(Broken):
+        def forward(self, x):
+            return super().forward(x)
+
+    for kind in (Broken, Unnamed):
+        assert [entry[:2] for entry in found(check_shape_robustness(kind(1)))] == [("shape_crash", "fail")]
+
+
+class Graph(nn.Module):
+    """Node features (nodes, 8) and edges (2, many); `per` says what there is one row of in the answer."""
+
+    def __init__(self, per="node"):
+        super().__init__()
+        self.enter, self.leave, self.per = nn.Linear(8, 16), nn.Linear(16, 3), per
+
+    def forward(self, x, edge_index):
+        nodes = self.enter(x)
+        heard = torch.zeros_like(nodes).index_add(0, edge_index[1], nodes[edge_index[0]])
+        scores = self.leave((nodes + heard).relu())
+        return scores if self.per == "node" else scores.mean(0, keepdim=True)
+
+
+class Dense(nn.Module):
+    """The same with a matrix of edges."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x, adjacency):
+        return self.leave((adjacency @ self.enter(x)).relu())
+
+
+@pytest.mark.parametrize("kind", ["node", "graph", "dense"])
+def test_a_graph_has_no_axis_of_samples(kind):
+    """Its rows hear of each other, and cannot be cut to two: neither is a fault."""
+    draw = torch.Generator().manual_seed(0)
+    nodes = torch.randn(10, 8, generator=draw)
+    if kind == "dense":
+        model, examples = Dense(), {"x": nodes, "adjacency": torch.rand(10, 10, generator=draw)}
+    else:
+        model, examples = Graph(kind), {"x": nodes, "edge_index": torch.randint(10, (2, 30), generator=draw)}
+    report = validate(model, spec=ModelSpec(example_inputs=examples), progress=False)
+    assert report.verdict == "READY" and not report.findings
+    skipped = {result.check: result.why for result in report.results if result.status == "skip"}
+    for check in ("shape_robustness", "batch_independence"):
+        assert "no axis of samples" in skipped[check]
+
+
+def test_a_graph_of_ten_nodes_still_has_faults():
+    """Edges that are never read."""
+
+    class Deaf(Graph):
+        def forward(self, x, edge_index):
+            return self.leave(self.enter(x).relu())
+
+    examples = {"x": torch.randn(10, 8), "edge_index": torch.randint(10, (2, 30))}
+    report = validate(Deaf(), spec=ModelSpec(example_inputs=examples), progress=False)
+    assert [(f.code, f.severity) for f in report.findings] == [("ignored_input", "fail")]
+
+
+def test_no_parameters_are_said():
+    """Nothing is wrong with such a module, and the report says that nothing can be trained."""
+    report = validate(nn.Softplus(), progress=False)
+    assert report.findings == ()
+    assert "no parameters: nothing to train" in next(r.why for r in report.results if r.check == "gradient_flow")
+
+
+class CountsFromOne(nn.Module):
+    """Has no row for the id 0; `shift` as in code that moves ids by one."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.words, self.head, self.shift = nn.Embedding(60, 8), nn.Linear(8, 60), shift
+
+    def forward(self, input_ids):
+        return self.head(self.words(self.shift(input_ids)))
+
+
+def test_an_id_zero_that_crashes():
+    """Shifted down by one there is no row; clamped, or shifted round, there is."""
+    from tests.validation.faulty_modes import found
+
+    assert found(check_shape_robustness, CountsFromOne(lambda i: i - 1)) == [("vocab_mismatch", "fail", "words")]
+    assert found(check_shape_robustness, CountsFromOne(lambda i: (i - 1).clamp(min=0))) == []
+    assert found(check_shape_robustness, CountsFromOne(lambda i: (i - 1) % 60)) == []

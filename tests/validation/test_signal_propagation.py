@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.adapters import ModelAdapter
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.validation.check import Check
 from utils.validation.runner import run_check
 from utils.validation.signal_propagation import bottlenecks, check_signal_propagation, gradient_by_depth
@@ -185,7 +185,7 @@ FAULTS = {
     "feed-forward": (lambda: Encoder(skip=(True, False)), "blocks.0", "around mlp"),
     "post-norm": (lambda: Encoder(skip=(True, False), post=True), "blocks.0", "around mlp"),
     "one of four": (lambda: Encoder(4, faulty=(2,), skip=(True, False)), "blocks.2", "1 of 4"),
-    "one convolution": (lambda: Convolutions([True, True, False, True]), "Convolutions", "1 of 4"),
+    "one convolution": (lambda: Convolutions([True, True, False, True]), "stages.2", "1 of 4"),
     "list of attention": (lambda: Apart((False, True)), "Apart", "3 of 3"),
     "list of feed-forward": (lambda: Apart((True, False)), "Apart", "3 of 3"),
 }
@@ -200,11 +200,14 @@ def test_missing_residual(name):
 
 
 def test_reproduction_shows_the_fault():
-    """The pasted lines make the logits the same for any input."""
+    """The pasted lines make the logits of a copy the same for any input; the model keeps its own."""
     model = Encoder(skip=(False, True))
-    exec(check(model).findings[0].reproduction, {"model": model})
-    first, second = (model(torch.full((1, 5), token)) for token in (3, 7))
+    names = {"model": model}
+    exec(check(model).findings[0].reproduction, names)
+    first, second = (names["trial"](torch.full((1, 5), token)) for token in (3, 7))
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+    first, second = (model(torch.full((1, 5), token)) for token in (3, 7))
+    assert (first - second).abs().max() > 0.01
 
 
 def test_residual_of_only_one_stream():
@@ -255,3 +258,128 @@ def test_model_without_layers():
     """Nothing to follow."""
     result = check(nn.LayerNorm(8))
     assert result.status == "skip" and "no layers" in result.why
+
+
+class Centred(nn.Module):
+    """Normalises each channel over the picture, and averages what is left over the picture or takes the largest."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        self.norm, self.head, self.mean = nn.InstanceNorm2d(16), nn.Linear(16, 5), mean
+        self.config = {"image_size": 16}
+
+    def forward(self, pixel_values):
+        x = self.norm(self.body(pixel_values))
+        return self.head(x.mean((2, 3)) if self.mean else x.amax((2, 3)))
+
+
+def test_mean_of_what_a_norm_centred():
+    """Only rounding is left of the input: that is no gradient that vanishes by degrees."""
+    assert codes(check(Centred(True))) == [("constant_output", "norm", "fail")]
+    assert check(Centred(False)).findings == ()
+
+
+class GatedTrunk(nn.Module):
+    """All goes through a gate with a given bias, and a norm gives it its scale again."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.enter, self.norm, self.head = nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 4)
+        self.gate = nn.Parameter(torch.full((32,), bias))
+
+    def forward(self, x):
+        return self.head(self.norm(self.enter(x) * torch.sigmoid(self.gate)))
+
+
+def test_shut_gate():
+    """Two places are enough to see that nothing arrives."""
+    assert codes(check(GatedTrunk(-20.0))) == [("vanishing_gradient", "norm", "fail")]
+    assert check(GatedTrunk(-3.0)).findings == ()
+
+
+class Cell(nn.Module):
+    """A loop over the rows of a series that calls one layer per row."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.enter, self.head = nn.Linear(6, 32), nn.Linear(32, 3)
+        self.again = nn.Parameter(torch.randn(32, 32) * gain / math.sqrt(32))
+
+    def forward(self, series):
+        h = series.new_zeros(len(series), 32)
+        for row in series.unbind(1):
+            h = torch.tanh(self.enter(row) + h @ self.again)
+        return self.head(h)
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(4.0, [("exploding_gradient", "Cell", "fail")]), (0.9, [])])
+def test_exploding_gradient_by_step(gain, expected):
+    """The calls of one layer in a loop are compared, whatever the length of the input may be."""
+    torch.manual_seed(0)
+    spec = ModelSpec(example_inputs={"series": torch.randn(4, 60, 6)})
+    result = run_check(ModelAdapter(Cell(gain), spec=spec), Check("signal", 1, "?", check_signal_propagation), 20.0)
+    assert codes(result) == expected
+
+
+class Unit(nn.Module):
+    """Two convolutions that are added to their input."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.second(torch.relu(self.first(x))))
+
+
+class PlainUnit(Unit):
+    def forward(self, x):
+        return torch.relu(self.second(torch.relu(self.first(x))))
+
+
+class Pyramid(nn.Module):
+    """Units of two widths under different parents; `odd` names one without a skip connection."""
+
+    def __init__(self, skips=(True, True, True)):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(16, 5)
+        a, b, c = (Unit if skip else PlainUnit for skip in skips)
+        self.low = nn.Sequential(a(8), b(8))
+        self.wider, self.high = nn.Conv2d(8, 16, 3, 2, 1), nn.Sequential(c(16))
+        self.config = {"image_size": 16}
+
+    def forward(self, pixel_values):
+        return self.head(self.high(self.wider(self.low(self.stem(pixel_values)))).mean((2, 3)))
+
+
+def test_odd_unit_among_its_kin():
+    """Units of the same build elsewhere hint at what was meant; a net of plain units is a design."""
+    assert codes(check(Pyramid((True, True, False)))) == [("missing_residual", "high.0", "warn")]
+    assert check(Pyramid()).findings == ()
+    assert check(Pyramid((False, False, False))).findings == ()
+
+
+class Lists(nn.Module):
+    """Post-norm layers kept as lists of parts; those in `bare` normalise the feed-forward half alone."""
+
+    def __init__(self, bare=()):
+        super().__init__()
+        self.embed, self.head, self.bare = nn.Embedding(50, 16), nn.Linear(16, 50), bare
+        self.attn = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(3))
+        self.norm1, self.norm2 = (nn.ModuleList(nn.LayerNorm(16) for _ in range(3)) for _ in range(2))
+        self.up, self.down = (nn.ModuleList(nn.Linear(*size) for _ in range(3)) for size in ((16, 32), (32, 16)))
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for i, attn in enumerate(self.attn):
+            x = self.norm1[i](x + attn(x, x, x, need_weights=False)[0])
+            y = self.down[i](torch.relu(self.up[i](x)))
+            x = self.norm2[i](y if i in self.bare else x + y)
+        return self.head(x)
+
+
+def test_feed_forward_half_of_a_post_norm_layer():
+    """One of three, kept as single layers in lists beside attention."""
+    assert codes(check(Lists((1,)))) == [("missing_residual", "up.1", "fail")]
+    assert check(Lists()).findings == ()

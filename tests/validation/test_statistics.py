@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from utils.validation.statistics import mean_interval, rank_correlation
+from utils.validation.statistics import mean_interval, rank_correlation, thinned
 
 
 @pytest.mark.parametrize("count", [2, 4, 16])
@@ -50,3 +50,10 @@ def test_rank_correlation_equals_scipy(ties):
 def test_rank_correlation_needs_variation():
     """One constant side has no ranks."""
     assert rank_correlation(np.ones(4), np.arange(4.0)) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 17, 100])
+def test_a_few_of_many_keep_both_ends(count):
+    """Evenly spaced, and never more than one above what was asked for."""
+    few = thinned(list(range(count)), 8)
+    assert few[0] == 0 and few[-1] == count - 1 and len(few) <= 9 and few == sorted(set(few))

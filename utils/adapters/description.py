@@ -6,8 +6,11 @@ import html
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.parameter import is_lazy
+
 from utils.adapters.detection import Detection
 from utils.adapters.lengths import Lengths
+from utils.runtime.resources import format_count
 
 if TYPE_CHECKING:
     from utils.adapters.model_adapter import ModelAdapter
@@ -27,6 +30,19 @@ def facts(adapter: ModelAdapter) -> list[dict[str, Any]]:
     if adapter.lengths.value != Lengths():
         rows.append({"name": "lengths", "value": str(adapter.lengths.value), "reason": adapter.lengths.reason})
     return rows
+
+
+def summary(adapter: ModelAdapter) -> str:
+    """Return class, task, size and inputs in one line."""
+    task = "no forward pass succeeded" if adapter.failure is not None else adapter.task.value
+    size = format_count(sum(p.numel() for p in adapter.module.parameters() if not is_lazy(p)))
+    inputs = ", ".join(adapter.input_names) or "unknown"
+    return f"ModelAdapter({adapter.name}, {task}, {size} parameters, inputs {inputs})"
+
+
+def facts_page(adapter: ModelAdapter) -> str:
+    """Return the facts and their reasons as HTML for a notebook."""
+    return facts_table(adapter.name, adapter.describe(), str(adapter.module))
 
 
 def facts_table(name: str, rows: Iterable[dict[str, Any]], layers: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters.capture import first_tensor, observe
+from utils.runtime.errors import AdapterError
 
 T = TypeVar("T")
 
@@ -105,6 +106,21 @@ def config_dict(source: Any) -> dict[str, Any]:
     return {}
 
 
+def given_config(config: Any) -> dict[str, Any]:
+    """Return the config that a user gave as a dict.
+
+    Raises:
+        AdapterError: It is no config of any usual form.
+    """
+    if isinstance(config, (str, bytes, int, float, list, tuple)):
+        raise AdapterError(
+            f"A {type(config).__name__} was given as the config.",
+            "Expected a dict, a dataclass or a transformers config.",
+            "For a JSON file, pass what json.load returns.",
+        )
+    return config_dict(config)
+
+
 def config_number(config: Mapping[str, Any], fact: str) -> Detection[int] | None:
     """Look a whole number up in a config under the names in use for `fact`, nested text and vision parts too."""
     places: list[tuple[str, Mapping[str, Any]]] = [("", config)]
@@ -136,6 +152,13 @@ class ForwardSignature:
     def names(self) -> tuple[str, ...]:
         """All named parameters in order."""
         return self.required + self.optional
+
+    @property
+    def demands(self) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+        """The required names, and all that may be given by keyword; none and None where names say nothing."""
+        if self.positional:
+            return (), None
+        return self.required, None if self.keywords else self.names
 
 
 def forward_signature(module: nn.Module) -> ForwardSignature:
@@ -206,7 +229,7 @@ def embedding_uses(
         if asked is None:
             return
         row = asked.reshape(-1, asked.shape[-1])[0] if asked.dim() else asked
-        consecutive = row.dim() == 1 and len(row) == length and bool((row.diff() == 1).all())
+        consecutive = row.dim() == 1 and _counts_up(row, length)
         reads = next(
             (
                 key
@@ -228,6 +251,16 @@ def embedding_uses(
     with observe(module, watch):
         call()
     return list(uses.values())
+
+
+def _counts_up(row: Tensor, length: int) -> bool:
+    """Tell whether rows are asked for one after another, apart from what the model itself appends as padding."""
+    rest = row[length:]
+    return (
+        len(row) >= length
+        and bool((row[:length].diff() == 1).all())
+        and (not len(rest) or bool((rest == rest[0]).all()))
+    )
 
 
 def _rows_read(table: Tensor, output: Tensor | None) -> Tensor | None:

@@ -11,10 +11,9 @@ from utils.adapters.capture import named_tensors
 from utils.adapters.detection import Detection, config_number
 from utils.adapters.inputs import longest_length, table_sizes
 from utils.adapters.tasks import LANGUAGE_MODELS
+from utils.runtime.resources import LARGE_MODEL
 
 LOOKAHEAD = 4
-CHEAP = 20_000_000
-"""Models up to this size are run at their maximum length to make sure of it."""
 
 if TYPE_CHECKING:
     from utils.adapters.model_adapter import ModelAdapter
@@ -90,7 +89,7 @@ def find_max_length(adapter: ModelAdapter) -> Detection[int | None]:
 
 def _that_runs(adapter: ModelAdapter, length: int, reason: str) -> Detection[int | None]:
     """Return a limit, or the one just below that runs: some read a few rows beyond the last position."""
-    for shorter in range(length, length - LOOKAHEAD, -1) if adapter.num_parameters < CHEAP else ():
+    for shorter in range(length, length - LOOKAHEAD, -1) if adapter.num_parameters < LARGE_MODEL else ():
         try:
             adapter.run_length(shorter)
         except Exception:

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters.detection import CONFIG_KEYS, Detection, config_number, kind_by_name
+from utils.adapters.roles import role_of
 
 CONVOLVED_LENGTHS = (64, 100, 128, 256, 512, 1024, 16000)
 LONGEST_PROBE = 2048
+LAZY_WIDTH = 16
+"""Features given to a layer that takes its size from the first input; it states 0 until then."""
 PROBE_SECONDS = 1.0
 
 
@@ -18,7 +21,7 @@ def image_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple
     """Yield plausible image shapes ``(channels, height, width)``, the likeliest first, each with its reason."""
     convolution = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
     channels = config_number(config, "channels")
-    if channels is None and convolution is not None:
+    if channels is None and convolution is not None and convolution.in_channels:
         channels = Detection(convolution.in_channels, "inputs of the first Conv2d")
     usual = [Detection(3, "colour is usual"), Detection(1, "grey is usual")]
     # The first convolution may come after a transform that makes other channels.
@@ -41,22 +44,25 @@ def feature_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tup
     for child in module.modules():
         # Quantised and adapted linear layers are not nn.Linear, but say their width as it does.
         if isinstance(width := getattr(child, "in_features", None), int):
-            yield (width,), "inputs of the first Linear"
-            yield (12, width), "inputs of the first Linear, as a sequence"
+            reason = "inputs of the first Linear" if width else "any number that a lazy Linear may get"
+            yield (width or LAZY_WIDTH,), reason
+            yield (12, width or LAZY_WIDTH), f"{reason}, as a sequence"
             break
         if isinstance(child, (nn.LSTM, nn.GRU, nn.RNN)):
             yield (12, child.input_size), f"input size of the first {type(child).__name__}"
             break
         if isinstance(child, nn.Conv1d):
+            channels = child.in_channels or LAZY_WIDTH
             for length in CONVOLVED_LENGTHS:
-                yield (child.in_channels, length), f"channels of the first Conv1d, and {length} steps run"
-            yield (64, child.in_channels), "channels of the first Conv1d, time first"
+                yield (channels, length), f"channels of the first Conv1d, and {length} steps run"
+            yield (64, channels), "channels of the first Conv1d, time first"
             break
         if isinstance(child, nn.MultiheadAttention):
             yield (12, child.embed_dim), "width of the first attention"
             break
         if isinstance(child, (nn.BatchNorm1d, nn.LayerNorm)):
             normed = child.num_features if isinstance(child, nn.BatchNorm1d) else child.normalized_shape[-1]
+            normed = normed or LAZY_WIDTH
             yield (normed,), f"width of the first {type(child).__name__}"
             yield (12, normed), f"width of the first {type(child).__name__}, as a sequence"
             break
@@ -106,11 +112,42 @@ def main_example(examples: Mapping[str, Any]) -> str | None:
     return next((name for name in batched if kind_by_name(name)), batched[0] if batched else None)
 
 
+def length_inputs(examples: Mapping[str, Any], main_name: str) -> set[str]:
+    """Return the names of inputs that say how long each sample of the main input is, by name or by their numbers.
+
+    A whole number per sample is a length by its numbers if all lie between 1 and the number of steps, and the longest
+    is all of them.
+
+    Args:
+        examples: Keyword arguments; tensors are batch first.
+        main_name: The one among them that carries the content.
+    """
+    main, found = examples[main_name], set()
+    for name, value in examples.items():
+        if name == main_name or not isinstance(value, Tensor) or value.dim() != 1 or not value.numel():
+            continue
+        if value.is_floating_point() or value.dtype == torch.bool or len(value) != len(main) or main.dim() < 2:
+            continue
+        role = role_of(name)
+        if role == "lengths" or (role is None and int(value.min()) > 0 and int(value.max()) == main.shape[1] > 1):
+            found.add(name)
+    return found
+
+
+def _fitted(rows: Tensor, examples: Tensor, length: int) -> Tensor:
+    """Return lengths that fit texts of a length: none above it, one that reaches it, descending where they were."""
+    fitted = rows.clamp(1, length)
+    fitted[fitted.argmax()] = length
+    # A packed sequence asks for the longest first unless it is told otherwise, so repeated rows have to be sorted.
+    descending = bool((examples[:-1] >= examples[1:]).all())
+    return fitted.sort(descending=True).values if descending else fitted
+
+
 def stretched(
     examples: Mapping[str, Any],
     main_name: str,
     modality: str,
-    batch_size: int,
+    batch_size: int | None,
     length: int | None,
     vocab_size: int | None,
     generator: torch.Generator,
@@ -122,7 +159,7 @@ def stretched(
         examples: Keyword arguments; tensors are batch first.
         main_name: The one among them that carries the content.
         modality: As in `utils.adapters.ModelAdapter`.
-        batch_size: Wanted number of samples.
+        batch_size: Wanted number of samples; None to keep everything as it is.
         length: Wanted tokens per sample, or None to keep the example's.
         vocab_size: Range from which the main input's token ids are drawn anew; with None each column keeps to the
             values that it has, for columns of a table have ranges of their own.
@@ -130,12 +167,19 @@ def stretched(
         device: Where the tensors go.
     """
     main = examples[main_name]
+    lengths = length_inputs(examples, main_name)
     result: dict[str, Any] = {}
     for name, value in examples.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != main.shape[0]:
+        if not isinstance(value, Tensor):
             result[name] = value
             continue
+        if batch_size is None or value.dim() == 0 or value.shape[0] != main.shape[0]:
+            # A copy where the example is used whole, for some models write to what they are given.
+            result[name] = value.to(device, copy=True) if batch_size is None else value
+            continue
         rows = value.repeat(-(-batch_size // value.shape[0]), *[1] * (value.dim() - 1))[:batch_size]
+        if name in lengths:
+            rows = _fitted(rows, value, length if length is not None and modality == "tokens" else main.shape[1])
         along_tokens = modality == "tokens" and rows.dim() > 1 < main.dim() and value.shape[1] == main.shape[1]
         if length is not None and along_tokens:
             rows = rows.repeat(1, -(-length // rows.shape[1]), *[1] * (rows.dim() - 2))[:, :length]

@@ -9,10 +9,11 @@ from utils.adapters.capture import named_tensors
 from utils.adapters.detection import Detection
 from utils.runtime.errors import AdapterError
 
-USUAL, CHANNELS_FIRST, FLAT = "batch first", "channels first", "flattened"
-"""Orders of axes: ``(batch, seq, width)``, ``(batch, width, seq)``, ``(batch * seq, width)``.
+USUAL, CHANNELS_FIRST, FLAT, TIME_FIRST = "batch first", "channels first", "flattened", "time first"
+"""Orders of axes: ``(batch, seq, width)``, ``(batch, width, seq)``, ``(batch * seq, width)``, ``(seq, batch, width)``.
 
-Time first is none of them: logits that no longer match labels of shape ``(batch, seq)`` are a fault, not a convention.
+Time first is one of them only where the input is no tokens, as the CTC loss wants it; elsewhere logits that no longer
+match labels of shape ``(batch, seq)`` are a fault, not a convention.
 """
 
 
@@ -25,7 +26,9 @@ def arrangement(shape: tuple[int, ...], batch: int, positions: int | None, vocab
         positions: Tokens per sample, None when the input is not tokens.
         vocabulary: Number of token ids, if known.
     """
-    if positions is None or positions == batch:
+    if positions is None:
+        return TIME_FIRST if len(shape) > 2 and shape[0] != batch == shape[1] else USUAL
+    if positions == batch:
         return USUAL
     if len(shape) == 3 and shape[0] == batch and shape[2] == positions and shape[1] not in (positions, 1):
         return USUAL if vocabulary == positions else CHANNELS_FIRST
@@ -37,9 +40,9 @@ def arrangement(shape: tuple[int, ...], batch: int, positions: int | None, vocab
 def confirmed_arrangement(
     shape: tuple[int, ...],
     batch: int,
-    positions: int,
+    positions: int | None,
     vocabulary: int | None,
-    shape_at: Callable[[int, int], tuple[int, ...]],
+    shape_at: Callable[[int, int | None], tuple[int, ...]],
 ) -> str:
     """Tell how an output's axes are ordered: as they seem, if a larger input agrees.
 
@@ -51,12 +54,14 @@ def confirmed_arrangement(
         shape_at: Runs the model on so many samples and positions and returns the output's shape.
     """
     how = arrangement(shape, batch, positions, vocabulary)
-    for length in (positions + 1, positions) if how != USUAL else ():
+    for length in (positions + 1 if positions else None, positions) if how != USUAL else ():
         try:
             larger = shape_at(batch + 1, length)
         except Exception:
             # A model for one fixed length takes no longer input.
             continue
+        if how == TIME_FIRST and larger != (shape[0], batch + 1, *shape[2:]):
+            return USUAL
         return how if arrangement(larger, batch + 1, length, vocabulary) == how else USUAL
     return how
 
@@ -66,6 +71,8 @@ def arranged(tensor: Tensor, how: str, batch: int) -> Tensor:
 
     `batch` is a ``shape[0]`` and no ``len()``, which would fix it for good when the model is exported.
     """
+    if how == TIME_FIRST and tensor.dim() > 2:
+        return tensor.transpose(0, 1)
     if how == CHANNELS_FIRST and tensor.dim() == 3:
         return tensor.transpose(1, 2)
     if how == FLAT and tensor.dim() == 2 and tensor.shape[0] % batch == 0:
@@ -126,7 +133,7 @@ def choose_logits(
         order, (path, tensor) = entry
         shape = tuple(tensor.shape)
         how = arrangement(shape, batch, positions, vocabulary)
-        per_token = (len(shape) == 3 and shape[:2] == (batch, positions)) or how != USUAL
+        per_token = (len(shape) == 3 and shape[:2] == (batch, positions)) or how in (CHANNELS_FIRST, FLAT)
         width = {CHANNELS_FIRST: 1}.get(how, -1)
         return (
             -(per_token and shape[width] == vocabulary),

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from utils.adapters.capture import named_tensors, tensor_at
-from utils.adapters.description import facts, facts_table
+from utils.adapters.description import facts, facts_page, summary
 from utils.adapters.detection import (
     LABEL_INPUTS,
     Detection,
@@ -26,22 +25,25 @@ from utils.adapters.detection import (
     embedding_uses,
     encoder_sign,
     forward_signature,
+    given_config,
 )
-from utils.adapters.examples import made_up
+from utils.adapters.examples import check_examples, made_up
 from utils.adapters.facts import find_max_length, find_num_labels, find_pad_token_id, find_vocab_size, reads_columns
 from utils.adapters.inputs import stretched
 from utils.adapters.lengths import Lengths, find_lengths
 from utils.adapters.logits import USUAL, arranged, choose_logits, confirmed_arrangement
 from utils.adapters.nesting import flattened, rebuilt
 from utils.adapters.objectives import random_labels, task_loss
-from utils.adapters.plans import InputPlan, example_plan, input_plans
+from utils.adapters.plans import InputPlan, all_plans
 from utils.adapters.roles import is_content
+from utils.adapters.sizes import SizeSearch
 from utils.adapters.spec import ModelSource, ModelSpec
-from utils.adapters.tasks import ASSUMED, find_content_input, find_task
+from utils.adapters.tasks import ASSUMED, check_task, find_content_input, find_task
 from utils.adapters.troubles import first_line, gpu_missing, ids_unreadable, needs_gpu, none_succeeded, tensor_missing
 from utils.adapters.wrapping import compiled_parts, lazy_parameters, uncompiled, unwrapped
 from utils.runtime.errors import AdapterError, SeedbedError
 from utils.runtime.isolation import ModelChangedError, preserved
+from utils.runtime.rehearsal import rehearse_once
 from utils.runtime.seeding import isolated_streams
 
 PROBE_BATCH = 2
@@ -75,32 +77,27 @@ class ModelAdapter:
             AdapterError: `model` is no module, cannot train (TorchScript, exported, quantised, no values), has lazy
                 layers and no call that runs, needs arguments that cannot be guessed, or returns nothing like logits.
         """
+        rehearse_once(model, lambda: type(self)(model, config, spec), config=config, spec=spec)
         self.origin: Any = model.origin if isinstance(model, ModelAdapter) else model
         factory: Callable[[], nn.Module] | None = None
         if isinstance(model, ModelAdapter):
-            given: ModelAdapter = model
-            spec = spec or given.spec
+            spec = spec or model.spec
         if not isinstance(model, nn.Module) and isinstance(model, ModelSource):
             config = {**model.config, **config_dict(config)}
             # A loaded model that was given as a module has a factory that can only say so.
             factory = model.factory if getattr(model, "can_rebuild", True) else None
             model = model.module
-        if isinstance(config, (str, bytes, int, float, list, tuple)):
-            raise AdapterError(
-                f"A {type(config).__name__} was given as the config.",
-                "Expected a dict, a dataclass or a transformers config.",
-                "For a JSON file, pass what json.load returns.",
-            )
         self.module: nn.Module = unwrapped(model)
         self.spec: ModelSpec = spec or ModelSpec()
-        self.config = {**config_dict(getattr(self.module, "config", None)), **config_dict(config)}
-        self.factory: Callable[[], nn.Module] | None = self.spec.factory or factory
+        self.config = {**config_dict(getattr(self.module, "config", None)), **given_config(config)}
+        self.factory: Callable[[], nn.Module] | None = self.spec.factory_for(self.module) or factory
         self.failure: str | None = None
         self.modality = "features"
         self.input_names: tuple[str, ...] = ()
         self.tables: list[EmbeddingUse] = []
         self._compiled = compiled_parts(self.module)
         self._signature = forward_signature(self.module)
+        self.spec.check_against(self.module, *self._signature.demands)
         self._plan = InputPlan("unknown", self.modality, (), Detection((), "unknown"))
         self._labels_input: str | None = None
         self._ids_known, self._fixed_positions = False, False
@@ -116,6 +113,7 @@ class ModelAdapter:
                 self._find_inputs()
             if self.failure is None:
                 self._find_output()
+        check_task(self, self._probe_shape)
 
     @property
     def name(self) -> str:
@@ -130,8 +128,8 @@ class ModelAdapter:
     @property
     def device(self) -> torch.device:
         """Where the model's first parameter or buffer is; the CPU when it has none."""
-        tensors: Iterator[Tensor] = chain(self.module.parameters(), self.module.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        held = (self.module.parameters(), self.module.buffers())
+        return next((tensor.device for tensors in held for tensor in tensors), torch.device("cpu"))
 
     @property
     def argument_names(self) -> tuple[str, ...]:
@@ -151,21 +149,19 @@ class ModelAdapter:
         Args:
             batch_size: Number of samples.
             length: Tokens per sample for token models (default: a short length that runs); ignored by others.
-            seed: Seed of the random content.
+            seed: Of the random content.
 
         Returns:
-            Keyword arguments of forward, batch first, on the model's device: token ids ``(batch, seq)`` that avoid the
-            padding id, images ``(batch, channels, height, width)``, or features.
+            Keyword arguments of forward, batch first, on the model's device; token ids avoid the padding id.
         """
         generator = torch.Generator().manual_seed(seed)
         if self.spec.example_inputs is not None:
             size = self.readable_ids(self.main_input) if self.modality == "tokens" and self._ids_known else None
             examples, main = flattened(self.spec.example_inputs), self.main_input
-            return stretched(examples, main, self.modality, batch_size, length, size, generator, self.device)
+            rows = batch_size if self.batched else None
+            return stretched(examples, main, self.modality, rows, length, size, generator, self.device)
 
-        def draw_ids(name: str, shape: tuple[int, ...]) -> Tensor:
-            return self._random_ids(name, shape, generator)
-
+        draw_ids = partial(self._random_ids, generator=generator)
         plan, tokens = self._plan, length or self._plan.length
         return {
             name: made_up(plan, name, batch_size, tokens, draw_ids, self._real_dtype, generator).to(self.device)
@@ -267,6 +263,11 @@ class ModelAdapter:
         return find_content_input(self, self._probe_shape)
 
     @property
+    def batched(self) -> bool:
+        """Whether the first axis of the inputs is samples, as many as wanted; else they are the user's own, whole."""
+        return self._plan.batched
+
+    @property
     def probe_length(self) -> int:
         """Tokens per sample of the first pass that succeeded."""
         return self._plan.length
@@ -340,9 +341,8 @@ class ModelAdapter:
         """Return every detected fact as a row ``{"name", "value", "reason"}``."""
         return facts(self)
 
-    def _repr_html_(self) -> str:
-        """Show the facts and their reasons in a notebook."""
-        return facts_table(self.name, self.describe(), str(self.module))
+    __repr__ = summary
+    _repr_html_ = facts_page
 
     def _materialise(self) -> None:
         """Find the inputs on copies, so that the layers without shapes of the user's model stay as they are.
@@ -363,19 +363,14 @@ class ModelAdapter:
         """Try the likeliest inputs until a forward pass succeeds."""
         original = self.module
         attempts: list[str] = []
-        if self.spec.example_inputs is not None:
-            plans: Iterator[InputPlan] = iter([example_plan(self.spec)])
-        else:
-            plans = input_plans(self.module, self.name, self.config, self._signature)
-        first: InputPlan | None = None
-        for plan in plans:
-            first = first or plan
+        plans = all_plans(self.module, self.name, self.config, self._signature, self.spec)
+        for plan in (search := SizeSearch(plans, PROBE_BATCH)):
             self._follow(plan)
             try:
                 if self.lazy:
                     # The first call decides the shapes for good: each try needs a copy of its own.
                     self.module = copy.deepcopy(original).eval()
-                output = self.forward(self.example_inputs())
+                output = self.forward(inputs := self.example_inputs())
             except (SeedbedError, MemoryError):
                 raise
             except Exception as error:
@@ -384,15 +379,20 @@ class ModelAdapter:
                     self.failure = gpu_missing(self.name, self.device, error)
                     return
                 attempts.append(f"{plan.description}: {first_line(error)}")
+                search.refused(error)
+                continue
+            if not search.fits(plan, output, inputs[self.main_input].numel()):
                 continue
             if next(named_tensors(output), None) is None:
                 # It ran, so other inputs would not make it return more.
                 self.failure = tensor_missing(self.name, output, plan.description)
             return
-        if first is not None:
-            untested = f"the likeliest kind of `{first.names[0]}`, but no forward pass succeeded"
-            self._follow(replace(first, shape=Detection(first.shape.value, untested)))
-        self.failure = none_succeeded(self.name, attempts, self.spec.example_inputs is not None)
+        if search.first is not None:
+            untested = f"the likeliest kind of `{search.first.names[0]}`, but no forward pass succeeded"
+            self._follow(replace(search.first, shape=Detection(search.first.shape.value, untested)))
+        check_examples(self.module, self.spec, self.config)
+        guessed = self.input_names if self.spec.example_inputs is None else None
+        self.failure = none_succeeded(self.name, attempts, guessed, search.sized)
 
     def _follow(self, plan: InputPlan) -> None:
         """Set the adapter up for one way of calling the model."""
@@ -427,7 +427,9 @@ class ModelAdapter:
                 break
         output = outputs[-1] if outputs else self.forward(inputs)
         self._output = self._choose_output(output, inputs)
-        if self.modality == "tokens" and self._shortened(output, inputs):
+        shape = tensor_at(output, self._output.value or "").shape
+        # nanoGPT's output without targets covers the last position only.
+        if self.modality == "tokens" and len(shape) == 3 and shape[1] == 1 < inputs[self.main_input].shape[1]:
             optional = next((name for name in LABEL_INPUTS if name in self._signature.optional), None)
             if optional is not None:
                 self._labels_input = optional
@@ -451,22 +453,18 @@ class ModelAdapter:
     def _confirmed_arrangement(self, shape: tuple[int, ...], inputs: Mapping[str, Tensor]) -> str:
         """Tell how the output's axes are ordered, where another size has the same answer."""
         content = inputs.get("decoder_input_ids", inputs[self.main_input])
-        if self.modality != "tokens" or content.dim() != 2:
+        if not self.batched or ((tokens := self.modality == "tokens") and content.dim() != 2):
             return USUAL
 
-        def shape_at(samples: int, positions: int) -> tuple[int, ...]:
-            output = self.forward(self.example_inputs(samples, positions))
-            return tuple(tensor_at(output, self._output.value or "").shape)
+        def shape_at(samples: int, positions: int | None) -> tuple[int, ...]:
+            found = self.forward(self.example_inputs(samples, positions))
+            return tuple(tensor_at(found, self._output.value or "").shape)
 
-        how = confirmed_arrangement(shape, content.shape[0], content.shape[1], self.vocab_size.value, shape_at)
+        steps, vocabulary = (content.shape[1], self.vocab_size.value) if tokens else (None, None)
+        how = confirmed_arrangement(shape, content.shape[0], steps, vocabulary, shape_at)
         if how != USUAL:
             self._output = Detection(self._output.value, f"{self._output.reason}, {how}")
         return how
-
-    def _shortened(self, output: Any, inputs: Mapping[str, Tensor]) -> bool:
-        """Tell whether the output covers the last position only, as nanoGPT's does without targets."""
-        shape = tensor_at(output, self._output.value or "").shape
-        return len(shape) == 3 and shape[1] == 1 < inputs[self.main_input].shape[1]
 
     def _choose_output(self, output: Any, inputs: Mapping[str, Tensor]) -> Detection[str | None]:
         """Choose the tensor that is the logits."""
@@ -484,7 +482,9 @@ class ModelAdapter:
     def run_length(self, length: int) -> None:
         """Run one sample of a length, as one trial of many."""
         with self.isolated():
-            self.logits(self.example_inputs(1, length))
+            shape = self.logits(self.example_inputs(1, length)).shape
+        if len(shape) == len(self._probe_shape) > 1 and self._probe_shape[0] == PROBE_BATCH and shape[0] != 1:
+            raise AdapterError(f"One sample of {length} tokens gave {shape[0]} rows.")
 
     @property
     def _real_dtype(self) -> torch.dtype:

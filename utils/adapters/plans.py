@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ class InputPlan:
     """The call's nested structure, if it has one; see `utils.adapters.nesting`."""
     other_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shape of one sample of an input that is neither like the main one nor told by its name."""
+    batched: bool = True
+    """The first axis of the inputs is the samples; else the inputs are the user's own, and are only ever used whole."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,56 @@ class Arguments:
     """As in `InputPlan`."""
     template: Mapping[str, Any] | None = None
     """As in `InputPlan`."""
+
+
+def all_plans(
+    module: nn.Module, model: str, config: Mapping[str, Any], signature: ForwardSignature, spec: ModelSpec
+) -> Iterator[InputPlan]:
+    """Yield the user's own way of calling a model, or one likely way after another.
+
+    Raises:
+        AdapterError: As `example_plans` and `find_arguments`.
+    """
+    if spec.example_inputs is not None:
+        return example_plans(spec)
+    return input_plans(module, model, config, signature)
+
+
+def example_plans(spec: ModelSpec) -> Iterator[InputPlan]:
+    """Yield the plan that a user's inputs tell: batch first, or whole where they have no axis of samples.
+
+    Raises:
+        AdapterError: There is no tensor with a batch dimension among them.
+    """
+    plan = example_plan(spec)
+    flat = {name: value for name, value in flattened(spec.example_inputs or {}).items() if isinstance(value, Tensor)}
+    rows = indexed_rows(flat)
+    if rows is None:
+        yield plan
+        main = flat[plan.names[0]]
+        shapes = [value.shape for value in flat.values() if value.dim()]
+        others = [shape for shape in shapes if shape[0] != len(main)]
+        square = any(value.shape == (len(main), len(main)) for value in flat.values() if value is not main)
+        if not others and not square:
+            return
+    name = rows or plan.names[0]
+    reason = "ModelSpec.example_inputs, used whole: they have no axis of samples"
+    names = (name, *(other for other in flat if other != name))
+    shape = Detection(tuple(flat[name].shape[1:]), reason)
+    yield replace(plan, modality="features", names=names, shape=shape, batched=False)
+
+
+def indexed_rows(examples: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the tensor into whose rows another one points in pairs, as the edges of a graph do."""
+    for key, pairs in examples.items():
+        if pairs.dim() != 2 or 2 not in pairs.shape or pairs.is_floating_point() or not pairs.numel():
+            continue
+        if pairs.dtype == torch.bool or int(pairs.min()) < 0:
+            continue
+        for name, value in examples.items():
+            if name != key and value.dim() and int(pairs.max()) < len(value) != len(pairs):
+                return name
+    return None
 
 
 def example_plan(spec: ModelSpec) -> InputPlan:
@@ -190,10 +242,12 @@ def _fill(
         else:
             unknown.append(name)
     if unknown:
+        needed = dict.fromkeys(name for name in (main, *required) if name in (*inputs, *unknown))
+        example = ", ".join(f"{name!r}: ..." for name in needed)
         raise AdapterError(
             f"forward() of {model} requires {', '.join(unknown)} beside {main}.",
             f"Expected one main input, and of others only what follows from it: {GUESSED}.",
-            f"Pass ModelSpec(example_inputs={{{main!r}: ..., {unknown[0]!r}: ...}}) with tensors it accepts.",
+            f"Pass ModelSpec(example_inputs={{{example}}}) with tensors it accepts.",
         )
     return Arguments(tuple(inputs), labels, constants)
 
@@ -248,7 +302,8 @@ def _plans(
             stated = config_number(config, "max_length")
             lengths = (*PROBE_LENGTHS[:1], stated.value, *PROBE_LENGTHS[1:]) if stated else PROBE_LENGTHS
             for length in dict.fromkeys(n for n in lengths if n <= LONGEST_STATED):
-                for per_token in (True, False) if common["labels"] else (True,):
+                labelled = common["labels"] or any(role_of(name) == "labels" for name in names[1:])
+                for per_token in (True, False) if labelled else (True,):
                     description, shape = f"token ids (2, {length})", Detection[tuple[int, ...]]((), reason)
                     yield InputPlan(description, "tokens", names, shape, length, labels_per_token=per_token, **common)
             reason = f"`{names[0]}` takes token ids (batch, choices, seq): a forward pass succeeded"

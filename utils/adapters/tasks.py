@@ -18,6 +18,7 @@ from utils.adapters.detection import (
     task_by_name,
 )
 from utils.adapters.roles import are_twins, is_text
+from utils.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from utils.adapters.model_adapter import ModelAdapter
@@ -72,6 +73,44 @@ def find_task(adapter: ModelAdapter, shape: tuple[int, ...], uses: Sequence[Embe
     if len(shape) < 2:
         return Detection("regression", "token ids in, one number per text out")
     return _language_task(adapter, shape[-1], uses)
+
+
+def check_task(adapter: ModelAdapter, shape: tuple[int, ...]) -> None:
+    """Compare a stated task with what the model takes and returns.
+
+    Args:
+        adapter: The model.
+        shape: As in `find_task`.
+
+    Raises:
+        ConfigError: The model cannot be for that.
+    """
+    task = adapter.spec.task
+    if task is None or adapter.failure is not None or not shape:
+        return
+    takes = {"tokens": "token ids", "image": "images", "features": "real-valued features"}[adapter.modality]
+    texts = adapter.modality == "tokens"
+    if not texts:
+        texts = any(is_text(name, value) for name, value in adapter.example_inputs().items())
+    found, expected = f"takes {takes} and returns {tuple(shape)} for two samples", ""
+    if task in LANGUAGE_MODELS:
+        vocabulary = adapter.vocab_size.value
+        narrow = texts and len(shape) == 2 and vocabulary is not None and shape[-1] < vocabulary / 2
+        if (not texts and len(shape) < 3) or narrow or len(shape) < 2:
+            expected = "scores over the vocabulary for each token: (batch, seq, vocab)"
+    elif task == "image_classification" and adapter.modality == "tokens":
+        expected = "images (batch, channels, height, width), or their pixels as real numbers"
+    elif task == "audio_classification" and adapter.modality == "tokens":
+        expected = "waves or spectrograms, which are real numbers"
+    elif task == "tabular_classification" and (adapter.modality == "image" or (texts and len(shape) > 2)):
+        expected = "one row of features per sample, and one row of scores"
+    if expected:
+        raise ConfigError(
+            f"ModelSpec.task is {task!r}, but {adapter.name} {found}.",
+            f"Expected {expected}.",
+            "Leave the task out to have it detected; if the inputs were guessed wrongly, pass "
+            "ModelSpec(example_inputs={...}).",
+        )
 
 
 def find_content_input(adapter: ModelAdapter, shape: tuple[int, ...]) -> str:

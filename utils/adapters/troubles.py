@@ -16,6 +16,8 @@ GPU_ERRORS = re.compile(
 """Messages of kernels, and of torch, where a model can run on a GPU only."""
 UNREADABLE = "but not with token ids below"
 """How an adapter says that a model reads a few ids and crashes on others that its vocabulary has."""
+UNSIZED = "It takes inputs of one size only, and none that was tried is that"
+"""How an adapter says that a model is refused or refuses by the size of its input alone."""
 MOVES = re.compile(r"not compiled with cuda|no nvidia driver|no cuda gpus", re.IGNORECASE)
 """What torch says where code moves a tensor to a GPU, or makes it there, on a machine without one."""
 
@@ -60,16 +62,30 @@ def ids_unreadable(model: str, ids: int, error: BaseException) -> str:
     )
 
 
-def none_succeeded(model: str, attempts: Sequence[str], by_user: bool) -> str:
+def none_succeeded(model: str, attempts: Sequence[str], names: Sequence[str] | None, sized: bool = False) -> str:
     """Say what was tried in vain.
 
     Args:
         model: The model's name.
         attempts: Each way of calling it with what it raised.
-        by_user: The inputs were the user's own.
+        names: The inputs that were made up; None where they were the user's own.
+        sized: Whether what it raised depends on the size of the input.
     """
-    advice = "If the model is sound, pass ModelSpec(example_inputs={...}) with arguments that it accepts."
-    if by_user:
-        advice = "Correct ModelSpec.example_inputs so that model(**example_inputs) is a valid call."
-    shown = dict.fromkeys([*attempts[:1], *attempts[-3:]]) if len(attempts) > 4 else attempts
+    if attempts and all(": RecursionError: " in attempt for attempt in attempts):
+        return (
+            f"forward() of {model} calls itself without end, whatever it is given ({len(attempts)} inputs tried): "
+            f"{attempts[0].partition(': ')[2]}. Give the recursion an end, or call the layer that is meant."
+        )
+    advice = "Correct ModelSpec.example_inputs so that model(**example_inputs) is a valid call."
+    if names is not None:
+        given = ", ".join(f"{name!r}: ..." for name in dict.fromkeys(name.split(".")[0] for name in names))
+        which = f"{UNSIZED}. " if sized else ""
+        advice = (
+            f"{which}If the model is sound, pass ModelSpec(example_inputs={{{given}}}) with arguments that it accepts."
+        )
+    # The likeliest inputs come first; of those that follow, every kind of refusal counts once.
+    kinds: dict[str, str] = {}
+    for attempt in attempts:
+        kinds.setdefault(attempt.partition(": ")[2], attempt)
+    shown = sorted(kinds.values(), key=lambda attempt: ": RecursionError: " not in attempt)[:4]
     return f"No forward pass of {model} succeeded ({len(attempts)} tried). {'; '.join(shown)}. {advice}"

@@ -14,6 +14,7 @@ whose name is computed must begin in a way that none of these does.
 import ast
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -60,17 +61,18 @@ def parse(text: str, file: str) -> ast.Module:
         ) from None
 
 
-def audit(files: Mapping[str, str]) -> AuditReport:
+def audit(files: Mapping[str, str], entry: str = MODEL_FILE) -> AuditReport:
     """Audit the Python files of a model without executing them.
 
     Args:
         files: Source text by file name; files that are not Python are passed over.
+        entry: What its author calls ``model.py``.
 
     Raises:
         InstantiationError: A file is not Python.
     """
     sources = {name: text for name, text in files.items() if name.endswith(".py")}
-    trees = {name: parse(text, name) for name, text in sources.items()}
+    trees = {name: parse(text, entry if name == MODEL_FILE else name) for name, text in sources.items()}
     bindings = {name.removesuffix(".py"): imported_names(tree, set(trees)) for name, tree in trees.items()}
     items: list[AuditItem] = []
     defined = set().union(*(definitions(tree) for tree in trees.values()))
@@ -81,7 +83,7 @@ def audit(files: Mapping[str, str]) -> AuditReport:
         if name != MODEL_FILE and hides_module(name.removesuffix(".py")):
             reader.note(tree, "import", f"this file stands before the module {name.removesuffix('.py')}: rename it")
         reader.read(tree)
-        items += reader.items
+        items += (replace(item, file=entry if name == MODEL_FILE else name) for item in reader.items)
     items.sort(key=lambda item: (item.file, item.line))
     return AuditReport(tuple(dict.fromkeys(items)), sum(len(text.splitlines()) for text in sources.values()))
 

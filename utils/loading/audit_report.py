@@ -16,7 +16,7 @@ class AuditItem:
     category: str
     """"import", "unknown import", "file", "network", "process", "dynamic code" or "changes other code"."""
     file: str
-    """Name of the file."""
+    """Name of the file, the model's own by the name that its author gave it."""
     line: int
     """Line number, from 1."""
     source: str

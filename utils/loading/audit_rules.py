@@ -251,7 +251,7 @@ DENIED_ATTRIBUTES = {
         ),
         "network",
     ),
-    **dict.fromkeys(("system", "popen", "Popen", "execv", "execve", "fork", "check_output"), "process"),
+    **dict.fromkeys(("system", "popen", "Popen", "execv", "execve", "fork", "check_output", "_exit"), "process"),
     **dict.fromkeys(("load_library", "load_inline", "unpickle", "Unpickler"), "dynamic code"),
 }  # fmt: skip
 # Refused on any value unless the model's own source defines an attribute of that name.

@@ -17,17 +17,21 @@ from torch.nn.parameter import is_lazy
 
 from utils.loading.arguments import bind
 from utils.loading.config import constructor_settings
-from utils.loading.namespace import describe, execute, forget, locate
+from utils.loading.namespace import describe, execute, forget, late, locate
 from utils.loading.selection import choose
 from utils.loading.source import Source
 from utils.runtime.dispatch import weightless
 from utils.runtime.errors import InstantiationError, SeedbedError
-from utils.runtime.resources import available_memory, format_bytes
+from utils.runtime.rehearsal import Notes, rehearse
+from utils.runtime.resources import LARGE_MODEL, available_memory, format_bytes, is_out_of_memory
 from utils.runtime.seeding import isolated_streams
+from utils.runtime.watchdog import TimedOut, limited, time_limit
 
 # What a broken export leaves behind: inner results of the graph that became inputs of forward.
 _INNER_OUTPUT = re.compile(r"\w+_output")
 _REAL_INPUTS = {"encoder_output"}
+LOADING_SECONDS, SECONDS_PER_BILLION = 60.0, 60.0
+"""Limit for the import of a model's source and for its constructor, and what a billion of parameters adds to it."""
 
 
 @dataclass(frozen=True)
@@ -91,22 +95,23 @@ def probe_on_meta(build: Callable[[], nn.Module], name: str) -> tuple[str, ...]:
     return ()
 
 
-def instantiate(source: Source, config: Mapping[str, Any], seed: int = 0) -> Built:
+def instantiate(source: Source, config: Mapping[str, Any], seed: int = 0, seconds: float = LOADING_SECONDS) -> Built:
     """Execute a model's source and build the model.
 
     Args:
         source: The files; the caller has audited or trusts them.
         config: Flat settings, see `utils.loading.config`.
         seed: Seeds the initial weights.
+        seconds: Limit for running the source, and for building the model.
 
     Raises:
         InstantiationError: No model could be built; the message has the reason and the line.
     """
     with _torch_settings_kept(), isolated_streams("import", seed):
-        entry = execute(source)
+        entry = execute(source, seconds)
     package = entry.__name__.partition(".")[0]
     try:
-        maker, said = choose(entry, source.files, config)
+        maker, said = choose(entry, source, config)
         name = maker.__name__
         settings = constructor_settings(config)
 
@@ -119,9 +124,18 @@ def instantiate(source: Source, config: Mapping[str, Any], seed: int = 0) -> Bui
         # A missing setting is known before anything is built.
         if isinstance(maker, type):
             _check_inputs(maker)
-        _guarded(lambda: bind(maker, settings, entry), name, package)
-        notes = said + probe_on_meta(build, name)
-        module = _guarded(build, name, package)
+        _guarded(lambda: bind(maker, settings, entry), name, package, seconds)
+        _rehearse(build, name, package, seconds)
+        sizes: list[int] = []
+
+        def sized() -> nn.Module:
+            module = build()
+            sizes.append(_size(module))
+            return module
+
+        notes = said + _guarded(lambda: probe_on_meta(sized, name), name, package, seconds)
+        building = seconds + SECONDS_PER_BILLION * sum(sizes) / 1e9
+        module = _guarded(build, name, package, building)
         if not isinstance(module, nn.Module):
             raise InstantiationError(
                 f"{name}() returned a {type(module).__name__}.", "Expected a torch.nn.Module.", "Correct its return."
@@ -130,13 +144,65 @@ def instantiate(source: Source, config: Mapping[str, Any], seed: int = 0) -> Bui
     except BaseException:
         forget(package)
         raise
-    return Built(module, lambda: _guarded(build, name, package), notes)
+    return Built(module, lambda: _guarded(build, name, package, building), notes)
 
 
-def _guarded(call: Callable[[], Any], name: str, package: str) -> Any:
+def _size(module: Any) -> int:
+    """Return the number of parameters that have a shape already."""
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    return sum(parameter.numel() for parameter in parameters if not is_lazy(parameter))
+
+
+def _rehearse(build: Callable[[], nn.Module], name: str, package: str, seconds: float) -> None:
+    """Build a model in a copy of this process first: one that ends the process or takes all memory does no harm there.
+
+    A large model is built there without memory only.
+
+    Raises:
+        InstantiationError: It does not come back from its constructor.
+    """
+    if limited():
+        return
+
+    def act(notes: Notes) -> None:
+        def attempt() -> int:
+            # What it raises it will raise again here; but whoever is out of memory will not always hear of it.
+            try:
+                with time_limit(seconds):
+                    return _size(build())
+            except TimedOut as error:
+                notes.where = locate(error, package)
+                raise
+            except (Exception, SystemExit) as error:
+                if is_out_of_memory(error):
+                    notes.where = locate(error, package)
+                    raise
+                return 0
+
+        with weightless():
+            size = attempt()
+        if size < LARGE_MODEL:
+            attempt()
+
+    result = rehearse(act, 2 * seconds + 5)
+    if result.outcome == "timed_out" and result.busy:
+        raise late(f"The constructor of {name}", seconds, result.where)
+    if result.outcome in ("died", "out_of_memory"):
+        ended = f"the process {result.reason}" if result.outcome == "died" else "memory ran out"
+        raise InstantiationError(
+            f"The constructor of {name} was run in a copy of this process, and {ended}{result.where}.",
+            "Expected a model that can be built.",
+            "Look for loops that never end, os._exit, os.kill and code outside Python.",
+        )
+
+
+def _guarded(call: Callable[[], Any], name: str, package: str, seconds: float) -> Any:
     """Run the model's own code; what it raises becomes an error with the line of the source."""
     try:
-        return call()
+        with time_limit(seconds):
+            return call()
+    except TimedOut as error:
+        raise late(f"The constructor of {name}", seconds, locate(error, package)) from None
     except SeedbedError:
         raise
     except (Exception, SystemExit) as error:

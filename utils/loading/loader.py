@@ -13,13 +13,13 @@ from utils.loading.config import parse_config, read_overrides
 from utils.loading.gist import fetch_gist
 from utils.loading.github_api import DEFAULT_TIMEOUT, GitHubClient
 from utils.loading.hub import is_transformers_folder, load_transformers
-from utils.loading.instantiate import instantiate
+from utils.loading.instantiate import LOADING_SECONDS, instantiate
 from utils.loading.loaded_model import LoadedModel
 from utils.loading.model_code import ModelCode
 from utils.loading.reference import EXPECTED, Reference, check_revision, parse_reference
 from utils.loading.repository import fetch_repository
 from utils.loading.source import CONFIG_FILE, DEFAULT_MAX_BYTES, Source, read_example, read_path
-from utils.runtime.errors import ModelReferenceError
+from utils.runtime.errors import ConfigError, ModelReferenceError
 
 
 def load_model(
@@ -34,6 +34,7 @@ def load_model(
     timeout: float = DEFAULT_TIMEOUT,
     deadline: float | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
+    time_limit: float = LOADING_SECONDS,
 ) -> LoadedModel:
     """Load a model from a link, a path, the Hub, an example, or a module.
 
@@ -53,14 +54,17 @@ def load_model(
         timeout: Seconds that one attempt to fetch may take.
         deadline: Seconds that all attempts to fetch one file may take together. Default: 30, or `timeout` if larger.
         max_bytes: Largest size of the source, in bytes.
+        time_limit: Seconds that the import of the source and the constructor may take, each; large models get more.
 
     Raises:
         ModelReferenceError: The reference is not understood, does not exist, or is no model.
         FetchError: The files cannot be fetched.
-        ConfigError: The config is not a JSON object.
+        ConfigError: The config is not a JSON object, or the limit is no positive number.
         AuditError: The code needs the user's consent; the message shows the lines.
         InstantiationError: No model can be built from the source.
     """
+    if not time_limit > 0:
+        raise ConfigError(f"time_limit is {time_limit!r}.", "Expected seconds, more than 0.")
     overrides = read_overrides(config)
     if isinstance(reference, nn.Module):
         return LoadedModel(reference, overrides)
@@ -76,7 +80,7 @@ def load_model(
     settings = {**(parse_config(files[CONFIG_FILE]) if CONFIG_FILE in files else {}), **overrides}
     if not trust:
         code.audit.require_harmless()
-    built = instantiate(code.source, settings, seed)
+    built = instantiate(code.source, settings, seed, time_limit)
     return LoadedModel(
         module=built.module,
         config=settings,
@@ -128,7 +132,7 @@ def read_code(
         GitHubClient(api, token, timeout, max_bytes, deadline=deadline) if parsed.kind in ("gist", "github") else None
     )
     source = _read(parsed, revision, client, max_bytes)
-    return ModelCode(parsed, source, audit(source.files))
+    return ModelCode(parsed, source, audit(source.files, source.entry))
 
 
 def _read(parsed: Reference, revision: str | None, client: GitHubClient | None, max_bytes: int) -> Source:

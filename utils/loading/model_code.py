@@ -44,7 +44,7 @@ class ModelCode:
         parts = [self.audit.text()]
         for name, content in self.source.files.items():
             numbered = (f"{number:4}  {line}" for number, line in enumerate(content.splitlines(), 1))
-            parts.append("\n".join([f"--- {name}", *numbered]))
+            parts.append("\n".join([f"--- {self.source.shown(name)}", *numbered]))
         return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
@@ -52,7 +52,8 @@ class ModelCode:
         if self.source is None or self.audit is None:
             return f"<p>{html.escape(self.text())}</p>"
         files = "".join(
-            f"<details><summary><code>{html.escape(name)}</code>, {len(content.splitlines())} lines</summary>"
+            f"<details><summary><code>{html.escape(self.source.shown(name))}</code>, "
+            f"{len(content.splitlines())} lines</summary>"
             f"<pre style='max-height:30em;overflow:auto'>{html.escape(content)}</pre></details>"
             for name, content in self.source.files.items()
         )

@@ -13,12 +13,13 @@ import itertools
 import linecache
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import CodeType, ModuleType
 
 from utils.loading.audit import parse
 from utils.loading.source import MODEL_FILE, Source
 from utils.runtime.errors import InstantiationError
+from utils.runtime.watchdog import TimedOut, time_limit
 
 _counter = itertools.count(1)
 
@@ -48,9 +49,9 @@ class _Relative(ast.NodeTransformer):
 class _Loader(importlib.abc.InspectLoader):
     """Loads the modules of one package from text."""
 
-    def __init__(self, package: str, files: Mapping[str, str]) -> None:
-        self.package = package
-        self.files = {name.removesuffix(".py"): text for name, text in files.items() if name.endswith(".py")}
+    def __init__(self, package: str, source: Source) -> None:
+        self.package, self.source = package, source
+        self.files = {name.removesuffix(".py"): text for name, text in source.files.items() if name.endswith(".py")}
 
     def is_package(self, fullname: str) -> bool:
         return fullname == self.package
@@ -59,12 +60,11 @@ class _Loader(importlib.abc.InspectLoader):
         return "" if fullname == self.package else self.files[fullname.rpartition(".")[2]]
 
     def filename(self, fullname: str) -> str:
-        return f"<{self.package}>/{fullname.rpartition('.')[2]}.py"
+        return f"<{self.package}>/{self.source.shown(fullname.rpartition('.')[2] + '.py')}"
 
     def get_code(self, fullname: str) -> CodeType:
-        name = fullname.rpartition(".")[2]
         text, filename = self.get_source(fullname), self.filename(fullname)
-        tree = _Relative(set(self.files)).visit(parse(text, f"{name}.py"))
+        tree = _Relative(set(self.files)).visit(parse(text, filename.partition("/")[2]))
         linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
         return compile(ast.fix_missing_locations(tree), filename, "exec", dont_inherit=True)
 
@@ -90,21 +90,27 @@ class _Finder(importlib.abc.MetaPathFinder):
 _finder = _Finder()
 
 
-def execute(source: Source) -> ModuleType:
+def execute(source: Source, seconds: float) -> ModuleType:
     """Execute a model's source and return the module of ``model.py``.
 
     Raises:
-        InstantiationError: The source is not Python or raised when it ran; nothing of it stays behind.
+        InstantiationError: The source is not Python, raised when it ran or took longer than `seconds`; nothing of it
+            stays behind.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.append(_finder)
     package = f"seedbed_model_{source.sha256[:12]}_{next(_counter)}"
-    _finder.loaders[package] = _Loader(package, source.files)
+    _finder.loaders[package] = _Loader(package, source)
     try:
-        return importlib.import_module(f"{package}.{MODEL_FILE.removesuffix('.py')}")
+        with time_limit(seconds):
+            return importlib.import_module(f"{package}.{MODEL_FILE.removesuffix('.py')}")
     except InstantiationError:
         forget(package)
         raise
+    except TimedOut as error:
+        location = locate(error, package)
+        forget(package)
+        raise late("The import of the source", seconds, location) from None
     except (Exception, SystemExit) as error:
         location = locate(error, package)
         forget(package)
@@ -115,6 +121,9 @@ def execute(source: Source) -> ModuleType:
             if isinstance(error, ModuleNotFoundError)
             else "Correct that line, or export the model again.",
         ) from error
+    except BaseException:
+        forget(package)
+        raise
 
 
 def forget(package: str) -> None:
@@ -122,6 +131,15 @@ def forget(package: str) -> None:
     _finder.loaders.pop(package, None)
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         del sys.modules[name]
+
+
+def late(what: str, seconds: float, location: str) -> InstantiationError:
+    """Return the error for code that does not come back."""
+    return InstantiationError(
+        f"{what} gave no answer within {seconds:.3g} s{location}.",
+        "Expected a model that is built in that time.",
+        "Look for a loop whose condition never changes, and for waiting; if it only takes long, pass time_limit=.",
+    )
 
 
 def describe(error: BaseException) -> str:

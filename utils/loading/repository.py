@@ -58,4 +58,4 @@ def fetch_repository(name: str, path: str, revision: str | None, client: GitHubC
         url = client.api + address(f"{folder}/{item}".lstrip("/"))
         return decode(client.get(url, label, "application/vnd.github.raw+json"), label)
 
-    return Source(collect(read, sizes, where, entry), sha)
+    return Source(collect(read, sizes, where, entry), sha, entry)

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from utils.loading.source import CONFIG_FILE, MODEL_FILE
+from utils.loading.source import CONFIG_FILE, MODEL_FILE, Source
 from utils.runtime.errors import InstantiationError
 
 _CLASS_NAME = re.compile(r"[A-Z]\w*", re.ASCII)
 
 
 def choose(
-    module: ModuleType, files: Mapping[str, str], config: Mapping[str, Any]
+    module: ModuleType, source: Source, config: Mapping[str, Any]
 ) -> tuple[Callable[..., nn.Module], tuple[str, ...]]:
     """Return the class, or the function ``build_model``, that makes the model.
 
@@ -29,23 +29,24 @@ def choose(
         InstantiationError: There is no model class, or more than one could be meant; the message lists them. Or
             ``model_name`` names something in the source that is not one of its models.
     """
+    files, own = source.files, source.entry
     name = config.get("model_name")
     package = module.__name__.partition(".")[0]
     if isinstance(name, str) and _is_model(vars(module).get(name), package):
         return vars(module)[name], ()
-    maker = _by_convention(module, files)
+    maker = _by_convention(module, source)
     if name is None:
         return maker, ()
     where = CONFIG_FILE if CONFIG_FILE in files else "The config"
     if isinstance(name, str) and _CLASS_NAME.fullmatch(name) and _exists(name, module, files):
         raise InstantiationError(
-            f'{where} names the class "{name}", and {MODEL_FILE} defines {maker.__name__}.',
-            f"Expected model_name to be a class derived from torch.nn.Module that {MODEL_FILE} defines, or a title.",
+            f'{where} names the class "{name}", and {own} defines {maker.__name__}.',
+            f"Expected model_name to be a class derived from torch.nn.Module that {own} defines, or a title.",
             f'Set model_name to "{maker.__name__}" if that is the model, or leave it out.',
         )
     shown = name if isinstance(name, str) else repr(name)
     return maker, (
-        f'{where} names the model "{shown[:80]}"; {MODEL_FILE} has no class of that name: {maker.__name__} was used.',
+        f'{where} names the model "{shown[:80]}"; {own} has no class of that name: {maker.__name__} was used.',
     )
 
 
@@ -59,7 +60,7 @@ def _exists(name: str, module: ModuleType, files: Mapping[str, str]) -> bool:
     )
 
 
-def _by_convention(module: ModuleType, files: Mapping[str, str]) -> Callable[..., nn.Module]:
+def _by_convention(module: ModuleType, source: Source) -> Callable[..., nn.Module]:
     """Return what makes the model when the config does not say."""
     namespace = vars(module)
     package = module.__name__.partition(".")[0]
@@ -77,17 +78,17 @@ def _by_convention(module: ModuleType, files: Mapping[str, str]) -> Callable[...
     if not candidates:
         others = [key for key, value in namespace.items() if _is_model(value, package)]
         raise InstantiationError(
-            f"{MODEL_FILE} defines no class derived from torch.nn.Module.",
+            f"{source.entry} defines no class derived from torch.nn.Module.",
             "Expected the model's class, named Model or as model_name in config.json says.",
             f"It imports {', '.join(others)}: set model_name to the one that is meant." if others else "",
         )
-    parts = _parts(files[MODEL_FILE], set(candidates))
+    parts = _parts(source.files[MODEL_FILE], set(candidates))
     roots = [key for key in candidates if key not in parts]
     if len(roots) == 1:
         return candidates[roots[0]]
     listed = ", ".join(roots or candidates)
     raise InstantiationError(
-        f"{MODEL_FILE} defines {len(roots or candidates)} classes that could be the model: {listed}.",
+        f"{source.entry} defines {len(roots or candidates)} classes that could be the model: {listed}.",
         "Expected exactly one class that no other class uses as a part.",
         'Say which is meant: {"model_name": "' + (roots or list(candidates))[0] + '"} in config.json or in config=.',
     )

@@ -27,6 +27,12 @@ class Source:
     """Text by file name; always has ``model.py``."""
     revision: str | None = None
     """Version of the files, when they come from a place that keeps versions."""
+    entry: str = MODEL_FILE
+    """What its author calls the file that is ``model.py`` here; messages name it so."""
+
+    def shown(self, name: str) -> str:
+        """Return what the author calls one of the files."""
+        return self.entry if name == MODEL_FILE else name
 
     @property
     def sha256(self) -> str:
@@ -99,7 +105,7 @@ def collect(
             waiting += imported_siblings(texts[name], available)
     if not texts[entry].strip():
         raise ModelReferenceError(
-            f"{where} has an empty {entry}.",
+            f"{where} is empty." if where.endswith(entry) else f"{where} has an empty {entry}.",
             "Expected Python source that defines a torch.nn.Module.",
             "Export the model again, or check that the file was saved.",
         )
@@ -160,7 +166,7 @@ def read_path(path: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> Source:
         raise ModelReferenceError(
             f"{folder} cannot be listed: {error.strerror}.", "Expected a readable folder."
         ) from None
-    return Source(collect(read, names, where, entry))
+    return Source(collect(read, names, where, entry), entry=entry)
 
 
 def example_names() -> list[str]:

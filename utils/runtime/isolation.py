@@ -3,6 +3,7 @@
 So do the global settings of torch and of the process; see `utils.runtime.surroundings`.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -66,6 +67,9 @@ def preserved(module: nn.Module, *seed: int | str) -> Iterator[nn.Module]:
 
     Raises:
         ModelChangedError: The block changed values of parameters.
+
+    Warns:
+        RuntimeWarning: A setting of the process could not be put back.
     """
     modes = [(child, child.training) for child in module.modules()]
     # Inference tensors have no version counter to watch, and meta tensors no values.
@@ -83,7 +87,7 @@ def preserved(module: nn.Module, *seed: int | str) -> Iterator[nn.Module]:
         try:
             yield module
         finally:
-            surroundings.restore()
+            lost = surroundings.restore()
             state.restore()
             for child, training in modes:
                 # A scripted module keeps its mode out of reach of its attributes.
@@ -92,6 +96,9 @@ def preserved(module: nn.Module, *seed: int | str) -> Iterator[nn.Module]:
             for buffer, data, value in buffers:
                 restore_tensor(buffer, data, value)
             changed, restored = watch.restore()
+            if lost:
+                # Last of all, because a warning may be an error.
+                warnings.warn(f"Settings of the process could not be put back: {'; '.join(lost)}.", RuntimeWarning, 3)
     if changed:
         raise ModelChangedError(tuple(changed), restored)
 

@@ -14,14 +14,16 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 
+from utils.runtime.errors import AdapterError
 from utils.runtime.resources import allocation_limit, format_bytes, is_out_of_memory, peak_memory
-from utils.runtime.watchdog import TimedOut, failing_module, time_limit
+from utils.runtime.watchdog import TimedOut, failing_module, limited, time_limit
 
 GRACE_SECONDS = 2.0
 """Time beyond the limit after which a child that its own alarm could not interrupt is ended."""
@@ -29,6 +31,10 @@ BUSY_SHARE = 0.1
 """A child that used less of its time than this was waiting for something, possibly for what forking took away."""
 NOTABLE_BYTES = 1e9
 FIELD = 512
+ONCE_SECONDS, SECONDS_PER_BILLION = 60.0, 30.0
+"""Limit of `rehearse_once`, and what each billion of parameters adds to it."""
+CONFIRMING_SECONDS = 8.0
+"""The same for what was seen waiting in the copy, perhaps for something that was not copied."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,33 @@ class Rehearsal:
     """The last `Notes.where`."""
     busy: bool = True
     """Whether the child was computing rather than waiting."""
+    taken: float = 0.0
+    """Bytes by which the child grew."""
 
     @property
     def ok(self) -> bool:
         """Whether nothing speaks against doing it here."""
         return self.outcome in ("survived", "inconclusive")
+
+
+class _Same:
+    """Stands for one object without keeping it alive, and is equal to what stands for the same one."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._value: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            # What cannot be watched may be gone, and another object in its place.
+            self._value = lambda: None
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (mine := self._value()) is not None and mine is other._value()
+
+
+_SURVIVED: dict[int, tuple[weakref.ref[torch.nn.Module], Any]] = {}
+"""By their ids, the models that have survived `rehearse_once`, and how they were called."""
 
 
 class Notes:
@@ -102,6 +130,80 @@ def rehearse(act: Callable[[Notes], Any], seconds: float, module: torch.nn.Modul
         finally:
             os._exit(0)
     return _watch(child, notes, started, seconds)
+
+
+def rehearse_once(model: Any, act: Callable[[], Any], **given: Any) -> None:
+    """Before a model's first passes in this process: rehearse them, until it has survived them once.
+
+    Another call of a model, or another ``forward``, is rehearsed again. Nothing is done inside a time limit, whose
+    owner has taken care of it, nor for a model that is not on the CPU.
+
+    Args:
+        model: A module, or what has one in ``module``.
+        act: Does the first passes.
+        **given: What they depend on beside the module; what is None may be an attribute of what holds the module.
+
+    Raises:
+        AdapterError: This process would hang in them, end or run out of memory.
+    """
+    module = model if isinstance(model, torch.nn.Module) else getattr(model, "module", None)
+    if not isinstance(module, torch.nn.Module) or limited() or not can_rehearse():
+        return
+    parameters = list(module.parameters())
+    if any(parameter.device.type != "cpu" for parameter in parameters):
+        return
+    key = id(module)
+    held = {} if model is module else {name: getattr(model, name, None) for name in given}
+    facts = {name: held.get(name) if value is None else value for name, value in given.items()}
+    code = [(getattr(type(part), "forward", None), vars(part).get("forward")) for part in module.modules()]
+    circumstances = _mark((facts, code))
+    known, survived = _SURVIVED.get(key, (None, None))
+    if known is not None and known() is module and survived == circumstances:
+        return
+    size = sum(p.numel() for p in parameters if not torch.nn.parameter.is_lazy(p))
+    result = rehearse(lambda notes: act(), ONCE_SECONDS + SECONDS_PER_BILLION * size / 1e9, module)
+    if result.outcome == "timed_out" and not result.busy:
+        result = _confirmed(result, act, module)
+    if result.ok:
+        _SURVIVED[key] = (weakref.ref(module, lambda _: _SURVIVED.pop(key, None)), circumstances)
+        return
+    where = f" at {result.where}" if result.where else ""
+    raise AdapterError(
+        f"{type(module).__name__} was not run: in a copy of this process, its first forward pass{where}"
+        f" {result.reason}.",
+        "Expected a model that answers.",
+        "validate(model) reports where; look there for endless loops, waiting, and code outside Python.",
+    )
+
+
+def _mark(value: Any) -> Any:
+    """Return what two values can be compared by later, without keeping alive what may hold a model.
+
+    Settings that say nothing are as good as none.
+    """
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_mark(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, (type, torch.nn.Module)):
+        value = {item.name: getattr(value, item.name) for item in fields(value)}
+    if isinstance(value, Mapping):
+        marks = {str(key): _mark(item) for key, item in value.items()}
+        return {key: mark for key, mark in marks.items() if mark is not None and mark != []} or None
+    return _Same(value)
+
+
+def _confirmed(result: Rehearsal, act: Callable[[], Any], module: torch.nn.Module) -> Rehearsal:
+    """Try here, in a short time, what waited in the copy."""
+    try:
+        with time_limit(CONFIRMING_SECONDS, module):
+            act()
+    except TimedOut:
+        return result
+    except Exception:
+        # The caller will meet it.
+        return Rehearsal("survived")
+    return Rehearsal("survived")
 
 
 def _perform(act: Callable[[Notes], Any], notes: Notes, seconds: float, module: torch.nn.Module | None) -> None:
@@ -161,8 +263,8 @@ def _watch(child: int, notes: Notes, started: float, seconds: float) -> Rehearsa
             _end(child)
             os.waitpid(child, 0)
     busy = usage.ru_utime + usage.ru_stime > BUSY_SHARE * (time.monotonic() - started)
-    place = {"stage": notes.stage, "where": notes.where, "busy": busy}
     grown = usage.ru_maxrss * 1024 - before
+    place: dict[str, Any] = {"stage": notes.stage, "where": notes.where, "busy": busy, "taken": grown}
     taken = f" and had taken {format_bytes(grown)}" if grown > NOTABLE_BYTES else ""
     if late:
         if not busy:

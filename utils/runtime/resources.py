@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+LARGE_MODEL = 20_000_000
+"""Parameters from which on a pass takes seconds and a copy gigabytes: what is dear is done less often or not at all."""
 LEAST_ALLOCATION = 256e6
 """`allocation_limit` never leaves less than this."""
 OUT_OF_MEMORY = (

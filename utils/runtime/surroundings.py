@@ -34,11 +34,16 @@ class Surroundings:
         """Read them."""
         self._values = [(get, put, get()) for get, put in SETTINGS]
 
-    def restore(self) -> None:
-        """Set back what has changed."""
+    def restore(self) -> list[str]:
+        """Set back what has changed, and return what could not be, with the reason; the others are not kept by it."""
+        lost = []
         for get, put, value in self._values:
-            if get() != value:
-                put(value)
+            try:
+                if get() != value:
+                    put(value)
+            except Exception as error:
+                lost.append(f"{getattr(put, '__name__', 'a setting').lstrip('_')}: {type(error).__name__}: {error}")
+        return lost
 
 
 def _set_default_device(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from utils.adapters.capture import named_tensors
 from utils.adapters.model_adapter import ModelAdapter
+from utils.runtime.isolation import preserved
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.dependence import (
@@ -20,12 +21,13 @@ from utils.validation.dependence import (
     first_leak,
     is_real,
     least_plain,
+    measures,
     other_content,
     outputs,
     relative,
     sample_inputs,
 )
-from utils.validation.probing import ModelCrash, has_length
+from utils.validation.probing import ModelCrash, compares_samples, has_length
 
 LENGTH = 9
 HINT = (
@@ -43,6 +45,8 @@ def check_batch_independence(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
     Code: ``batch_leakage``.
     """
+    if not adapter.batched:
+        raise Skipped(f"no axis of samples: {adapter.input_reason}")
     size, inputs, base = _base(adapter)
     changed = {name: _odd_replaced(adapter, name, value, size) for name, value in inputs.items()}
     if all(changed[name] is inputs[name] or bool((changed[name] == inputs[name]).all()) for name in inputs):
@@ -65,6 +69,8 @@ def check_batch_independence(adapter: ModelAdapter, budget: Budget) -> Outcome:
             details = {"batch": size, "output": path or "the output", "change": change}
             finding = _finding(adapter, inputs, changed, path, first, second, size)
             return Outcome(change, _tolerance(first), "", [finding], details)
+    if not tested and compares_samples(adapter):
+        raise Skipped("the output compares each sample with each other one, so every number belongs to two of them")
     if not tested:
         raise Skipped("no finite output has one row per sample")
     details = {"batch": size, "outputs": tested, "change": largest}
@@ -98,7 +104,8 @@ def _base(adapter: ModelAdapter) -> tuple[int, dict[str, Tensor], dict[str, Tens
 
 def _odd_replaced(adapter: ModelAdapter, name: str, value: Any, size: int) -> Any:
     """Return an input of which every second sample has other content."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != size:
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != size or name in measures(adapter):
+        # Other lengths may break the order, or the longest, that belongs to the whole batch.
         return value
     odd = (torch.arange(size, device=value.device) % 2 == 1).view(-1, *[1] * (value.dim() - 1))
     return torch.where(odd, other_content(adapter, name, value), value)
@@ -139,6 +146,9 @@ def _rows(together: Tensor, alone: Tensor | None, size: int) -> _Rows | None:
     pairs = list(zip(together.shape, alone.shape, strict=True))
     axes = tuple(axis for axis, (many, one) in enumerate(pairs) if (many, one) == (size, 1))
     same = all(many == one for axis, (many, one) in enumerate(pairs) if axis not in axes)
+    if not same and axes == (0,):
+        # One text alone may have fewer positions than the longest of several.
+        return _Rows(axes)
     return _Rows(axes) if same and len(axes) in (1, 2) else None
 
 
@@ -150,15 +160,25 @@ def _leaks(
     adapter: ModelAdapter, inputs: dict[str, Tensor], changed: dict[str, Tensor], path: str, rows: _Rows,
     first: Tensor, second: Tensor,
 ) -> bool:  # fmt: skip
-    """Decide whether a change is a sample's influence: no rounding, and not there between equal calls."""
+    """Decide whether a change is a sample's influence: no rounding, no memory of other calls, no other draw."""
+    fresh, other = (rows(_fresh(adapter, given)[path])[::2] for given in (inputs, changed))
+    if torch.equal(fresh, other):
+        # What the call before left behind is no sample of this batch.
+        return False
     change = float((second - first).abs().max())
     plain = relative(change, first, second) > least_plain(first.dtype)
     if not plain:
         real = is_real(adapter, inputs, changed, lambda a, x: rows(outputs(a, x)[path])[::2], second - first)
         if real is False or (real is None and change <= _tolerance(first)):
             return False
-    noise = float((rows(outputs(adapter, inputs)[path])[::2] - first).abs().max())
+    noise = float((rows(_fresh(adapter, inputs)[path])[::2] - fresh).abs().max())
     return change > 20 * noise
+
+
+def _fresh(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the outputs of a call that leaves the model as it was."""
+    with preserved(adapter.module):
+        return outputs(adapter, inputs)
 
 
 def _finding(
@@ -226,9 +246,12 @@ def _judge_alone(
     change = float((inside - single).abs().max())
     if change <= allowed or _is_random(adapter, inputs, together, path):
         return None
+    whole, last = (_fresh(adapter, given).get(path) for given in (inputs, _last(inputs, size)))
+    if whole is None or last is None or float((rows(whole)[-1] - rows(last)[-1]).abs().max()) <= allowed:
+        return None
     # A tie in a choice among experts or codes may fall either way; it does not do so again with other content.
     other = sample_inputs(adapter, size, inputs[adapter.main_input].shape[1] if has_length(adapter) else None, seed=2)
-    again = outputs(adapter, other)[path]
+    again = _fresh(adapter, other)[path]
     repeated = _alone(adapter, other, size).get(path)
     if repeated is None or float((rows(again)[-1] - rows(repeated)[-1]).abs().max()) <= allowed:
         return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.structure import blocks
+from utils.runtime.resources import LARGE_MODEL
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.dependence import first_leak, is_real, least_plain, output_of, replace_ids
 from utils.validation.probing import (
@@ -26,8 +27,6 @@ SIGHT_LENGTH = 12
 CONTENTS = 3
 LONGEST_EXACT = 64
 """Up to this length even what could be rounding is looked into."""
-LARGE = 20_000_000
-"""Parameters from which on a pass at the longest length takes seconds."""
 HINT = (
     "Mask the future where positions mix: scaled_dot_product_attention(..., is_causal=True) or a triangular mask; "
     "pad convolutions on the left only; never normalise or pool over time."
@@ -54,7 +53,9 @@ def check_causality(adapter: ModelAdapter, budget: Budget) -> Outcome:
         raise Skipped("the maximum length is 1, so there is no later position")
     tried: list[dict[str, Any]] = []
     cuts = tuple(sorted({1, short // 2, short - 1, *_suspicious_cuts(adapter, short)}))
-    finding = _test_length(adapter, short, cuts, tried, contents=1 if adapter.num_parameters > LARGE else CONTENTS)
+    finding = _test_length(
+        adapter, short, cuts, tried, contents=1 if adapter.num_parameters > LARGE_MODEL else CONTENTS
+    )
     finding = finding or _test_longest(adapter, budget, tried)
     largest = max(entry["change"] for entry in tried)
     if finding is not None and adapter.task_assumed:
@@ -218,7 +219,7 @@ def _test_longest(adapter: ModelAdapter, budget: Budget, tried: list[dict[str, A
     tried at the longest itself.
     """
     names = blocks(adapter.module).value
-    large = adapter.num_parameters > LARGE and bool(names)
+    large = adapter.num_parameters > LARGE_MODEL and bool(names)
     output = _output_of_block(names[-1]) if large else logits
     short, limit = tried[0]["length"], adapter.max_length.value
     if adapter.example_inputs(1, 2 * short)[content_input(adapter)].shape[1] == short:

@@ -13,6 +13,8 @@ from utils.validation.pictures import Picture
 
 STATUSES = ("pass", "warn", "fail", "skip")
 SEVERITIES = ("fail", "warn")
+NOT_RUN = "not run, see above"
+"""Why a check has no result where an earlier one has told that the model cannot be run."""
 
 
 class Skipped(Exception):
@@ -49,9 +51,9 @@ class Finding:
     hint: str
     """What to do about it."""
     reproduction: str = ""
-    """Up to three lines of Python that show the fault on ``model``."""
+    """A few lines of Python that show the fault on ``model``; the runner fills in what a check leaves out."""
     location: str = ""
-    """File, line and class of the code behind `where`; the runner fills it in."""
+    """File, line and class of the code to look at; the runner fills it in."""
 
     def __post_init__(self) -> None:
         """Refuse severities that the verdict would not count."""

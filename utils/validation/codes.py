@@ -1,4 +1,4 @@
-"""Why each kind of finding matters, in one sentence for people."""
+"""Why each kind of finding matters, in a sentence for people; where in the code to look for it; what explains what."""
 
 MEANING = {
     "future_leakage": "Training loss will look excellent and generation will be noise.",
@@ -53,3 +53,21 @@ MEANING = {
     "process_died": "The same call would have ended the notebook's kernel or the training run, and lost all in it.",
     "timed_out": "A forward pass that does not come back stops everything after it.",
 }
+
+MADE = frozenset({
+    "unused_parameter", "unregistered_layer", "lazy_parameter", "frozen_parameter", "shared_weight",
+    "buffer_not_registered", "padding_idx_wrong", "embedding_scale", "exploding_init", "vanishing_init",
+    "symmetric_init", "zero_init",
+})  # fmt: skip
+"""Faults of how a part is made: the place in the code is the line that makes it."""
+CALLED = frozenset({"detached_submodule", "missing_residual", "dead_relu", "dropout_in_eval"})
+"""Faults of how a part is used: the place in the code is the line that calls it."""
+RAISED = frozenset({"shape_crash", "vocab_mismatch", "backward_crash", "hardcoded_device", "shape_limit"})
+"""Crashes: the place in the code is the line that raised."""
+ROOTS = ("process_died", "timed_out", "out_of_memory", "shape_crash", "nan_output")
+"""What explains other findings, and is told before them."""
+OF_NAN = frozenset({
+    "embedding_scale", "low_precision_unsafe", "cannot_learn", "exploding_gradient", "exploding_init",
+    "vanishing_gradient", "vanishing_init", "nan_long_sequence",
+})  # fmt: skip
+"""What may be nothing but a consequence where the output is NaN: warnings of these codes are left out there."""

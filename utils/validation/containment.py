@@ -20,8 +20,9 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.spec import ModelSpec
 from utils.runtime.printing import Printed, captured_output
 from utils.runtime.rehearsal import Notes, Rehearsal, rehearse
-from utils.runtime.resources import allocation_limit
+from utils.runtime.resources import LARGE_MODEL, allocation_limit
 from utils.runtime.watchdog import TimedOut, failing_module, time_limit
+from utils.validation.check import NOT_RUN as NOT_RUN
 from utils.validation.check import Check, CheckResult, Finding
 from utils.validation.report import ValidationReport
 
@@ -29,17 +30,20 @@ REHEARSAL_SECONDS, SECONDS_PER_BILLION = 15.0, 30.0
 """Limit of a rehearsal, and what each billion of parameters adds to it."""
 OPENING_SECONDS = 60.0
 """Least limit for finding out in this process how a model is called."""
-LARGE_MODEL = 20_000_000
-"""Parameters from which on a rehearsal computes the gradient of one of them only."""
+REHEARSED_LENGTH = 128
+"""The longest text of a rehearsal; `ModelAdapter.legal_length` tries shorter ones."""
 CONFIRMING_SECONDS = 8.0
 """The same for a model that was seen waiting in a copy of the process, perhaps for something that was not copied."""
+
+MEMORY_COPIES, MEMORY_BYTES = 6, 2e9
+"""A pass that does not end and has taken so many times the model's size, and so much more, only takes memory."""
 
 HINTS = {
     "process_died": "Look for sys.exit, os._exit, os.kill and code outside Python (ctypes, custom kernels) that runs in"
     " this pass.",
     "timed_out": "Look for a loop whose condition never changes, and for waiting: sleep, locks, queues, downloads.",
-    "out_of_memory": "Look for tensors that grow with the product of two sizes; or use a smaller model or a larger"
-    " device.",
+    "out_of_memory": "Look for tensors that grow with the product of two sizes, and for lists that grow in a loop; or"
+    " use a smaller model or a larger device.",
 }
 
 
@@ -124,6 +128,11 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
 
 
+def _bytes(module: nn.Module) -> int:
+    """Return the size of the parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not is_lazy(p))
+
+
 def module_of(model: Any) -> nn.Module | None:
     """Return the module inside whatever `utils.validate` takes, or None."""
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
@@ -135,7 +144,7 @@ def unusable_report(error: UnusableModel, checks: Sequence[Check], seconds: floa
     finding = error.finding
     first = checks[0]
     result = CheckResult(first.id, first.tier, "fail", "unusable", "usable", finding.message, seconds, {}, (finding,))
-    reason = f"could not run: {finding.code} at {finding.where}, so the model was not run again"
+    reason = NOT_RUN
     others = (CheckResult(c.id, c.tier, "skip", None, None, reason, 0.0, {"could_not_run": True}) for c in checks[1:])
     return ValidationReport(
         results=(result, *others),
@@ -151,6 +160,9 @@ def _finding(rehearsal: Rehearsal, module: nn.Module) -> Finding:
     """Say what a rehearsal ended with; the process it speaks of is a copy, made for that."""
     code = "process_died" if rehearsal.outcome == "died" else rehearsal.outcome
     message = f"the process {rehearsal.reason} in {rehearsal.stage}"
+    if rehearsal.outcome == "timed_out" and rehearsal.taken > MEMORY_COPIES * _bytes(module) + MEMORY_BYTES:
+        # It would have run out of memory had it had the time.
+        code = "out_of_memory"
     if rehearsal.outcome == "out_of_memory":
         message = f"memory ran out in {rehearsal.stage} on two short samples"
     elif "SIGKILL" in rehearsal.reason:
@@ -200,3 +212,8 @@ def _first_passes(notes: Notes, module: nn.Module, model: Any, config: Any, spec
             # The gradient of an early, small parameter passes through nearly everything and takes no memory.
             trained = [min(trained[: max(1, len(trained) // 4)], key=torch.Tensor.numel)]
         torch.autograd.grad(total, trained, allow_unused=True)
+    if adapter.modality == "tokens" and adapter.num_parameters < LARGE_MODEL:
+        adapter.module.eval()
+        notes.stage = "a forward pass at another length"
+        longest = adapter.legal_length(min(REHEARSED_LENGTH, adapter.max_length.value or REHEARSED_LENGTH))
+        adapter.run_length(longest)

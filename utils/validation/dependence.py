@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from utils.adapters.capture import first_tensor, named_tensors, observe
+from utils.adapters.inputs import length_inputs
 from utils.adapters.model_adapter import ModelAdapter
+from utils.adapters.nesting import flattened
 from utils.runtime.seeding import seed_streams
 from utils.validation.probing import ModelCrash, guarded, has_length, live
 from utils.validation.substitution import faint_gains, noise, parameters_as
@@ -56,6 +58,9 @@ def other_content(adapter: ModelAdapter, name: str, value: Tensor, seed: int = 1
     """
     if "mask" in name or name == "position_ids" or not value.numel() or value.dim() == 0:
         return value
+    if name in measures(adapter):
+        # Shorter by one is legal, in the same order, and no longer than the text.
+        return (value - 1).clamp(min=1)
     if value.is_floating_point():
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(value.shape, generator=generator).to(value)
@@ -75,6 +80,12 @@ def other_content(adapter: ModelAdapter, name: str, value: Tensor, seed: int = 1
         # Segments, for example: where all are 0, 1 is the other one.
         return torch.where(value == 0, 1, 0).to(value.dtype)
     return seen[(torch.searchsorted(seen, value.contiguous()) + 1) % len(seen)]
+
+
+def measures(adapter: ModelAdapter) -> set[str]:
+    """Return the names of the inputs that say how long each sample is."""
+    examples = adapter.spec.example_inputs
+    return length_inputs(adapter.example_inputs(2) if examples is None else flattened(examples), adapter.main_input)
 
 
 def _shifted_columns(value: Tensor) -> Tensor:
@@ -309,8 +320,8 @@ def differ(first: Sequence[Tensor | None], second: Sequence[Tensor | None], leas
     return False
 
 
-class _Enough(Exception):
-    """Ends a forward pass early."""
+class Enough(Exception):
+    """Ends a forward pass early: what was wanted of it is there."""
 
 
 def output_of(adapter: ModelAdapter, inputs: Mapping[str, Any], name: str) -> Tensor:
@@ -324,14 +335,14 @@ def output_of(adapter: ModelAdapter, inputs: Mapping[str, Any], name: str) -> Te
     def stop(child: nn.Module, given: Any, output: Any) -> None:
         if (tensor := first_tensor(output)) is not None:
             taken.append(tensor.detach())
-        raise _Enough
+        raise Enough
 
     handle = adapter.module.get_submodule(name).register_forward_hook(stop)
     try:
         seed_streams(0, "forward")
         with torch.no_grad():
             adapter.forward(inputs)
-    except _Enough:
+    except Enough:
         pass
     finally:
         handle.remove()

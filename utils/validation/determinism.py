@@ -15,22 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.adapters.capture import named_tensors
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
 from utils.runtime.isolation import ModelChangedError, preserved
+from utils.runtime.resources import LARGE_MODEL
 from utils.runtime.seeding import seed_streams
+from utils.runtime.snapshot import bits, same_bits
 from utils.validation.check import Budget, Finding, Outcome
-from utils.validation.draws import guilty_draws
+from utils.validation.draws import guilty_draws, samples_latent
 from utils.validation.hidden import hidden_items
 from utils.validation.probing import ModelCrash, guarded, has_length, short_length
 from utils.validation.watching import alike, change, culprits, first_difference, running_modules
 
 LENGTHS = (9, 12)
 MORE_SAMPLES = 8
+"""Samples in which random answers are looked for, where a pass is no great cost."""
 SEEDS = 24
 FEWEST_SEEDS = 6
-QUICK = 0.05
-"""Seconds of a pass below which more samples cost next to nothing."""
 Inputs = Mapping[str, Any]
 DROPOUT_HINT = (
     "Let the mode decide: nn.Dropout, or functional.dropout(x, p, training=self.training), and random layer drop only "
@@ -40,6 +42,7 @@ RANDOM_HINT = (
     "Draw random numbers in train mode only (if self.training:), or once in __init__ and keep them with "
     "register_buffer."
 )
+LATENT_HINT = "A variational model may draw; for answers that can be compared, use the mean unless self.training."
 CLOCK_HINT = "Look for the time, an unseeded generator (numpy's default_rng()) or uninitialised memory (torch.empty)."
 STATE_HINT = (
     "Keep nothing on self in forward() that the next call reads; pass caches and hidden states in and out as arguments."
@@ -62,12 +65,10 @@ def check_determinism(adapter: ModelAdapter, budget: Budget) -> Outcome:
     inputs = example(adapter, 0)
     drew: list[bool] = []
     grew: list[bool] = []
-    seconds: list[float] = []
 
     def run(given: Inputs) -> None:
-        before, size, started = _streams(), _size(adapter), time.perf_counter()
+        before, size = _streams(), _size(adapter)
         adapter.logits(given)
-        seconds.append(time.perf_counter() - started)
         drew.append(_streams() != before)
         grew.append(_size(adapter) != size)
 
@@ -79,7 +80,7 @@ def check_determinism(adapter: ModelAdapter, budget: Budget) -> Outcome:
             # Layers made by the first call are said once, as lazy parameters; here they count as part of the model.
             answer(adapter, inputs)
         if drew[0]:
-            findings += _random(adapter, budget, seconds[0])
+            findings += _random(adapter, budget)
         if _history(adapter, inputs, budget):
             findings += _diagnose(adapter, inputs)
     except ModelChangedError as error:
@@ -139,7 +140,7 @@ def answer(adapter: ModelAdapter, inputs: Inputs, seed: int = 0) -> Tensor:
 def mutations(adapter: ModelAdapter, inputs: Inputs, run: Callable[[Inputs], Any]) -> list[Finding]:
     """Run the model once on a copy of the inputs, and find those that are no longer what they were.
 
-    Code: ``input_mutation``: ``fail`` where values changed, ``warn`` where a write happened to leave them equal.
+    Code: ``input_mutation``, also for a write that happened to leave equal values: those of other inputs it changes.
     """
     given = copied(inputs)
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
@@ -152,25 +153,42 @@ def mutations(adapter: ModelAdapter, inputs: Inputs, run: Callable[[Inputs], Any
 
     with _fresh(adapter):
         guarded(adapter, inputs, "", call)
+    # A write through `.data` moves no version, and an equal value no bit.
+    changed = [key for key, value in tensors.items() if not _same(value, inputs[key])]
     written = [key for key, value in tensors.items() if value._version != before[key]]
-    if not written:
+    if not changed and not written:
         return []
-    changed = [key for key in written if not torch.equal(tensors[key], inputs[key])]
     key = (changed or written)[0]
     given = copied(inputs)
     with _fresh(adapter):
-        places = culprits(adapter.module, lambda: given[key]._version, call)
-    count = int((tensors[key] != inputs[key]).sum())
-    what = f"changes {count} of {tensors[key].numel()} values of" if changed else "writes to (equal values, this time)"
+        places = culprits(adapter.module, lambda: _mark(given[key]), call)
+    what = "writes to (equal values, this time)"
+    if changed and tensors[key].shape == inputs[key].shape:
+        what = f"changes {int((tensors[key] != inputs[key]).sum())} of {tensors[key].numel()} values of"
+    elif changed:
+        what = "changes the shape of"
     mode = "train" if adapter.module.training else "eval"
     message = f"one forward pass in {mode} mode {what} its argument `{key}` in place"
     where = (places[0] if places else "") or adapter.name
     reproduction = (
         "from utils.adapters import ModelAdapter; adapter = ModelAdapter(model); inputs = adapter.example_inputs()\n"
         f"before = inputs['{key}'].clone(); adapter.forward(inputs)\n"
-        f"print((inputs['{key}'] != before).sum())"
+        f"print(inputs['{key}']._version, inputs['{key}'] != before)"
     )
-    return [Finding("input_mutation", "fail" if changed else "warn", where, message, MUTATION_HINT, reproduction)]
+    return [Finding("input_mutation", "fail", where, message, MUTATION_HINT, reproduction)]
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Tell whether an input has the shape and the bits that it had."""
+    if first.layout != torch.strided or second.layout != torch.strided:
+        return first._version == 0
+    return first.shape == second.shape and first.dtype == second.dtype and same_bits(first, second)
+
+
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what is another after any write to a tensor."""
+    values = bits(tensor).cpu().numpy().tobytes() if tensor.layout == torch.strided else b""
+    return tensor._version, tensor.shape, values
 
 
 def _first_call(adapter: ModelAdapter, inputs: Inputs, run: Callable[[Inputs], Any]) -> list[Finding]:
@@ -242,12 +260,12 @@ def _difference(first: Tensor, second: Tensor) -> str:
     return f"|difference| {change(first, second):.2g}, largest |logit| {float(first.abs().max()):.2g}"
 
 
-def _random(adapter: ModelAdapter, budget: Budget, seconds: float) -> list[Finding]:
+def _random(adapter: ModelAdapter, budget: Budget) -> list[Finding]:
     """Name the random numbers that change the answer, one finding per code.
 
     Several seeds are tried on a larger batch: a layer that is dropped rarely is dropped for some sample some time.
     """
-    inputs = example(adapter, 0, MORE_SAMPLES if seconds < QUICK else 2)
+    inputs = example(adapter, 0, MORE_SAMPLES if adapter.num_parameters < LARGE_MODEL else 2)
     for item in hidden_items(adapter.module):
         if isinstance(item.item, torch.nn.Module) and item.trains:
             # Hidden layers are out of reach of eval(), which is said once, as unregistered layers.
@@ -270,6 +288,7 @@ def _random(adapter: ModelAdapter, budget: Budget, seconds: float) -> list[Findi
         return []
     evidence = f"two calls on the same input in eval mode differ ({_difference(base, reseeded)})"
     draws = guilty_draws(adapter, call)
+    latent = samples_latent(adapter, lambda given: _whole_answer(adapter, inputs, given), (0, tried))
     findings = []
     for code, drops, hint in (
         ("dropout_in_eval", True, DROPOUT_HINT), ("nondeterministic_forward", False, RANDOM_HINT)
@@ -278,7 +297,11 @@ def _random(adapter: ModelAdapter, budget: Budget, seconds: float) -> list[Findi
         if found:
             also = f", and {len(found) - 1} more" if len(found) > 1 else ""
             message = f"{evidence}: {found[0].function}() draws random numbers here{also}"
-            findings.append(Finding(code, "fail", found[0].module or adapter.name, message, hint, REPRODUCTION))
+            wanted = latent and not drops
+            severity = "warn" if wanted else "fail"
+            if wanted:
+                hint = LATENT_HINT
+            findings.append(Finding(code, severity, found[0].module or adapter.name, message, hint, REPRODUCTION))
     if findings:
         return findings
     places = culprits(adapter.module, lambda: _streams()[:3], call)
@@ -287,6 +310,14 @@ def _random(adapter: ModelAdapter, budget: Budget, seconds: float) -> list[Findi
     source = "layers are skipped at random" if skipped else "Python's or NumPy's random numbers are drawn"
     where = (places[0] if places else "") or adapter.name
     return [Finding(code, "fail", where, f"{evidence}: {source} here", hint, REPRODUCTION)]
+
+
+def _whole_answer(adapter: ModelAdapter, inputs: Inputs, seed: int) -> dict[str, Tensor]:
+    """Return every real-valued tensor of the output for a copy of the inputs on given random streams."""
+    with _fresh(adapter), torch.no_grad():
+        seed_streams(seed, "determinism")
+        found = named_tensors(adapter.forward(copied(inputs)))
+        return {path: tensor.clone() for path, tensor in found if tensor.is_floating_point()}
 
 
 def _streams() -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ A call drew when it moved the generator on. It matters when drawing other number
 answer: a draw whose result is thrown away is no fault.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ CUTS = ("lt", "le", "gt", "ge", "__lt__", "__le__", "__gt__", "__ge__", "less", 
         "greater_equal", "floor", "floor_", "round", "item", "__bool__", "__float__", "heaviside")  # fmt: skip
 """What turns uniform numbers into a mask or a decision: dropout written by hand."""
 MOST_SITES = 6
+SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "rsub", "addcmul",
+        "addcmul_", "normal", "normal_")  # fmt: skip
+"""What puts a mean and noise together."""
 TRIES = 8
 """A decision that goes one way nearly always needs several draws to go the other."""
 
@@ -116,3 +119,69 @@ def guilty_draws(adapter: ModelAdapter, call: Callable[[], Any]) -> list[Draw]:
         if any(not alike(run(site, seed)[0], base) for seed in range(TRIES)):
             draws.append(Draw(site[0], site[1], drops))
     return draws or [Draw(module, function, drops) for (module, function), drops in sites.items()][:1]
+
+
+class _Latent(TorchFunctionMode):
+    """Finds sums of a known mean and random noise, and lets them hold what they held before if that is given."""
+
+    def __init__(self, device: torch.device, means: Sequence[Tensor], held: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        cuda = device.type == "cuda"
+        self.generator = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
+        self.means, self.held = [mean.flatten() for mean in means], list(held)
+        self.sums: list[Tensor] = []
+        self.noise: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call and see whether it made or used noise."""
+        name = getattr(func, "__name__", "")
+        given = [item for item in (*args, *(kwargs or {}).values()) if isinstance(item, Tensor)]
+        noisy = any(self.noise.get(id(item)) is item for item in given)
+        known = name in SUMS and any(self._is_mean(item) for item in given)
+        before = self.generator.get_state()
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        if not noisy and torch.equal(before, self.generator.get_state()):
+            return result
+        if not known:
+            self.noise[id(result)] = result
+            return result
+        index = len(self.sums)
+        self.sums.append(result.detach().clone())
+        self.noise.pop(id(result), None)
+        if index < len(self.held) and self.held[index].shape == result.shape:
+            if _in_place(name) and not name.startswith("__"):
+                return result.copy_(self.held[index])
+            return self.held[index].clone()
+        return result
+
+    def _is_mean(self, tensor: Tensor) -> bool:
+        flat = tensor.detach().flatten()
+        return any(mean.shape == flat.shape and torch.equal(mean, flat) for mean in self.means)
+
+
+def samples_latent(adapter: ModelAdapter, call: Callable[[int], dict[str, Tensor]], seeds: tuple[int, int]) -> bool:
+    """Tell whether random answers come from a variational model's draw of its latent vector, which is meant to be.
+
+    Such a model returns mean and variance beside the answer. The proof: noise is added to one of them, and with that
+    sum held as it was, other random numbers change nothing.
+
+    Args:
+        adapter: The model.
+        call: Runs it on a seed and returns its whole output by path.
+        seeds: Two seeds whose answers differ.
+    """
+    first, second = (call(seed) for seed in seeds)
+    fixed = [path for path in first if path in second and alike(first[path], second[path])]
+    shapes = [first[path].shape for path in fixed if first[path].dim() > 1]
+    pairs = [first[path] for path in fixed if shapes.count(first[path].shape) > 1 and first[path].dim() > 1]
+    if not pairs:
+        return False
+    with _Latent(adapter.device, pairs) as seen:
+        base = call(seeds[0])
+    if not seen.sums:
+        return False
+    with _Latent(adapter.device, pairs, seen.sums):
+        held = call(seeds[1])
+    return base.keys() == held.keys() and all(alike(base[path], held[path]) for path in base)

@@ -18,14 +18,21 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
+from utils.validation.dependence import Enough
 from utils.validation.probing import has_length
 from utils.validation.residuals import block_families
 from utils.validation.untrained import looks_untrained
+from utils.validation.weight_scales import as_configured
 
 DROWNED, SHADED = 35.0, 25.0
-"""Ratios of position to content that fail and warn; sinusoids of height 1 over content at 0.02 reach 15 to 20."""
+"""Ratios of position to content that fail and warn."""
 CONSTANT_DROWNED = 45.0
 """As `DROWNED`, for what is added equally at every position."""
+FEWEST_WAVES, WAVES_DROWNED = 12.0, 25.0
+"""For slow waves, the ratio of position from which they count, and that of position and constant together that fails.
+
+Sinusoids of height 1 over content at 0.02 reach 15 to 20 and 28; some families state both as their default.
+"""
 SAMPLES = 16
 LENGTH = 16
 HINT = (
@@ -41,10 +48,6 @@ class Shares:
     content: float
     position: float
     constant: float
-
-
-class _Enough(Exception):
-    """The first layer has been reached; the rest of the pass is not needed."""
 
 
 def check_embedding_scale(adapter: ModelAdapter, budget: Budget) -> Outcome:
@@ -68,18 +71,30 @@ def check_embedding_scale(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if adapter.modality == "image":
         # A bias or the mean colour is no embedding.
         constant = 0.0
-    details = {"content": shares.content, "position": shares.position, "constant": shares.constant}
-    why = f"position has {position:.2g} times the scale of content in what the first layer reads"
-    if position <= SHADED and constant <= CONSTANT_DROWNED:
-        return Outcome(position, DROWNED, why, (), details)
-    severity = "fail" if position > DROWNED or constant > CONSTANT_DROWNED else "warn"
-    what, ratio = ("the position", position) if position > SHADED else ("a constant vector", constant)
-    message = f"what the first layer reads holds {ratio:.3g} times more of {what} than of the content"
+    # Slow waves hardly change over a few positions, so most of them counts as constant here.
+    slow = position > FEWEST_WAVES and constant > position / 2
+    waves = math.hypot(position, constant) if slow and not as_configured(adapter) else 0.0
+    details = {"content": shares.content, "position": shares.position, "constant": shares.constant, "waves": waves}
+    # The ratio that is furthest beyond its limit, or nearest to it, decides.
+    ratio, limit, what = max(
+        (position, DROWNED, "position"),
+        (waves, WAVES_DROWNED, "position (slow waves, their mean included)"),
+        (constant, CONSTANT_DROWNED, "a constant vector"),
+        key=lambda part: part[0] / part[1],
+    )
+    drowned = ratio > limit
+    if not drowned and position > SHADED:
+        ratio, limit, what = position, SHADED, "position"
+    if ratio <= limit:
+        why = f"what the first layer reads holds {ratio:.2g} times as much {what} as content, {limit:g} at most"
+        return Outcome(ratio, limit, why, (), details)
+    # A scale that the config's class states is a choice, however slow a start it gives.
+    severity = "fail" if drowned and not as_configured(adapter) else "warn"
+    message = f"what the first layer reads holds {ratio:.3g} times as much {what} as content; the limit is {limit:g}"
     where = _loudest(adapter, inputs, stream_width=streams[0].shape[-1])
     reproduction = "for name, p in model.named_parameters():\n    if p.dim() > 1: print(name, tuple(p.shape), p.std())"
-    return Outcome(
-        position, DROWNED, why, [Finding("embedding_scale", severity, where, message, HINT, reproduction)], details
-    )
+    finding = Finding("embedding_scale", severity, where, message, HINT, reproduction)
+    return Outcome(ratio, limit, "", [finding], details)
 
 
 def split(stream: Tensor) -> Shares:
@@ -122,7 +137,7 @@ def _first_streams(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Ten
                 return
             found.append(tensor.detach())
             if inside or not members:
-                raise _Enough
+                raise Enough
 
         return hook
 
@@ -135,7 +150,7 @@ def _first_streams(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Ten
         seed_streams(0, "forward")
         with torch.no_grad():
             adapter.forward(inputs)
-    except _Enough:
+    except Enough:
         pass
     except AdapterError:
         raise

@@ -14,6 +14,7 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Finding
 from utils.validation.gradient_reach import groups, training_inputs
 from utils.validation.probing import logits
+from utils.validation.weight_scales import role
 
 SHOWN = 6
 HINT = "Set requires_grad = True, or list its prefix in ModelSpec(frozen=(...,)) if it is frozen on purpose."
@@ -35,7 +36,7 @@ def frozen_parameters(adapter: ModelAdapter, parameters: dict[str, nn.Parameter]
     frozen = [
         name
         for name, p in parameters.items()
-        if not p.requires_grad and not name.startswith(tuple(adapter.spec.frozen)) and p.is_floating_point()
+        if not p.requires_grad and not adapter.spec.freezes(name) and p.is_floating_point()
     ]
     fixed = sum(parameters[name].numel() for name in frozen)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -74,8 +75,10 @@ def _judged(adapter: ModelAdapter, name: str, parameters: dict[str, nn.Parameter
     owner = adapter.module.get_submodule(owner_name)
     if isinstance(owner, nn.Embedding) or TABLE_NAME.search(leaf):
         return None
-    sisters = [p for key, p in parameters.items() if key != name and _role(key) == _role(name)]
+    sisters = [p for key, p in parameters.items() if key != name and role(key) == role(name)]
     if any(p.requires_grad for p in sisters):
+        return "fail"
+    if not sisters and _stands_for_trained(adapter, name, parameters):
         return "fail"
     if sisters:
         # All of one kind: norms are frozen so for small batches; anything else is worth a look.
@@ -94,9 +97,19 @@ def _judged(adapter: ModelAdapter, name: str, parameters: dict[str, nn.Parameter
     return "warn" if any(p.requires_grad for child in alike for p in child.parameters()) else None
 
 
-def _role(name: str) -> str:
-    """Return a parameter's name without its numbers, the same for the same part of every block."""
-    return re.sub(r"\d+", "#", name)
+def _stands_for_trained(adapter: ModelAdapter, name: str, parameters: dict[str, nn.Parameter]) -> bool:
+    """Tell whether a parameter is all that its module has, and the same place in other blocks trains one of its shape.
+
+    The layers in that place may be of another class, with another name for it.
+    """
+    place = name.rpartition(".")[0]
+    own = {key: p for key, p in parameters.items() if key.rpartition(".")[0] == place}
+    if len(own) > 1 or next(adapter.module.get_submodule(place).children(), None) is not None:
+        return False
+    elsewhere = [
+        p for key, p in parameters.items() if key not in own and role(key.rpartition(".")[0]) == role(place) != place
+    ]
+    return bool(elsewhere) and all(p.requires_grad and p.shape == parameters[name].shape for p in elsewhere)
 
 
 def _comes_first(
@@ -135,9 +148,25 @@ def _is_low_rank(adapter: ModelAdapter, name: str, parameter: Tensor) -> bool:
     thin = min(parameter.shape[:2])
     for place in (owner, owner.rpartition(".")[0]):
         inside = adapter.module.get_submodule(place).named_parameters() if place else ()
-        bases = [p for _, p in inside if not p.requires_grad and p.dim() > 1]
+        held = [p for _, p in inside]
+        bases = [p for p in held if not p.requires_grad and p.dim() > 1]
+        others = [p for p in held if p.requires_grad and p.dim() == 2 and p is not parameter]
+        # However narrow the frozen matrix is: a product of its very shape is added to it.
+        if any(_multiply_to(parameter, other, base) for other in others for base in bases):
+            return True
         if any(2 * thin <= min(base.shape[:2]) and set(parameter.shape) & set(base.shape) for base in bases):
             return True
+    return False
+
+
+def _multiply_to(first: Tensor, second: Tensor, base: Tensor) -> bool:
+    """Tell whether two matrices multiply, through fewer numbers than the wider side has, to the shape of a third."""
+    if first.dim() != 2 or base.dim() != 2:
+        return False
+    for a in (first.shape, first.shape[::-1]):
+        for b in (second.shape, second.shape[::-1]):
+            if a[1] == b[0] < max(base.shape) and sorted((a[0], b[1])) == sorted(base.shape):
+                return True
     return False
 
 

@@ -20,13 +20,16 @@ from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.dependence import as_double, double_twin
 from utils.validation.frozen_parameters import frozen_parameters
 from utils.validation.gradient_reach import still_missing, training_inputs, waiting, without_gradient
-from utils.validation.probing import crash_site, first_line, is_finite, is_out_of_memory, logits
+from utils.validation.hidden import hidden_items
+from utils.validation.probing import crash_site, first_line, has_length, is_finite, is_out_of_memory, logits
 from utils.validation.rectifiers import dead_rectifiers, watch_rectifiers
 from utils.validation.train_mode import check_train_mode
 from utils.validation.untrained import normalise_batches
 
 LARGEST_NORM = 1e6
 NAN_HINT = "Look behind it for sqrt, norm, log or a division at exactly zero: finite itself, its slope is not."
+LONGEST_TRAINED = 1024
+"""Longest length that is tried where a step at a short one fails."""
 ZERO_HINT = "Look for a multiplication by zero, round(), sign() or a clamp that cuts everything off before the loss."
 
 
@@ -40,7 +43,14 @@ def check_gradient_flow(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """
     parameters = dict(adapter.module.named_parameters())
     if not parameters:
-        raise Skipped("the model has no parameters")
+        items = hidden_items(adapter.module)
+        hidden = [item for item in items if item.tensors and (item.trains or isinstance(item.item, nn.Module))]
+        if not hidden:
+            raise Skipped("the model has no parameters: nothing to train")
+        message = f"the model has no parameters, and `{hidden[0].where}` holds weights that torch does not see"
+        hint = "Assign layers to self in __init__; lists and dicts hide them from torch."
+        finding = Finding("frozen_parameter", "warn", adapter.name, message, hint)
+        return Outcome("0 parameters", "at least 1", "", [finding])
     ran: dict[str, int] = {}
     in_eval: list[Finding] = []
     try:
@@ -49,7 +59,7 @@ def check_gradient_flow(adapter: ModelAdapter, budget: Budget) -> Outcome:
     except _BackwardError as error:
         hint = "Avoid in-place operations on tensors that autograd needs, and outputs that carry no gradient."
         findings = [Finding("backward_crash", "fail", error.where, str(error), hint)]
-        if check_train_mode(adapter, training_inputs(adapter)):
+        if not _trains(adapter):
             return Outcome("crash", "a gradient", "", findings)
         # Caches that eval mode fills in place break its backward pass; training is none the worse for it.
         message = f"in eval mode {error}; in train mode it works"
@@ -89,6 +99,8 @@ def check_gradient_flow(adapter: ModelAdapter, budget: Budget) -> Outcome:
         "frozen": [name for name, p in parameters.items() if not p.requires_grad],
     }
     why = f"all {len(norms)} trainable tensors get a finite gradient (norm {total:.3g})"
+    if not findings and loss is not None and not math.isfinite(loss):
+        raise Skipped("the loss is not finite, and neither is a gradient of it (see numerical_stability)")
     return Outcome(total, LARGEST_NORM, why, findings, details)
 
 
@@ -114,6 +126,15 @@ def _explained(adapter: ModelAdapter) -> bool:
     except (AdapterError, RuntimeError, TypeError, ValueError):
         return False
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+def _trains(adapter: ModelAdapter) -> bool:
+    """Tell whether a step in train mode works, at a short length or at the longest, which some models ask for."""
+    tried = [training_inputs(adapter)]
+    longest = adapter.max_length.value
+    if has_length(adapter) and longest is not None and longest <= LONGEST_TRAINED:
+        tried.append(adapter.example_inputs(2, longest))
+    return any(not check_train_mode(adapter, inputs) for inputs in tried)
 
 
 class _BackwardError(Exception):

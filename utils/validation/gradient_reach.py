@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from utils.adapters.capture import named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.structure import blocks
+from utils.runtime.resources import LARGE_MODEL
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Finding
 from utils.validation.probing import has_length, is_out_of_memory, logits, short_length
 from utils.validation.substitution import parameters_as
 
 SHOWN = 6
-LARGE_MODEL, LARGE_MODEL_LENGTH = 20_000_000, 9
-"""Parameters from which on each token costs, and the tokens that such a model gets."""
+LARGE_MODEL_LENGTH = 9
+"""Tokens of a text for a large model."""
 DETACHED_HINT = "Remove detach(), .data, no_grad(), argmax or numpy from the path between this part and the loss."
 UNUSED_HINT = (
     "Call it in forward(), or delete it: it takes memory, confuses the optimizer and breaks DistributedDataParallel."

@@ -43,13 +43,15 @@ font-variant-numeric:tabular-nums;overflow-wrap:break-word}
 .seedbed-report td.pass,.seedbed-report td.fail,.seedbed-report td.warn,.seedbed-report td.skip{font-weight:600}
 .seedbed-report td.pass{color:var(--pass)}.seedbed-report td.fail{color:var(--fail)}
 .seedbed-report td.warn{color:var(--warn)}.seedbed-report td.skip{color:var(--skip)}
-.seedbed-report details{margin:4px 0}
+.seedbed-report details{margin:4px 0 0}
 .seedbed-report summary{cursor:pointer;color:var(--soft)}
+.seedbed-report td details{margin:0;font-size:12.5px}
 .seedbed-report h3{font-size:14px;margin:18px 0 4px;border-bottom:1px solid var(--line)}
 .seedbed-report .pictures{display:flex;flex-wrap:wrap;gap:8px 28px}
 .seedbed-report figure{margin:6px 0;max-width:640px}.seedbed-report figure>b,.seedbed-report figure>img{display:block}
 .seedbed-report figcaption{color:var(--soft);font-size:12.5px}
 .seedbed-report svg{max-width:100%;height:auto;display:block}
+@media (max-width:700px){.seedbed-report{padding:10px}.seedbed-report th.number,.seedbed-report td.number{display:none}}
 .seedbed-report svg rect{fill:var(--bar)}.seedbed-report svg text{fill:var(--soft);font:10px system-ui,sans-serif}
 """
 VERDICT_CLASS = {"READY": "pass", "DESCRIBED": "skip", "NOT READY": "fail", "INCOMPLETE": "warn"}
@@ -71,6 +73,8 @@ def report_page(report: "ValidationReport") -> str:
 
 def report_fragment(report: "ValidationReport") -> str:
     """Return the report as one element with its own scoped style, for a notebook."""
+    from utils.validation.report import folded
+
     parts = [
         f"<style>{STYLE}</style>",
         f'<p class="verdict"><b class="{VERDICT_CLASS[report.verdict]}">{escape(report.verdict)}</b>'
@@ -79,7 +83,7 @@ def report_fragment(report: "ValidationReport") -> str:
         *(finding_html(finding) for finding in report.findings),
         "<table><thead><tr><th>check</th><th>status</th><th class='number'>value</th>"
         "<th class='number'>threshold</th><th class='number'>seconds</th><th>why</th></tr></thead><tbody>",
-        *(_row(result) for result in report.results),
+        *(_row(result, told=True) for result in folded(report.results)),
         "</tbody></table>",
         *(_pictures(result) for result in report.results),
         _detections(report),
@@ -105,7 +109,7 @@ def badge(report: "ValidationReport") -> str:
 def result_html(result: CheckResult) -> str:
     """Return one check's result as an element with its own scoped style."""
     body = "".join(finding_html(finding) for finding in result.findings)
-    table = f"<table><tbody>{_row(result)}</tbody></table>{_pictures(result)}"
+    table = f"<table><tbody>{_row(result, told=True)}</tbody></table>{_pictures(result)}"
     return f'<div class="seedbed-report"><style>{STYLE}</style>{body}{table}</div>'
 
 
@@ -127,17 +131,24 @@ def finding_html(finding: Finding) -> str:
     return f'<div class="finding is-{finding.severity}">{"".join(lines)}</div>'
 
 
-def _row(result: CheckResult) -> str:
-    """Return a table row with the evidence folded away."""
-    from utils.validation.report import value_text
+def _row(result: CheckResult, told: bool = False) -> str:
+    """Return a table row with the evidence folded away.
+
+    Args:
+        result: What the row is about.
+        told: Whether its findings stand above the table.
+    """
+    from utils.validation.report import short_text
 
     notes = "".join(f'<p class="soft">reduced: {escape(note)}</p>' for note in result.details.get("reduced", ()))
+    colour = "warn" if result.could_not_run else result.status
+    why = "see above" if told and result.findings else result.why
     return (
-        f"<tr><td><code>{escape(result.check)}</code></td><td class='{result.status}'>{result.status}</td>"
-        f"<td class='number'>{escape(value_text(result.value))}</td>"
-        f"<td class='number'>{escape(value_text(result.threshold))}</td>"
+        f"<tr><td><code>{escape(result.check)}</code></td><td class='{colour}'>{result.status}</td>"
+        f"<td class='number'>{escape(short_text(result.value))}</td>"
+        f"<td class='number'>{escape(short_text(result.threshold))}</td>"
         f"<td class='number'>{result.seconds:.2f}</td>"
-        f"<td>{escape(result.why)}{notes}{_evidence(result)}</td></tr>"
+        f"<td>{escape(why)}{notes}{_evidence(result)}</td></tr>"
     )
 
 

@@ -18,6 +18,8 @@ from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.gradient_reach import training_inputs
 from utils.validation.probing import logits
 from utils.validation.rectifiers import watch_rectifiers
+from utils.validation.statistics import thinned
+from utils.validation.symmetry import stays_equal
 from utils.validation.untrained import looks_untrained, normalise_batches
 from utils.validation.weight_scales import (
     LARGEST_SOUND_GAIN,
@@ -25,6 +27,7 @@ from utils.validation.weight_scales import (
     exploding_head,
     largest_gain,
     largest_weight,
+    loud_head,
     weight_faults,
 )
 from utils.validation.zero_weights import zero_weights
@@ -41,8 +44,18 @@ RECOVERED = 1e-3
 """Scale of a later place that tells a faint branch from a faint stream."""
 SUDDEN = 1e-3
 """Share of the signal that differs between samples, from which on a step to nothing is a cut."""
+LOUD = 60.0
+"""Scale of a signal that no untrained model needs."""
 LARGE_LOSS = 6.0
 """First loss in units of chance that is worth a look."""
+LOUD_LOSS = 2.5
+"""First loss in units of chance that a head of ordinary scale does not reach."""
+CERTAIN, NEAR_CHANCE = 3.0, 1.0
+"""Nats above chance: from the first on, a head is certain of wrong answers before it has seen any.
+
+Three nats give the right class a twentieth of what guessing would. With few classes twice chance is less than that, and
+a few steps undo it. A head of gain 1 over a normalised stream adds half a nat by its random logits alone.
+"""
 CLASSIFYING = ("causal_lm", "masked_lm", "seq2seq", "text_classification", "image_classification",
                "audio_classification", "tabular_classification")  # fmt: skip
 
@@ -57,6 +70,7 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
     inputs = training_inputs(adapter)
     scales: dict[str, float] = {}
     variations: dict[str, float] = {}
+    loud: set[str] = set()
     followed = set(blocks(adapter.module).value)
     output_of: dict[str, tuple[int, ...]] = {}
 
@@ -69,6 +83,9 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
         if name in followed or (not followed and name and isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d))):
             values = tensor.detach().float()
             scales[name] = float(values.square().mean().sqrt())
+            entering = next((t for t in given if isinstance(t, Tensor) and t.is_floating_point()), None)
+            if name not in followed and entering is not None and float(entering.detach().float().std()) > LOUD:
+                loud.add(name)
             if values.shape[0] == 2:
                 variations[name] = float((values[0] - values[1]).square().mean().sqrt())
 
@@ -79,10 +96,11 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if not bool(torch.isfinite(result).all()):
         raise Skipped("the logits are not finite (see numerical_stability)")
     findings = weight_faults(adapter) if fresh else []
-    findings += [] if findings else _signal(adapter, scales, variations, fresh)
+    findings += [] if findings else _signal(adapter, scales, variations, fresh, loud)
     if findings and as_configured(adapter):
         # The library's own choice, at a width that does not suit it: odd, but no accident.
         findings = [replace(finding, severity="warn") for finding in findings]
+    head = _head(adapter, output_of, tuple(result.shape))
     loss: float | None = None
     chance: float | None = None
     if adapter.task.value in CLASSIFYING and result.shape[-1] > 1:
@@ -93,8 +111,19 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
         if matrix and findings[0].code == "exploding_init" and findings[0].message.startswith("the first loss"):
             # One matrix, drawn beyond what any family draws, is to blame.
             findings = [replace(findings[0], severity="fail", where=matrix)]
-    head = _head(adapter, output_of, tuple(result.shape))
-    findings += _symmetric(adapter)
+        far = LOUD_LOSS * chance + 1
+        quiet = any(finding.severity == "fail" for finding in findings) or not fresh or not loss > far
+        if not quiet and (tamed := loud_head(adapter, head, inputs)) is not None and tamed[1] < far / 2:
+            # With the head at an ordinary scale, the loss is an ordinary one.
+            blamed = loss >= max(2 * chance, chance + CERTAIN) and tamed[1] <= chance + NEAR_CHANCE
+            message = (
+                f"the first loss is {loss:.1f}, chance is ln({result.shape[-1]}) = {chance:.2f}: the head is too loud; "
+                f"with {tamed[0]} at a gain of 1 it is {tamed[1]:.1f}"
+            )
+            findings = [
+                Finding("exploding_init", "fail" if blamed else "warn", tamed[0], message, EXPLODING_HINT),
+            ]
+    findings += _symmetric(adapter) or stays_equal(adapter)
     findings += zero_weights(adapter, inputs, head)
     if not findings and all(rectified.alive.values()):
         findings += _lost_input(scales, variations, result, fresh)
@@ -115,20 +144,24 @@ def check_initialization(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
 
 def _signal(
-    adapter: ModelAdapter, scales: dict[str, float], variations: dict[str, float], fresh: bool
+    adapter: ModelAdapter, scales: dict[str, float], variations: dict[str, float], fresh: bool, loud: set[str]
 ) -> list[Finding]:
-    """Judge the root mean square of the signal after each block, `variations` being what tells two samples apart."""
+    """Judge the root mean square of the signal after each block, `variations` being what tells two samples apart.
+
+    What is too large as it enters a layer, one of `loud`, became so in the code that calls it.
+    """
     if not scales:
         return []
-    path = " -> ".join(f"{scale:.2g}" for scale in _thinned(list(scales.values())))
-    fail_above, warn_above = (200.0, 60.0) if fresh else (1e6, 1e5)
+    path = " -> ".join(f"{scale:.2g}" for scale in thinned(list(scales.values())))
+    fail_above, warn_above = (200.0, LOUD) if fresh else (1e6, 1e5)
     for name, scale in scales.items():
         if scale > warn_above:
             severity = "fail" if max(scales.values()) > fail_above else "warn"
             message = f"the signal's scale (root mean square) by depth is {path}; here it passes {warn_above:g}"
             if fresh and largest_gain(adapter) <= LARGEST_SOUND_GAIN:
                 message += "; no weights are large, so something multiplies or adds up on the way"
-                return [Finding("exploding_gradient", severity, name, message, STRUCTURE_HINT)]
+                place = name.rpartition(".")[0] or adapter.name if name in loud else name
+                return [Finding("exploding_gradient", severity, place, message, STRUCTURE_HINT)]
             return [Finding("exploding_init", severity, name, message, EXPLODING_HINT)]
     plain = [name for name, scale in scales.items() if variations.get(name, scale) > RECOVERED]
     last = max((index for index, name in enumerate(scales) if name in plain), default=-1)
@@ -152,17 +185,11 @@ def _lost_input(scales: dict[str, float], variations: dict[str, float], result: 
             if before > SUDDEN:
                 # Cut off in one step, which input_influence reports: nothing died away.
                 return []
-            path = " -> ".join(f"{value:.2g}" for value in _thinned(list(variations.values())))
+            path = " -> ".join(f"{value:.2g}" for value in thinned(list(variations.values())))
             message = f"two samples give the same output; the difference between them by depth is {path}"
             return [Finding("vanishing_init", "fail", name, message, VANISHING_HINT)]
         before = share
     return []
-
-
-def _thinned(values: list[float], count: int = 8) -> list[float]:
-    """Return at most `count` values, evenly spaced, the last included."""
-    step = max(1, math.ceil(len(values) / count))
-    return values[::step] if (len(values) - 1) % step == 0 else [*values[::step], values[-1]]
 
 
 def _first_loss(

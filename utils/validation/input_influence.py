@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from utils.adapters.capture import named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
+from utils.adapters.roles import role_of
+from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.dependence import (
     as_double,
@@ -28,6 +30,7 @@ from utils.validation.dependence import (
 )  # fmt: skip
 from utils.validation.probing import ModelCrash, logits
 from utils.validation.rectifiers import FEWEST_VALUES, RECTIFIERS
+from utils.validation.reproduction import ignored
 
 LENGTH = 9
 PLAIN = 1e-3
@@ -64,6 +67,9 @@ def check_input_influence(adapter: ModelAdapter, budget: Budget) -> Outcome:
         for name in names:
             reach[name] = _reach(adapter, inputs, {name: replaced[name]}, base)
             if reach[name] == 0:
+                # Siamese models return an answer for each of their inputs, and a loss hears its labels alone.
+                reach[name] = _reach_elsewhere(adapter, inputs, {name: replaced[name]})
+            if reach[name] == 0:
                 findings.append(_ignored(adapter, name, inputs, replaced[name], reach))
     why = "every input changes the output: " + ", ".join(f"{name} by {size:.2g}" for name, size in reach.items())
     return Outcome(
@@ -77,6 +83,9 @@ def check_input_influence(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
 def _other(adapter: ModelAdapter, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor) or name in ("labels", "targets", "past_key_values", "cache_position"):
+        return value
+    if name != adapter.main_input and role_of(name) == "labels":
+        # An answer to compare with; some models read it in train mode only.
         return value
     return other_content(adapter, name, value)
 
@@ -108,6 +117,28 @@ def _reach(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping
     # A signal that arrives faint is no signal that is cut off.
     size = relative(float((second - first).abs().max()), first)
     return size if size > 4 * torch.finfo(first.dtype).eps else 0.0
+
+
+def _reach_elsewhere(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> float:
+    """Return how far other content moves any tensor of the output beside the logits; NaN where that is unknown."""
+
+    def tensors(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        seed_streams(0, "forward")
+        with torch.no_grad():
+            return dict(named_tensors(adapter.forward(given)))
+
+    def moved() -> float:
+        try:
+            before, after = tensors(inputs), tensors({**inputs, **changes})
+        except Exception:
+            return float("nan")
+        return max((_difference([before[path]], [after[path]]) for path in before if path in after), default=0.0)
+
+    found = moved()
+    if found == 0:
+        with without_zeros(adapter):
+            found = moved()
+    return found
 
 
 def _constant(
@@ -227,4 +258,5 @@ def _ignored(
         f"replacing `{name}` ({changed:.0%} of its values) leaves every bit of the output as it is; replacing all "
         f"inputs changes it by {reach['all']:.2g} of its size"
     )
-    return Finding("ignored_input", "fail", adapter.name, message, IGNORED_HINT)
+    lines = ignored(adapter, name, inputs[name])
+    return Finding("ignored_input", "fail", adapter.name, message, IGNORED_HINT, lines)

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from utils.adapters.capture import first_tensor, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
+from utils.runtime.resources import LARGE_MODEL
 from utils.validation.check import Budget, Finding, Outcome, Skipped
-from utils.validation.gradient_reach import LARGE_MODEL
 from utils.validation.probing import (
     ModelCrash,
     all_finite,
@@ -36,7 +36,7 @@ from utils.validation.untrained import enough_samples, looks_untrained, normalis
 from utils.validation.weight_scales import weight_faults
 
 LENGTH = 9
-RANDOM = "random input"
+RANDOM, CONSTANT, ZEROS = "random input", "constant input", "input of zeros"
 LARGEST_ERROR = {torch.float16: 0.3, torch.bfloat16: 0.6}
 """Relative error of half of the rows of logits that fails; sound models reach 0.01 and 0.1."""
 PRODUCTS = {
@@ -123,7 +123,11 @@ class _Refused(Exception):
 
 
 def _cases(adapter: ModelAdapter, length: int | None, batches: bool) -> dict[str, dict[str, Tensor]]:
-    """Return random input, and constant input where an epsilon may be all that is left of a denominator."""
+    """Return random input, and constant input where an epsilon may be all that is left of a denominator.
+
+    Numbers are constant at a half and at zero: biases that start at zero keep vectors of all zeros as they are, which
+    training ends, so what fails at zero alone is worth a look and no more.
+    """
     if batches:
         # A constant batch leaves batch normalisation only rounding errors to divide by.
         return {RANDOM: enough_samples(adapter)}
@@ -132,14 +136,19 @@ def _cases(adapter: ModelAdapter, length: int | None, batches: bool) -> dict[str
     names = {adapter.main_input, content_input(adapter)}
     # Each input has a table of its own, and two languages have two vocabularies.
     tokens = adapter.modality == "tokens"
-    value = {key: (adapter.readable_ids(key) - 1) // 2 if tokens else 0 for key in names}
+    value = {key: float((adapter.readable_ids(key) - 1) // 2) if tokens else 0.0 for key in names}
     if large:
         # Weights cost more than samples: one pass for both, most rows of it random.
         for key in names:
             random[key] = torch.cat((random[key][:2], torch.full_like(random[key][2:], value[key])))
         return {RANDOM: random}
-    constant = {key: torch.full_like(item, value[key]) if key in names else item for key, item in random.items()}
-    return {RANDOM: random, "constant input": constant}
+
+    def filled(values: dict[str, float]) -> dict[str, Tensor]:
+        return {key: torch.full_like(item, values[key]) if key in names else item for key, item in random.items()}
+
+    if tokens:
+        return {RANDOM: random, CONSTANT: filled(value)}
+    return {RANDOM: random, CONSTANT: filled(dict.fromkeys(names, 0.5)), ZEROS: filled(dict.fromkeys(names, 0.0))}
 
 
 def _compare(
@@ -152,13 +161,13 @@ def _compare(
         if not all_finite(adapter.module.parameters()):
             bad = next(key for key, p in adapter.module.named_parameters() if not is_finite(p))
             message = f"the parameter does not fit into {name}, whose largest number is {torch.finfo(dtype).max:.3g}"
-            return float("inf"), _finding(bad, message, dtype)
+            return float("inf"), _finding(bad, message)
         try:
             result = logits(adapter, given).float()
         except ModelCrash as crash:
             text = first_line(crash.error)
             if "without overflow" in text:
-                return float("inf"), _finding(crash.where, f"in {name}: {text}", dtype)
+                return float("inf"), _finding(crash.where, f"in {name}: {text}")
             raise _Refused(text) from crash
         except AdapterError as error:
             raise _Refused(first_line(error)) from error
@@ -169,14 +178,15 @@ def _compare(
                 f"{int(bad_values.sum()):,} of {result.numel():,} logits are not finite in {name} for {situation}; "
                 "in float32 all are"
             )
-            return float("inf"), _finding(first_nonfinite(adapter, given), message, dtype)
+            severity = "warn" if situation == ZEROS else "fail"
+            return float("inf"), _finding(first_nonfinite(adapter, given), message, severity)
     off = relative_error(result, reference)
     # Equal inputs may leave differences of rounding errors; only what is not finite counts there.
     alike = situation != RANDOM
     if off <= LARGEST_ERROR[dtype] or alike or _is_chaotic(adapter, inputs, reference):
         return 0.0 if alike else off, None
     message = f"logits in {name} differ from those in float32 by {off:.2g} of their spread for {situation}"
-    return off, _finding(_first_far_off(adapter, inputs, given, dtype), message, dtype)
+    return off, _finding(_first_far_off(adapter, inputs, given, dtype), message)
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
@@ -260,9 +270,5 @@ def _off(value: Tensor, target: Tensor) -> float:
     return float((value - target).norm() / target.norm().clamp(min=1e-30))
 
 
-def _finding(where: str, message: str, dtype: torch.dtype) -> Finding:
-    method = "half" if dtype == torch.float16 else "bfloat16"
-    reproduction = (
-        f"import copy\nprint(copy.deepcopy(model).{method}()(inputs))  # inputs: any batch, real ones as {NAMES[dtype]}"
-    )
-    return Finding("low_precision_unsafe", "fail", where, message, HINT, reproduction)
+def _finding(where: str, message: str, severity: str = "fail") -> Finding:
+    return Finding("low_precision_unsafe", severity, where, message, HINT)

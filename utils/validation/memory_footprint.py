@@ -16,7 +16,7 @@ from utils.runtime.seeding import seed_streams
 from utils.validation.allocations import Allocations
 from utils.validation.check import Budget, Finding, Outcome
 from utils.validation.pictures import Picture
-from utils.validation.probing import forward_seconds, guarded, has_length, longest_length, short_length
+from utils.validation.probing import ModelCrash, forward_seconds, guarded, has_length, longest_length, short_length
 from utils.validation.svg import bar_list
 
 T4_BYTES = 15.0e9
@@ -90,7 +90,9 @@ def _training_peak(adapter: ModelAdapter, budget: Budget, weights: int) -> dict[
             if result.requires_grad:
                 adapter.loss(result, adapter.random_labels(result)).backward()
             del result
-    except RuntimeError as error:
+    except ModelCrash:
+        raise
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         # A backward pass that raises is the business of gradient_flow.
@@ -112,13 +114,13 @@ def _activations_at_length(adapter: ModelAdapter, budget: Budget) -> tuple[int |
     # A forward pass that records for autograd takes about twice as long as one that does not.
     reduced = list(budget.reduced)
     length = longest_length(adapter, budget, passes=2)
-    budget.reduced[:] = reduced
     if limit is None or length == limit or length < 64:
         return length, saved_bytes(adapter, 1, length), "measured"
     points = [adapter.legal_length(n) for n in (length // 4, length // 2, length)]
     if len(set(points)) < len(points):
         return length, saved_bytes(adapter, 1, length), "measured"
     sizes = [saved_bytes(adapter, 1, n) for n in points]
+    budget.reduced[:] = reduced
     budget.reduced.append(f"activations measured at lengths {points}, extended by their quadratic to {limit}")
     return limit, int(_quadratic(points, sizes, limit)), f"measured at {points}, extended to {limit}"
 

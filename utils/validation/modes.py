@@ -5,17 +5,19 @@ Parts that are frozen on purpose may stay in eval mode.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from utils.adapters.capture import observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.isolation import preserved
+from utils.runtime.resources import LARGE_MODEL
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.determinism import Inputs, copied, example, mutations
@@ -33,11 +35,18 @@ MODE_HINT = (
     "Leave train() and eval() as nn.Module defines them, or call super().train(mode) with the mode given; never call "
     "them in forward()."
 )
+SEED_HINT = "Set the seed once, before training starts, and never in forward()."
+SEED_LINES = (
+    "import torch; from utils.adapters import ModelAdapter\n"
+    "adapter = ModelAdapter(model); model.train(); inputs = adapter.example_inputs()\n"
+    "for seed in (1, 2):\n    torch.manual_seed(seed); adapter.forward(inputs); print(torch.rand(3))  # the same"
+)
 PINNED_HINT = "Write functional.dropout(x, p, training=self.training), or use nn.Dropout and its result."
 
 
-LARGE = 20_000_000
-"""Parameters above which a batch is no larger than it must be."""
+DROPPED_CALLS, DROPPED_VALUES = 16, 65536
+NEVER = 1e-9
+"""Probability at which two draws are not the same by chance."""
 RARE = 1e-4
 """Probability at which a random layer may have done nothing by chance in all tries."""
 
@@ -57,6 +66,8 @@ class _Run:
     """Layers that ran, and whether their output was another than their input."""
     callers: dict[str, str] = field(default_factory=dict)
     """Modules that called them."""
+    dropped: list[tuple[str, Tensor]] = field(default_factory=list)
+    """What calls of dropout made zero, with the module that called: the start of it, where chance cannot repeat it."""
 
 
 class _Pinned(TorchFunctionMode):
@@ -83,7 +94,24 @@ class _Pinned(TorchFunctionMode):
             name = self.running.name
             if rate > 0 and not training and self.adapter.module.get_submodule(name).training:
                 self.run.pinned.append(name)
+            value = given.get("input", args[0] if args else None)
+            if training and 0 < rate < 1 and isinstance(value, Tensor) and len(self.run.dropped) < DROPPED_CALLS:
+                return self._note(name, rate, value, lambda: func(*args, **given))
         return func(*args, **given)
+
+    def _note(self, name: str, rate: float, value: Tensor, call: Callable[[], Tensor]) -> Tensor:
+        """Run a call of dropout and keep which values it dropped."""
+        there = value.detach().flatten()[:DROPPED_VALUES] != 0
+        result = call()
+        units = int(there.sum()) if self.elementwise(value, result) else 0
+        if units * math.log(rate**2 + (1 - rate) ** 2) < math.log(NEVER):
+            self.run.dropped.append((name, there & (result.detach().flatten()[:DROPPED_VALUES] == 0)))
+        return result
+
+    @staticmethod
+    def elementwise(value: Tensor, result: Tensor) -> bool:
+        """Tell whether single values were dropped, and no whole channels, which are too few to tell chance by."""
+        return value.shape == result.shape and bool((result == 0).any())
 
 
 def check_modes(adapter: ModelAdapter, budget: Budget) -> Outcome:
@@ -93,7 +121,7 @@ def check_modes(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """
     module = adapter.module
     layers = {name: child for name, child in module.named_modules() if switches(child)}
-    inputs = example(adapter, 0, 2 if adapter.num_parameters > LARGE else 4)
+    inputs = example(adapter, 0, 2 if adapter.num_parameters > LARGE_MODEL else 4)
     runs: list[_Run] = []
     with preserved(module):
         in_eval = _run(adapter, inputs, False)
@@ -119,6 +147,8 @@ def check_modes(adapter: ModelAdapter, budget: Budget) -> Outcome:
     # Parts that stay in eval mode on purpose have nothing to say.
     layers = {name: layer for name, layer in layers.items() if in_train.before[name]}
     faults += _left_over(adapter, inputs, in_train, afterwards) if not faults else []
+    if in_train.dropped and not faults:
+        faults = _reseeded(adapter, inputs, in_train)
     if layers and not faults and alike(in_eval.output, in_train.output):
         faults = _same(adapter, inputs, layers, in_train, budget)
     why = "train and eval mode reach every layer that depends on them" if layers else "no layer depends on the mode"
@@ -245,6 +275,41 @@ def _left_over(adapter: ModelAdapter, inputs: Inputs, fresh: _Run, afterwards: _
     return [Finding("state_across_calls", "fail", where or adapter.name, message, hint)]
 
 
+def _reseeded(adapter: ModelAdapter, inputs: Inputs, run: _Run) -> list[Finding]:
+    """Find dropout that drops the same values on any random stream, because forward() sets the seed."""
+    for seed in (1, 2):
+        with preserved(adapter.module):
+            other = _run(adapter, inputs, True, seed)
+        pairs = zip(run.dropped, other.dropped, strict=False)
+        same = [name for (name, before), (twin, after) in pairs if name == twin and torch.equal(before, after)]
+        if not same:
+            return []
+    message = (
+        f"dropout in `{same[0] or adapter.name}` drops the same values in every training step, whatever the random "
+        "streams hold: they are set to a fixed seed here, and all that is drawn after it repeats too"
+    )
+    where = _seeding_module(adapter, inputs) or adapter.name
+    return [Finding("train_eval_ignored", "fail", where, message, SEED_HINT, SEED_LINES)]
+
+
+def _seeding_module(adapter: ModelAdapter, inputs: Inputs) -> str:
+    """Return the module in whose own code torch's stream, differently seeded before, becomes the same."""
+    runs: list[list[tuple[str | None, bytes]]] = []
+    for seed in (1, 2):
+        states: list[tuple[str | None, bytes]] = []
+
+        def note(name: str | None, states: list[tuple[str | None, bytes]] = states) -> None:
+            states.append((name, bytes(torch.get_rng_state().numpy())))
+
+        with preserved(adapter.module), running_modules(adapter.module, note), torch.no_grad():
+            adapter.module.train()
+            seed_streams(seed, "determinism")
+            adapter.forward_in_training(copied(inputs))
+        runs.append(states)
+    met = (name for (name, first), (_, second) in zip(*runs, strict=False) if first == second)
+    return next(met, "") or ""
+
+
 def _same(
     adapter: ModelAdapter, inputs: Inputs, layers: dict[str, nn.Module], run: _Run, budget: Budget
 ) -> list[Finding]:
@@ -261,6 +326,9 @@ def _same(
                 return []
             if not alike(_run(adapter, inputs, True, seed).output, base):
                 return []
+    if not run.acted and adapter.unfilled_inputs:
+        # They may belong to a part that waits for an input that was not given, such as an image or a sound.
+        return []
     idle = [name for name, acted in run.acted.items() if not acted]
     acting = [name for name, acted in run.acted.items() if acted]
     evidence = "the model's output is the same in train mode as in eval mode"

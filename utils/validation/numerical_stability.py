@@ -9,6 +9,7 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Budget, Finding, Outcome
 from utils.validation.gradient_reach import training_inputs
 from utils.validation.probing import content_input, first_nonfinite, has_length, logits, longest_length
+from utils.validation.reproduction import opening
 
 HINT = "Look there for a division by zero, log or sqrt of zero, exp of large numbers, softmax over fully masked rows."
 LONG_SECONDS = 1.5
@@ -107,5 +108,19 @@ def _outcome(
     adapter: ModelAdapter, inputs: dict[str, Tensor], code: str, problem: str, hint: str, tried: list[dict[str, Any]]
 ) -> Outcome:
     """Describe output that is not finite by the module it starts in."""
-    finding = Finding(code, "fail", first_nonfinite(adapter, inputs), problem, hint)
+    lines = _reproduction(adapter, inputs)
+    finding = Finding(code, "fail", first_nonfinite(adapter, inputs), problem, hint, lines)
     return Outcome("not finite", "finite", "", [finding], {"tried": tried})
+
+
+def _reproduction(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> str:
+    """Return lines that make inputs like these and look at the logits."""
+    main = inputs[adapter.main_input]
+    length = main.shape[1] if has_length(adapter) else None
+    filled = [
+        f"x[{name!r}].fill_({value.flatten()[0].item()}); "
+        for name, value in inputs.items()
+        if name in (adapter.main_input, content_input(adapter)) and value.unique().numel() == 1
+    ]
+    finite = "y = a.logits(x); print(y.isfinite().all(), a.loss(y, a.random_labels(y)))"
+    return f"{opening(adapter, length, main.shape[0])}\n{''.join(filled)}{finite}"

@@ -33,7 +33,7 @@ from utils.validation.builtin_loss import (
 )
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.output_kind import SOFTMAX_HINT, Returned, reproduction, returned_kind
-from utils.validation.probing import LANGUAGE_MODELS, ModelCrash, has_length, logits
+from utils.validation.probing import LANGUAGE_MODELS, ModelCrash, compares_samples, has_length, logits
 
 LENGTH = 9
 BATCH = 3
@@ -70,6 +70,8 @@ def check_objective(adapter: ModelAdapter, budget: Budget) -> Outcome:
     result = logits(adapter, inputs, whole=True)
     if (task in REAL_VALUED or result.dim() < 2 or result.shape[-1] < 2) and name is None:
         raise Skipped("the output is real-valued and forward takes no labels: any loss may be right")
+    if name is None and compares_samples(adapter):
+        raise Skipped("the output compares each sample with each other one: its loss is contrastive, not of classes")
     returned = Returned("scores")
     if task not in REAL_VALUED and result.dim() > 1 and result.shape[-1] > 1:
         returned = returned_kind(adapter, inputs, result)
@@ -119,7 +121,7 @@ def _class_loss(
         label = f"torch.arange({labels.numel()}).view{tuple(labels.shape)} % {classes}"
         check = f"print(model(**inputs, {name}={label}))"
         site = loss_site(adapter, inputs, labels)
-        return Finding(code, severity, site, message, hint, reproduction(adapter, check))
+        return Finding(code, severity, site, message, hint, reproduction(adapter, check, labels.shape[0]))
 
     if not bool(torch.isfinite(got.loss)):
         return [], f"{float(got.loss)} for random labels; the check of finite numbers has the cause"

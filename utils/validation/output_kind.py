@@ -52,7 +52,7 @@ def returned_kind(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tens
             f"non-negative and adds up to 1 (within {float((sums - 1).abs().max()):.0e}); cross-entropy takes the "
             "softmax a second time"
         )
-        check = f"out = model(**inputs)  # rows add up to 1: out{_path(adapter)}.sum(-1)"
+        check = f"print(model(**inputs){_path(adapter)}.sum(-1))  # rows add up to 1"
         return Returned(
             kind, Finding("double_softmax", "fail", where, message, SOFTMAX_HINT, reproduction(adapter, check))
         )
@@ -64,7 +64,7 @@ def returned_kind(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tens
         f"{float((total - 1).abs().max()):.0e}) and not over the {values.shape[-1]} classes"
     )
     hint = "Drop the softmax from forward(); where one is needed, write softmax(dim=-1)."
-    check = f"out = model(**inputs)  # add up to 1 over axis {axis}: out{_path(adapter)}.sum({axis})"
+    check = f"print(model(**inputs){_path(adapter)}.sum({axis}))  # add up to 1 over axis {axis}"
     return Returned(kind, Finding("wrong_softmax_dim", "fail", where, message, hint, reproduction(adapter, check)))
 
 
@@ -102,10 +102,19 @@ def _sure(adapter: ModelAdapter) -> str:
     return "fail" if adapter.spec.task is not None and adapter.spec.task.endswith("classification") else "warn"
 
 
+def _reconstructs(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> bool:
+    """Tell whether there is one number out for each one in, as an autoencoder has it; flattened images count."""
+    main = inputs[adapter.main_input]
+    stated = adapter.spec.task is not None or adapter.spec.num_labels is not None
+    return not stated and main.is_floating_point() and main[0].numel() == result[0].numel() > 2
+
+
 def _sigmoid(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> Returned:
     """Recognise a sigmoid as the last arithmetic of a classifier with one label of several."""
     if float(result.min()) <= 0 or float(result.max()) >= 1:
         return Returned("scores")
+    if _reconstructs(adapter, inputs, result):
+        return Returned("a reconstruction of the input")
     if adapter.config.get("problem_type") == "multi_label_classification" or result.shape[-1] < 3:
         return Returned("scores")
     try:
@@ -128,7 +137,7 @@ def _sigmoid(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -
         f"{float(result.max()):.3g}; cross-entropy over {result.shape[-1]} classes squashes them a second time, and "
         f"cannot fall below {_floor(result.shape[-1]):.2f} nats"
     )
-    check = f"out = model(**inputs)  # all within (0, 1): out{_path(adapter)}.aminmax()"
+    check = f"print(model(**inputs){_path(adapter)}.aminmax())  # all within (0, 1)"
     hint = f"{SOFTMAX_HINT} For several labels at once say problem_type='multi_label_classification' in the config."
     return Returned(
         "sigmoid", Finding("double_softmax", _sure(adapter), where, message, hint, reproduction(adapter, check))
@@ -146,6 +155,7 @@ def _path(adapter: ModelAdapter) -> str:
     return "".join(f"[{part}]" if part.isdigit() else f"[{part!r}]" for part in parts)
 
 
-def reproduction(adapter: ModelAdapter, last: str) -> str:
+def reproduction(adapter: ModelAdapter, last: str, samples: int = 3) -> str:
     """Return code that makes inputs and then runs the last line."""
-    return f"from utils.adapters import ModelAdapter\ninputs = ModelAdapter(model).example_inputs(3, 9)\n{last}"
+    start = "import torch; from utils.adapters import ModelAdapter"
+    return f"{start}\ninputs = ModelAdapter(model).example_inputs({samples}, 9)\n{last}"

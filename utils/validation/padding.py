@@ -6,6 +6,7 @@ padding is held only to this: where positions are absolute it rightly moves the 
 effect as such, so a padded text is compared with the bare one.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,7 @@ def check_padding(adapter: ModelAdapter, budget: Budget) -> Outcome:
     ids = torch.where(real, ids, filler)
     tried: list[tuple[Padded, float]] = []
     reasons: list[str] = []
+    notes: list[str] = []
     for mask in _masks(adapter):
         padded = Padded(_with_mask(adapter, ids, real, mask), real, mask)
         try:
@@ -118,13 +120,13 @@ def check_padding(adapter: ModelAdapter, budget: Budget) -> Outcome:
         if not bool(torch.isfinite(_kept(adapter, base, real)).all()):
             tried.append((padded, float("nan")))
             continue
-        tried.append((padded, _leak(adapter, padded, base, filler)))
+        tried.append((padded, _leak(adapter, padded, base, filler, notes)))
         if tried[-1][1] == 0:
             break
     if not tried:
         what = f"no way of passing the mask runs ({reasons[0]})" if reasons else "forward takes no mask of tokens"
         raise Skipped(what)
-    return _judge(adapter, tried, filler)
+    return _judge(adapter, tried, filler, notes)
 
 
 def logits(adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -142,7 +144,7 @@ def logits(adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> Tensor:
     return result
 
 
-def _judge(adapter: ModelAdapter, tried: list[tuple[Padded, float]], filler: int) -> Outcome:
+def _judge(adapter: ModelAdapter, tried: list[tuple[Padded, float]], filler: int, notes: list[str]) -> Outcome:
     """Judge by the way of masking that the model honours, or by the usual one where it honours none."""
     first = next((item for item in tried if item[0].mask.kind != "additive"), tried[0])
     padded, leak = next((item for item in tried if item[1] == 0), first)
@@ -159,11 +161,11 @@ def _judge(adapter: ModelAdapter, tried: list[tuple[Padded, float]], filler: int
     if found is None and not inverted:
         found = _nan_anywhere(adapter, padded)
         if found is None and not leak:
-            found = _amount(adapter, padded, filler)
+            found = _amount(adapter, padded, notes)
     if found is not None and found.code == "padding_leakage" and mixes_samples(adapter):
         raise Skipped("samples influence one another (see batch_independence), and so does their padding")
     sense = "" if padded.mask.keep else ", where 1 means padding"
-    why = f"nothing under `{name}`{sense} reaches a real position"
+    why = "; ".join([f"nothing under `{name}`{sense} reaches a real position", *notes])
     return Outcome(leak, 0, why, [found] if found else (), details)
 
 
@@ -216,12 +218,19 @@ def _kept(adapter: ModelAdapter, result: Tensor, real: Tensor) -> Tensor:
         if result.shape[:2] == real.shape:
             return result[real.to(result.device)]
         if not bool(real[0].all()) and bool(real[0].any()):
+            length, given = real.shape[1], int(real[0].sum())
+            if result.dim() == 3 and 1 < result.shape[1] < length:
+                # A shortened text: the first positions, which end well before the padding begins.
+                return result[:1, : max(1, result.shape[1] * given // length - 1)]
             return result[:1]
     return result
 
 
-def _leak(adapter: ModelAdapter, padded: Padded, base: Tensor, filler: int) -> float:
-    """Return how far the content under the mask moves real outputs, beside their size; 0 for no more than rounding."""
+def _leak(adapter: ModelAdapter, padded: Padded, base: Tensor, filler: int, notes: list[str]) -> float:
+    """Return how far the content under the mask moves real outputs, beside their size; 0 for no more than rounding.
+
+    Infinity means another shape. Notes are taken of what was not held against the model.
+    """
     name = adapter.main_input
     other = replace_ids(adapter, name, padded.inputs[name])
     ids = torch.where(padded.real, padded.inputs[name], other)
@@ -230,6 +239,10 @@ def _leak(adapter: ModelAdapter, padded: Padded, base: Tensor, filler: int) -> f
         after = _kept(adapter, logits(adapter, {**padded.inputs, name: ids}), padded.real)
         if _moved(before, after) == 0:
             return 0.0
+        if before.shape != after.shape:
+            if _shape_follows(adapter, padded, filler):
+                return math.inf
+            notes.append("other ids there change the output's shape, as where texts are cut at the padding id")
     # Other ids may also have moved positions that the model counts from the padding id; another vector moves nothing.
     if (tables := _token_tables(adapter, padded.inputs)) is None:
         return _moved(before, after) if adapter.pad_token_id.value is None else 0.0
@@ -242,10 +255,23 @@ def _leak(adapter: ModelAdapter, padded: Padded, base: Tensor, filler: int) -> f
     return _moved(before, after)
 
 
+def _shape_follows(adapter: ModelAdapter, padded: Padded, filler: int) -> bool:
+    """Tell whether the output's shape differs between ids under the mask none of which can be the padding id."""
+    name, top = adapter.main_input, adapter.readable_ids()
+    known = {0, 1, filler, adapter.pad_token_id.value}
+    shapes = set()
+    for other in [
+        i for i in dict.fromkeys((top - 1, top - 2, top - 5, top // 2, top // 3)) if i > 0 and i not in known
+    ]:
+        ids = torch.where(padded.real, padded.inputs[name], other)
+        shapes.add(tuple(logits(adapter, {**padded.inputs, name: ids}).shape))
+    return len(shapes) > 1
+
+
 def _moved(before: Tensor, after: Tensor) -> float:
-    """Return the relative change, 0 where rounding explains it."""
+    """Return the relative change, 0 where rounding explains it and infinity where the shape is another."""
     if before.shape != after.shape:
-        return 0.0
+        return math.inf
     if not bool(torch.isfinite(after).all()):
         return float("nan")
     size = relative(float((after - before).abs().max()), before)
@@ -334,7 +360,8 @@ def _padding_finding(adapter: ModelAdapter, padded: Padded, filler: int, leak: f
     if inverted:
         message = f"{argument} is inverted: tokens where it is 0 are seen, and those where it is 1 are hidden"
         return Finding("padding_leakage", "fail", where, message, INVERTED_HINT)
-    message = f"tokens that {argument} hides change the logits at real positions (by {leak:.2g} of the largest logit)"
+    moved = f"logits at real positions (by {leak:.2g} of the largest logit)" if leak < math.inf else "logits' shape"
+    message = f"tokens that {argument} hides change the {moved}"
     # Recurrences and other mixers without a softmax honour a mask only with packing or zeros, which not all aim at.
     severity = "fail" if attending or where == adapter.name or _summarises(adapter, inputs, where) else "warn"
     return Finding("padding_leakage", severity, where, message, HINT)
@@ -357,6 +384,8 @@ def _by_nature(adapter: ModelAdapter, padded: Padded, other: Tensor, where: str)
     """
     before, after = (logits(adapter, {**padded.inputs, adapter.main_input: ids})
                      for ids in (padded.inputs[adapter.main_input], other))  # fmt: skip
+    if before.shape != after.shape:
+        return False
     if adapter.task.value == "causal_lm" and before.shape[:2] == padded.real.shape:
         return _moved(before[0][padded.real[0]], after[0][padded.real[0]]) == 0
     if where == adapter.name:
@@ -385,7 +414,7 @@ def _by_nature(adapter: ModelAdapter, padded: Padded, other: Tensor, where: str)
     return all(a.shape == b.shape and _moved(a, b) == 0 for a, b in zip(taken[0], taken[half], strict=True))
 
 
-def _amount(adapter: ModelAdapter, padded: Padded, filler: int) -> Finding | None:
+def _amount(adapter: ModelAdapter, padded: Padded, notes: list[str]) -> Finding | None:
     """Compare a text padded on the right with the bare text; None where they agree."""
     length = padded.real.shape[1]
     bare = int(padded.real[0].sum())
@@ -405,7 +434,11 @@ def _amount(adapter: ModelAdapter, padded: Padded, filler: int) -> Finding | Non
     together = logits(adapter, padded.inputs)
     if alone.shape != together.shape and together.shape[1:2] == (length,):
         together = torch.stack([together[0, :bare], together[1, length - bare :]])
-    if alone.shape != together.shape or not bool(torch.isfinite(alone).all()):
+    if alone.shape != together.shape:
+        notes.append(f"padded and bare texts, whose logits have other shapes ({tuple(together.shape)} and "
+                     f"{tuple(alone.shape)}), were not compared")  # fmt: skip
+        return None
+    if not bool(torch.isfinite(alone).all()):
         return None
     right, left = (relative(float((alone[i] - together[i]).abs().max()), alone) for i in (0, 1))
     # A model that reads a text's last token may be made for padding on the left, where it must then change nothing.

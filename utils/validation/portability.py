@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.isolation import preserved
+from utils.runtime.resources import LARGE_MODEL
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.determinism import Inputs, example
 from utils.validation.hidden import Hidden, exchanged, hidden_items
 from utils.validation.probing import first_line, is_out_of_memory
-from utils.validation.relocation import DeviceMismatch, Elsewhere, swapped
+from utils.validation.relocation import DeviceMismatch, Disguised, Elsewhere, swapped
 from utils.validation.watching import Intruders
 
-LARGEST_DOUBLE = 20_000_000
-"""Models with more parameters are not tried in float64, for the memory it takes."""
 DTYPES = re.compile(
     r"same dtype|same type|dtypes? (to )?match|expected scalar type|expected dtype|scalar type of"
     r"|Input type .* and (bias|weight) type|dtype mismatch|must have the same dtype",
@@ -33,6 +32,8 @@ DTYPES = re.compile(
 NOT_MIXED = re.compile(r"not implemented for|only supported for|not support|Unsupported", re.I)
 """Messages about a dtype that torch cannot do at all are nobody's fault here."""
 NUMPY = re.compile(r"can't convert meta device type tensor to numpy|convert .* tensor to numpy", re.I)
+MIXED = re.compile(r"not (at|on) the same device|tensors to be on the same device", re.I)
+"""What layers of torch say that look at their devices themselves."""
 DEVICE_HINT = (
     "Create tensors where the input is: torch.arange(n, device=x.device), torch.zeros_like(x), x.new_zeros(...); keep "
     "constants with register_buffer; no .cpu(), .numpy() or device names in forward()."
@@ -113,7 +114,7 @@ def dtypes(adapter: ModelAdapter) -> list[torch.dtype]:
     if len(real) != 1 or adapter.device.type == "meta":
         # Parts kept in another precision on purpose (quantised, mixed) are not to be cast.
         return []
-    others = [torch.bfloat16] if adapter.num_parameters > LARGEST_DOUBLE else [torch.bfloat16, torch.float64]
+    others = [torch.bfloat16] if adapter.num_parameters > LARGE_MODEL else [torch.bfloat16, torch.float64]
     return [dtype for dtype in others if dtype not in real]
 
 
@@ -124,21 +125,54 @@ def run_elsewhere(adapter: ModelAdapter, moved: Iterable[Hidden] = ()) -> Failur
         adapter: The model.
         moved: What is hidden in it and moved nevertheless; ``model.to`` would leave it where it is.
     """
-    elsewhere = Elsewhere()
-    inputs = _converted(example(adapter, 0, 1), elsewhere.moved)
-    return _attempt(adapter, inputs, elsewhere, elsewhere.moved, moved)
+    moved = list(moved)
+    failure = None
+    for disguise in ((), (Disguised(),)):
+        elsewhere = Elsewhere()
+        inputs = _converted(example(adapter, 0, 1), elsewhere.moved)
+        again = _attempt(adapter, inputs, (elsewhere, *disguise), elsewhere.moved, moved)
+        if again is None or not again.mixed:
+            # Nothing is mixed, or only by code that asks for the meta device by name, which no user's device is.
+            return failure if again is not None and failure is not None else again
+        failure = failure or again
+    return failure
 
 
 def run_cast(adapter: ModelAdapter, dtype: torch.dtype, moved: Iterable[Hidden] = ()) -> Failure | None:
-    """Run the model with all real tensors in another dtype; `moved` as in `run_elsewhere`."""
+    """Run the model with all real tensors in another dtype; `moved` as in `run_elsewhere`.
 
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+    A model that cannot run so is tried once more with the parts left in float32 that it declares to be kept there.
+    """
+    moved = list(moved)
+    kept = kept_in_float32(adapter.module) if dtype in (torch.float16, torch.bfloat16) else set()
 
-    def foreign(tensor: Tensor) -> bool:
-        return tensor.dim() > 0 and tensor.is_floating_point() and tensor.dtype != dtype
+    def attempt(stay: set[int]) -> Failure | None:
+        def cast(tensor: Tensor) -> Tensor:
+            change = tensor.is_floating_point() and id(tensor) not in stay
+            return tensor.detach().to(dtype) if change else tensor
 
-    return _attempt(adapter, _converted(example(adapter, 0, 1), cast), None, cast, moved, foreign)
+        def foreign(tensor: Tensor) -> bool:
+            return tensor.dim() > 0 and tensor.is_floating_point() and tensor.dtype != dtype
+
+        return _attempt(adapter, _converted(example(adapter, 0, 1), cast), (), cast, moved, foreign)
+
+    failure = attempt(set())
+    return attempt(kept) if failure is not None and failure.mixed and kept else failure
+
+
+def kept_in_float32(module: nn.Module) -> set[int]:
+    """Return the ids of parameters and buffers that loading in half precision leaves in float32.
+
+    Transformers reads the list `_keep_in_fp32_modules_strict` of a model and of its parts for that. Its entries are
+    pieces of names, whole between their dots.
+    """
+    declared: set[str] = set()
+    for child in module.modules():
+        stated = getattr(child, "_keep_in_fp32_modules_strict", None)
+        if isinstance(stated, (list, tuple, set, frozenset)):
+            declared.update(str(piece) for piece in stated)
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {id(tensor) for name, tensor in named if any(f".{piece}." in f".{name}." for piece in declared)}
 
 
 def _converted(inputs: Inputs, convert: Any) -> dict[str, Any]:
@@ -148,7 +182,7 @@ def _converted(inputs: Inputs, convert: Any) -> dict[str, Any]:
 def _attempt(
     adapter: ModelAdapter,
     inputs: Mapping[str, Any],
-    mode: Any,
+    modes: tuple[Any, ...],
     convert: Any,
     moved: Iterable[Hidden],
     foreign: Callable[[Tensor], bool] = lambda tensor: tensor.dim() > 0 and tensor.device.type != "meta",
@@ -163,18 +197,16 @@ def _attempt(
         stack.enter_context(intruders.watch(adapter.module))
         seed_streams(0, "portability")
         try:
-            with torch.no_grad():
-                if mode is None:
-                    adapter.forward(inputs)
-                else:
-                    with mode:
-                        adapter.forward(inputs)
+            with torch.no_grad(), ExitStack() as elsewhere:
+                for mode in modes:
+                    elsewhere.enter_context(mode)
+                adapter.forward(inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             text = first_line(error)
-            mixed = isinstance(error, DeviceMismatch) or bool(NUMPY.search(text))
-            if mode is None:
+            mixed = isinstance(error, DeviceMismatch) or bool(NUMPY.search(text) or MIXED.search(text))
+            if not modes:
                 mixed = bool(DTYPES.search(str(error))) and not NOT_MIXED.search(str(error))
             return Failure(intruders.origin or adapter.name, f"{type(error).__name__}: {text}", mixed)
     return None

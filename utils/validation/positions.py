@@ -35,6 +35,7 @@ from utils.validation.dependence import (
     without_zeros,
 )  # fmt: skip
 from utils.validation.probing import ModelCrash, logits
+from utils.validation.reproduction import reordered
 
 LENGTH = 11
 TILES = (2, 3, 4, 5, 7)
@@ -179,13 +180,28 @@ def _exact_finding(
         f"reordering tokens 1 to {length - 2} of {length} leaves the answer exactly as it is; replacing them changes "
         f"it by {reach:.2g} of its size"
     )
+    lines = reordered(adapter, length)
     language = adapter.task.value in ("causal_lm", "masked_lm", "seq2seq")
     if language or _mixes(adapter, inputs, replaced, length) or _one_place_only(adapter, inputs, length):
-        finding = Finding("position_absent", "fail", adapter.name, message, HINT, _reproduction(adapter, length))
+        finding = Finding("position_absent", "fail", adapter.name, message, HINT, lines)
         return [_stated(adapter, finding)]
-    if adapter.task.value == "text_classification":
-        return [Finding("position_absent", "warn", adapter.name, f"a bag of words: {message}", BAG_HINT)]
+    if adapter.task.value == "text_classification" and not _bagged(adapter, inputs):
+        return [Finding("position_absent", "warn", adapter.name, f"a bag of words: {message}", BAG_HINT, lines)]
     return []
+
+
+def _bagged(adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> bool:
+    """Tell whether the tokens are read by an `EmbeddingBag` alone: who chooses that layer asks for no order."""
+    count = inputs[adapter.main_input].numel()
+    readers: set[type[nn.Module]] = set()
+
+    def look(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        if any(isinstance(t, Tensor) and not t.is_floating_point() and t.numel() == count for t in given[:1]):
+            readers.update(kind for kind in (nn.Embedding, nn.EmbeddingBag) if isinstance(child, kind))
+
+    with observe(adapter.module, look):
+        outputs(adapter, inputs)
+    return readers == {nn.EmbeddingBag}
 
 
 def _one_place_only(adapter: ModelAdapter, inputs: Mapping[str, Tensor], length: int) -> bool:
@@ -213,17 +229,6 @@ def _stated(adapter: ModelAdapter, finding: Finding) -> Finding:
     if not keys or any(value is True for key, value in adapter.config.items() if "position" in key):
         return finding
     return replace(finding, severity="warn", message=f"{finding.message}; `{keys[0]}` in the config switches them off")
-
-
-def _reproduction(adapter: ModelAdapter, length: int) -> str:
-    if len(adapter.input_names) != 1 or adapter.output.value != "":
-        return ""
-    pick = "[:, -1]" if adapter.task.value in ("causal_lm", "masked_lm") else ""
-    return (
-        f"import torch; model.eval(); a = torch.randperm({min(adapter.readable_ids(), 4 * length)})[None, :{length}]\n"
-        f"b = a.clone(); b[:, 1:{length - 1}] = a[:, 1:{length - 1}].flip(1)\n"
-        f"print((model(a){pick} - model(b){pick}).abs().max())"
-    )
 
 
 def _blockwise(adapter: ModelAdapter, inputs: Mapping[str, Tensor], middle: slice) -> Finding | None:
@@ -350,7 +355,8 @@ def _check_image(adapter: ModelAdapter) -> Outcome:
                 f"reversing the order of {count} x {count} tiles of the image leaves the answer exactly as it is; "
                 f"another image changes it by {reach:.2g} of its size"
             )
-            finding = _stated(adapter, Finding("position_absent", "fail", adapter.name, message, HINT))
+            lines = reordered(adapter, 0, count)
+            finding = _stated(adapter, Finding("position_absent", "fail", adapter.name, message, HINT, lines))
             return Outcome(0.0, "above 0", "", [finding], {"tiles": count, "replacing": reach})
     if smallest == float("inf"):
         raise Skipped(f"an image of {tuple(image.shape[-2:])} has no equal tiles to reorder")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.adapters.capture import named_tensors, observe
+from utils.adapters.location import crash_location
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
 from utils.runtime.resources import is_out_of_memory
@@ -24,6 +25,7 @@ LONGEST_LENGTH = 4096
 OFF = -1e4
 """A score that no real class has: models that switch classes off use this, more, or minus infinity."""
 _LIVE: WeakKeyDictionary[ModelAdapter, dict[tuple[str, int], Tensor | None]] = WeakKeyDictionary()
+_LINES: WeakKeyDictionary[ModelAdapter, dict[str, str]] = WeakKeyDictionary()
 _SECONDS: WeakKeyDictionary[ModelAdapter, dict[tuple[int | None, int], float]] = WeakKeyDictionary()
 
 
@@ -79,12 +81,19 @@ def crash_site(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> str:
     try:
         seed_streams(0, "forward")
         adapter.forward(inputs)
-    except Exception:
-        return running[-1] if running and running[-1] else adapter.name
+    except Exception as error:
+        where = running[-1] if running and running[-1] else adapter.name
+        _LINES.setdefault(adapter, {})[where] = crash_location(adapter.module, error)
+        return where
     finally:
         for handle in handles:
             handle.remove()
     return adapter.name
+
+
+def crash_line(adapter: ModelAdapter, where: str) -> str:
+    """Return file and line of the last crash that `crash_site` laid at a module, empty if there was none."""
+    return _LINES.get(adapter, {}).get(where, "")
 
 
 def logits(adapter: ModelAdapter, inputs: Mapping[str, Any], situation: str = "", whole: bool = False) -> Tensor:
@@ -131,6 +140,20 @@ def live(adapter: ModelAdapter, result: Tensor, path: str = "") -> Tensor:
         kept[key] = (~off).nonzero()[:, 0] if bool(off.any()) and int((~off).sum()) > 1 else None
     columns = kept[key]
     return result if columns is None else result[..., columns.to(result.device)]
+
+
+def compares_samples(adapter: ModelAdapter) -> bool:
+    """Tell whether the logits are a table ``(batch, batch)`` of each sample against each other, as contrast makes."""
+    if adapter.failure is not None or not adapter.batched:
+        return False
+    for size in (2, 3):
+        try:
+            shape = tuple(logits(adapter, adapter.example_inputs(size), whole=True).shape)
+        except ModelCrash:
+            return False
+        if shape != (size, size):
+            return False
+    return True
 
 
 def content_input(adapter: ModelAdapter) -> str:

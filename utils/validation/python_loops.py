@@ -101,19 +101,21 @@ class _Watch(TorchFunctionMode):
         if site in sources:
             chains[site] = chains.get(site, 0) + 1
             work.recurrent[site] = max(work.recurrent[site], chains[site])
-        if name not in COLLECTING:
-            self._note_slices(site, given, sources)
-        sources |= {site}
         changed = given[:1] if result is None or name.endswith("_") else []
-        for tensor in (*(t for _, t in named_tensors(result)), *changed):
+        made = [*(t for _, t in named_tensors(result)), *changed]
+        # Reading a number, as of an expert that was chosen, is no work on a slice.
+        if made and name not in COLLECTING:
+            self._note_slices(site, given, made, sources)
+        sources |= {site}
+        for tensor in made:
             # Holding on to the tensor keeps its id from being reused.
             self._made_from[id(tensor)] = (tensor, sources, chains)
         return result
 
-    def _note_slices(self, site: Site, given: list[Tensor], sources: frozenset[Site]) -> None:
+    def _note_slices(self, site: Site, given: list[Tensor], made: list[Tensor], sources: frozenset[Site]) -> None:
         """Take note of which part of a larger activation is worked on, if it is a part, and of equal calls."""
         calls = self._work.calls
-        shapes = tuple(tuple(tensor.shape) for tensor in given)
+        shapes = tuple(tuple(tensor.shape) for tensor in (*given, *made))
         # A submodule that is called again and again is not what loops: both are noted, and the inner is asked first.
         for level, looping in enumerate(self._running.stack[-1:-3:-1]):
             key = (level, looping, calls[looping], *site)
@@ -122,7 +124,11 @@ class _Watch(TorchFunctionMode):
             if site[1] in HEAVY and given and not random:
                 self._work.equal[(*key, *map(id, given))] += 1
             for index, tensor in enumerate(given):
-                storage = tensor.untyped_storage()
+                try:
+                    storage = tensor.untyped_storage()
+                except (NotImplementedError, RuntimeError):
+                    # Inside of torch.vmap, or in a layout of its own: such a tensor has no place in a larger one.
+                    continue
                 if storage._cdata not in self._parameters and storage.nbytes() > tensor.nbytes:
                     place = (*key, index, storage._cdata, shapes)
                     self._work.slices[place].add(int(tensor.storage_offset()))
@@ -256,15 +262,22 @@ def _recurrent(works: list[Work], name: str) -> bool:
 
 def _slicing(work: Work) -> tuple[str, str] | None:
     """Return a module that calls one function on slices of one tensor, or on the very same ones, and what it does."""
-    for (_, name, _, _, function, *_), offsets in sorted(work.slices.items(), key=lambda item: item[0][0]):
+    sizes = Counter(place[:-1] for place in work.slices)
+    for place, offsets in sorted(work.slices.items(), key=lambda item: item[0][0]):
+        _, name, _, _, function, *_ = place
+        if sizes[place[:-1]] > 1:
+            # Parts or results of several sizes, as of tokens sorted by their expert, do not fit into one tensor.
+            continue
         within = f"{name}." if name else ""
         chains = [
             count
             for site, count in work.recurrent.items()
             if (site[0] == name or site[0].startswith(within)) and site[1] not in COLLECTING
         ]
-        # Layers that a model's own code runs one after another are a chain too, but not one as long as the loop.
-        dependent = max(chains, default=0) * 2 >= len(offsets) - 1
+        # Layers that a model's own code runs one after another are a chain too, but not one as long as the loop. A
+        # recurrence that runs twice is two chains beside each other, each of one link less than it has steps.
+        chain = max(chains, default=0)
+        dependent = len(offsets) <= 2 * chain + (2 if chain >= FEWEST_SLICES else 1)
         if len(offsets) >= (FEWEST_SLICES if function in HEAVY else FEWEST_LIGHT_SLICES) and not dependent:
             return name, f"{function.strip('_')} is called on {len(offsets)} slices of one tensor, one after the other"
     for (_, name, _, _, function, *_), count in sorted(work.equal.items(), key=lambda item: item[0][0]):

@@ -17,6 +17,7 @@ from utils.runtime.isolation import preserved
 from utils.validation.check import Budget, Finding, Outcome
 from utils.validation.determinism import answer, example
 from utils.validation.hidden import Hidden, exchanged, hidden_items
+from utils.validation.untrained import BATCH_NORM
 from utils.validation.watching import Running, alike, running_modules
 
 LAYER_HINT = (
@@ -196,7 +197,23 @@ def _same_module(adapter: ModelAdapter, child: nn.Module, names: list[str]) -> F
         "modules = dict(model.named_modules(remove_duplicate=False))\n"
         f"print(modules[{names[0]!r}] is modules[{names[1]!r}])"
     )
-    return Finding("shared_weight", "fail", where, message, SHARED_HINT, reproduction)
+    severity = "warn" if _handed_out(child, names) else "fail"
+    return Finding("shared_weight", severity, where, message, SHARED_HINT, reproduction)
+
+
+def _handed_out(child: nn.Module, names: list[str]) -> bool:
+    """Tell whether a module has a home of its own from which it is handed to parts deeper down: no accident of a list.
+
+    Batch statistics are of one place in the network only, so sharing those is never meant.
+    """
+    if any(isinstance(part, BATCH_NORM) for part in child.modules()):
+        return False
+    homes = [name for name in names if not any(part.isdigit() for part in name.split("."))]
+    return any(
+        all(other == home or (other.startswith(above) and other.count(".") > home.count(".")) for other in names)
+        for home in homes
+        for above in [home[: len(home) - len(home.rpartition(".")[2])]]
+    )
 
 
 def _same_tensor(adapter: ModelAdapter, covered: set[int], declared: list[str]) -> list[Finding]:

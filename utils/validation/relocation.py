@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -17,12 +18,15 @@ from utils.runtime.dispatch import OperatorMode
 
 CLOSED = 0.01
 """Largest value of a gate that hardly lets anything through."""
+IS_CUDA, IS_META = Tensor.is_cuda.__get__, Tensor.is_meta.__get__  # type: ignore[attr-defined]
 Convert = Callable[[Tensor], Tensor]
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor,
             aten._index_put_impl_.default, aten._unsafe_index_put.default}  # fmt: skip
 """Operations whose index may be on the CPU wherever the rest is."""
+PACKING = aten._pack_padded_sequence.default
+"""Wants the lengths on the CPU wherever the rest is, and leaves the sizes of the batches there."""
 
 
 class DeviceMismatch(Exception):
@@ -118,6 +122,8 @@ class Elsewhere(OperatorMode):
             return func(*args, **(kwargs or {}))
         if torch.Tag.inplace_view in func.tags:
             func(*args, **(kwargs or {}))
+        if func is PACKING:
+            return there(result[0]), result[1]
         return tree_map_only(Tensor, there, result)
 
     def _twin(self, tensor: Tensor) -> Tensor:
@@ -138,8 +144,47 @@ class Elsewhere(OperatorMode):
         return tensor
 
 
+class Disguised(TorchFunctionMode):
+    """Lets the model's code read the name of a GPU where a tensor is on the meta device, and takes that name for it.
+
+    Some code asks whether it is on the meta device, where weights have no values yet, and then does what it would never
+    do on a GPU.
+    """
+
+    gpu = torch.device("cuda", 0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one function, or read one attribute, under the other name."""
+        # What asks for a GPU without naming the device; the getters of attributes are made anew at each access.
+        if func is Tensor.cuda:
+            return args[0].to("meta")
+        if func == IS_CUDA:
+            return _is_away(args[0])
+        if func == IS_META:
+            return False
+        if func is Tensor.get_device and _is_away(args[0]):
+            return self.gpu.index
+        back = (self._back(args), self._back(kwargs or {}))
+        result = func(*back[0], **back[1])
+        return self.gpu if isinstance(result, torch.device) and result.type == "meta" else result
+
+    def _back(self, value: Any) -> Any:
+        """Return arguments in which the meta device has its own name."""
+        if isinstance(value, dict):
+            return {key: torch.device("meta") if key == "device" and _is_gpu(v) else v for key, v in value.items()}
+        return tuple(torch.device("meta") if isinstance(v, (torch.device, str)) and _is_gpu(v) else v for v in value)
+
+
+def _is_gpu(place: Any) -> bool:
+    return str(place).split(":")[0] == Disguised.gpu.type
+
+
 def _refuse_mixing(func: Any, tensors: list[Tensor]) -> None:
     """Raise an error where a GPU would: single numbers on the CPU mix with anything, those of a GPU do not."""
+    if func is PACKING:
+        if _is_away(tensors[1]):
+            raise DeviceMismatch("pack_padded_sequence wants the lengths on the CPU, and they are on the new device")
+        return
     places = {tensor.device.type for tensor in tensors if tensor.dim() > 0 or _is_away(tensor)}
     free = func in COPIES or (func in INDEXING and _is_away(tensors[0]))
     if len(places) > 1 and not free:

@@ -9,6 +9,7 @@ Stacks without skip connections are a legal design (VGG, plain MLPs). A block is
 shape have what it lacks, or where it holds attention, which no working design stacks bare.
 """
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -144,10 +145,10 @@ def missing_residuals(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[
         inputs: Two samples of different content.
     """
     families = block_families(adapter.module)
-    if not families:
-        return []
     try:
-        return _missing(adapter, inputs, families)
+        found = _missing(adapter, inputs, families) if families else []
+        found = found or _bare_halves(adapter, inputs, families)
+        return found or _odd_kin(adapter, inputs)
     except ModelCrash:
         # Kernels of some layers refuse what stands in for their weights; the model itself runs.
         return []
@@ -179,6 +180,8 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
         if not lacking:
             continue
         stray = len(lacking) * 2 < len(blocks) and all(probe.matters(name) for name in blocks if name not in lacking)
+        if stray and _set_apart(adapter.module, lacking, blocks):
+            continue
         needed = _alternate(family, families, watch.inside, order)
         suspects = [
             (name, part)
@@ -187,9 +190,160 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
             and (part := _bare_part(probe, name, watch.inside, stray or needed)) is not None
         ]
         if suspects:
-            findings += _findings(adapter, suspects, family, watch.inside)
+            mild = stray and not needed and not _of_one_list(adapter.module, blocks)
+            mild = mild and not any(_must_be_bypassed(adapter, name, watch.inside) for name, _ in suspects)
+            findings += _findings(adapter, suspects, family, stray, "warn" if mild else "fail")
     # Separate lists of attention and feed-forward parts are at fault together.
     return list({finding.where: finding for finding in reversed(findings)}.values())[::-1]
+
+
+def _bare_halves(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[list[str]]) -> list[Finding]:
+    """Find feed-forward halves kept as lists of single layers, beside a list of attention, that nothing leads around.
+
+    Only the widening layer is looked at: it starts a branch, while one that narrows may merge streams.
+    """
+    lists = _widening_lists(adapter.module)
+    lists = [wide for wide in lists if any(len(wide) == len(family) for family in families)]
+    if not lists:
+        return []
+    watch = AttentionWatch(adapter.module)
+    order: list[str] = []
+
+    def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        order.append(name)
+
+    try:
+        with watch, observe(adapter.module, note):
+            logits(adapter, inputs)
+    finally:
+        watch.remove()
+    probe: Probe | None = None
+    for wide in lists:
+        if _alternate(wide, families, watch.inside, order):
+            probe = probe or Probe(adapter, inputs)
+            if lacking := [name for name in wide if probe.cuts(name)]:
+                suspects = [(name, name) for name in lacking]
+                return _findings(adapter, suspects, wide, stray=len(lacking) < len(wide))
+    return []
+
+
+def _widening_lists(module: nn.Module) -> list[list[str]]:
+    """Return the lists of at least two linear layers of one shape that put out more than they read."""
+    found = []
+    for name, parent in module.named_modules():
+        children = dict(parent.named_children())
+        shapes = {tuple(c.weight.shape) if isinstance(c, nn.Linear) else (0, 0) for c in children.values()}
+        if isinstance(parent, nn.ModuleList) and 1 < len(children) <= LARGEST_FAMILY and len(shapes) == 1:
+            rows, columns = shapes.pop()
+            if rows > columns > 1:
+                found.append([f"{name}.{child}" if name else child for child in children])
+    return found
+
+
+def _odd_kin(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
+    """Find the unit that lacks what all units of the same build, of any width and anywhere, do inside: pass input on.
+
+    What the caller adds is no part of a unit, and says nothing about units elsewhere. Of units outside of one list it
+    is only worth a look: they may have another job, as a projector behind the blocks has.
+    """
+    groups = _kin(adapter.module)
+    if not groups:
+        return []
+    kept, passing = _pass_inside(adapter, inputs, [name for group in groups for name in group])
+    probe: Probe | None = None
+    for group in groups:
+        units = [name for name in group if kept.get(name) and name in passing]
+        lacking = [name for name in units if not passing[name]]
+        if not lacking or len(lacking) * 2 >= len(units) or _set_apart(adapter.module, lacking, units):
+            continue
+        probe = probe or Probe(adapter, inputs)
+        if all(probe.cuts(name) for name in lacking):
+            severity = "fail" if _of_one_list(adapter.module, units) else "warn"
+            return _findings(adapter, [(name, name) for name in lacking], units, stray=True, severity=severity)
+    return []
+
+
+def _of_one_list(module: nn.Module, units: list[str]) -> bool:
+    """Tell whether units are members of one list, or stand at places whose names differ in numbers only.
+
+    So do the units of the stages of one trunk.
+    """
+    if len({re.sub(r"\d+", "#", name) for name in units}) == 1:
+        return True
+    parents = {name.rpartition(".")[0] for name in units}
+    return len(parents) == 1 and isinstance(module.get_submodule(parents.pop()), (nn.ModuleList, nn.Sequential))
+
+
+def _set_apart(module: nn.Module, lacking: list[str], units: list[str]) -> bool:
+    """Tell whether settings say why some units differ: a number or flag that none of the others has.
+
+    A number that no two units share counts them, and says nothing about those of another class.
+    """
+    settings = {name: _settings(module.get_submodule(name)) for name in units}
+    others = [name for name in units if name not in lacking]
+    same_class = {type(module.get_submodule(name)) for name in lacking} <= {
+        type(module.get_submodule(name)) for name in others
+    }
+    for key in set[tuple[str, str]]().union(*(settings[name] for name in lacking)):
+        values = [settings[name].get(key) for name in units]
+        counts = len(set(values)) == len(values)
+        if {settings[name].get(key) for name in lacking}.isdisjoint(settings[name].get(key) for name in others) and (
+            same_class or not counts
+        ):
+            return True
+    return False
+
+
+def _settings(unit: nn.Module) -> dict[tuple[str, str], int]:
+    """Return the whole numbers and flags that a unit and the parts of it that are no layers of torch's hold."""
+    return {
+        (part, key): value
+        for part, child in unit.named_modules()
+        if not type(child).__module__.startswith("torch.")
+        for key, value in vars(child).items()
+        if isinstance(value, int) and not key.startswith("_") and key != "training"
+    }
+
+
+def _kin(module: nn.Module) -> list[list[str]]:
+    """Return the groups of three modules or more with parts of the same names and types and at least two matrices."""
+    groups: dict[Any, list[str]] = {}
+    for name, child in module.named_modules():
+        if name and next(child.children(), None) is not None and not isinstance(child, (nn.Sequential, nn.ModuleList)):
+            build = tuple((key, type(part)) for key, part in child.named_modules() if key)
+            groups.setdefault(build, []).append(name)
+    return [
+        group for group in groups.values() if 2 < len(group) <= LARGEST_FAMILY and len(matrices(module, group[0])) > 1
+    ]
+
+
+def _pass_inside(
+    adapter: ModelAdapter, inputs: dict[str, Tensor], units: list[str]
+) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Return which units keep their input's shape, and which, silenced, still put out what differs by sample.
+
+    Behind a unit that stops everything no other can be judged, so it is left as it is in the next pass.
+    """
+    kept: dict[str, bool] = {}
+    passing: dict[str, bool] = {}
+
+    def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        before, after = first_tensor(given), first_tensor(output)
+        if name in left and before is not None and after is not None and before.dim() > 1:
+            kept[name] = before.is_floating_point() and before.shape == after.shape and kept.get(name, True)
+            if _differ(before):
+                passing[name] = _differ(after) and passing.get(name, True)
+
+    left = set(units)
+    for _ in range(SHOWN):
+        known = {name for name, passes in passing.items() if not passes or not kept[name]}
+        left -= known
+        names = [name for part in left for name in matrices(adapter.module, part)]
+        with parameters_as(adapter, names, zero), observe(adapter.module, note):
+            logits(adapter, inputs)
+        if all(passing.get(name, False) for name in left):
+            break
+    return kept, passing
 
 
 def block_families(module: nn.Module) -> list[list[str]]:
@@ -306,7 +460,7 @@ def _alternate(family: list[str], families: list[list[str]], attending: set[str]
 
 
 def _findings(
-    adapter: ModelAdapter, suspects: list[tuple[str, str]], family: list[str], attending: set[str]
+    adapter: ModelAdapter, suspects: list[tuple[str, str]], family: list[str], stray: bool, severity: str = "fail"
 ) -> list[Finding]:
     """Describe the blocks of one family that lack a skip connection."""
     block, part = suspects[0]
@@ -318,15 +472,15 @@ def _findings(
         f"with the matrices of {part} at zero, two samples get the same logits"
     )
     reproduction = (
-        f"part = model.get_submodule({part!r})  # work on a copy of the model\n"
-        "for p in part.parameters(): p.data.mul_(p.dim() < 2)\n"
-        "# now model(...) gives the same output for any input: nothing leads around this part"
+        f"part = model.get_submodule({part!r})\n"
+        "from utils import ModelAdapter; matrices = [p.data.zero_() for p in part.parameters() if p.dim() > 1]\n"
+        "a = ModelAdapter(model); y = a.logits(a.example_inputs()); print((y[0] - y[-1]).abs().max())"
     )
-    whole = _is_whole_block(adapter, block)
+    whole = stray or _is_whole_block(adapter, block)
     places = [name for name, _ in suspects] if whole else [caller]
     if len(places) > SHOWN or len(places) == len(family):
         places = places[:1]
-    return [Finding("missing_residual", "fail", place, message, HINT, reproduction) for place in places]
+    return [Finding("missing_residual", severity, place, message, HINT, reproduction) for place in places]
 
 
 def _is_whole_block(adapter: ModelAdapter, block: str) -> bool:

@@ -13,15 +13,18 @@ from utils.runtime.errors import AdapterError
 from utils.runtime.isolation import ModelChangedError, preserved
 from utils.runtime.printing import Printed
 from utils.runtime.progress import progress_bar
+from utils.runtime.resources import LARGE_MODEL
 from utils.validation.check import Budget, Check, CheckResult, Finding, Outcome, Skipped
-from utils.validation.containment import UnusableModel, contained
-from utils.validation.probing import ModelCrash, first_line, is_out_of_memory
+from utils.validation.codes import CALLED, MADE, OF_NAN, RAISED
+from utils.validation.containment import NOT_RUN, UnusableModel, contained
+from utils.validation.probing import ModelCrash, crash_line, first_line, is_out_of_memory
 from utils.validation.report import ValidationReport
+from utils.validation.reproduction import copyable, default_lines, on_a_copy
 
 CHANGED = "state_across_calls"
 CRASHED = "crash on a legal input"
-NEVER_RAN = "could not run: No forward pass"
-LARGE_MODEL = 20_000_000
+WITHOUT_LINES = "without_lines"
+"""What the details of a result call the errors of lines that could not be made."""
 DEFAULT_SECONDS = {1: 22.0, 2: 150.0}
 HANGING_SECONDS, HANGING_AGAIN_SECONDS = 60.0, 5.0
 """A check is ended after so long, or after four times its budget if that is more; less once one had to be ended."""
@@ -64,14 +67,14 @@ def run_checks(
                     share = weights[index] / sum(weights[index:])
                     ended = any(finding.code == "timed_out" for result in results for finding in result.findings)
                     hanging = HANGING_AGAIN_SECONDS if ended else HANGING_SECONDS
-                    results.append(_told_once(run_check(adapter, check, left * share, seed, hanging), results))
+                    results.append(_told_once(adapter, run_check(adapter, check, left * share, seed, hanging), results))
                     bar.update()
         except ModelChangedError as error:
             changed = changed or error
     if changed is not None and results and not any(f.code == CHANGED for r in results for f in r.findings):
         results[0] = _with_finding(results[0], _changed_finding(adapter, changed))
     return ValidationReport(
-        results=tuple(results),
+        results=tuple(_consequences(results)),
         model=adapter.name,
         task=adapter.task.value if adapter.failure is None else None,
         parameters=adapter.num_parameters,
@@ -121,6 +124,9 @@ def run_check(
         hint = "Make the model take every legal input; shape_robustness lists what was tried."
         finding = Finding("shape_crash", "fail", crash.where, str(crash), hint)
         outcome = Outcome(CRASHED, "no crash", str(crash), (finding,))
+        if adapter.failure is not None:
+            # Inputs that never ran prove nothing; what they mean is for shape_robustness to say.
+            outcome, skipped, could_not_run = None, "could not run: no forward pass succeeded", True
     except AdapterError as error:
         skipped, could_not_run = f"could not run: {first_line(error)}", True
     except (Exception, SystemExit, GeneratorExit) as error:
@@ -135,12 +141,11 @@ def run_check(
     if outcome is None:
         gap = {"could_not_run": True} if could_not_run else {}
         return CheckResult(check.id, check.tier, "skip", None, None, skipped, budget.spent(), {**gap, **output})
-    findings = tuple(
-        replace(finding, location=finding.location or code_location(adapter.module, finding.where))
-        for finding in sorted(outcome.findings, key=lambda finding: finding.severity != "fail")
-    )
+    ordered = sorted(outcome.findings, key=lambda finding: finding.severity != "fail")
+    findings, lost = _completed(adapter, ordered) if ordered else ((), {})
     status = findings[0].severity if findings else "pass"
-    details = {**outcome.details, **({"reduced": list(budget.reduced)} if budget.reduced else {}), **output}
+    reduced = {"reduced": list(budget.reduced)} if budget.reduced else {}
+    details = {**outcome.details, **reduced, **output, **({WITHOUT_LINES: lost} if lost else {})}
     why = findings[0].message if findings else outcome.why
     return CheckResult(
         check.id, check.tier, status, outcome.value, outcome.threshold, why, budget.spent(), details, findings,
@@ -148,23 +153,84 @@ def run_check(
     )  # fmt: skip
 
 
+def _completed(adapter: ModelAdapter, findings: Sequence[Finding]) -> tuple[tuple[Finding, ...], dict[str, str]]:
+    """Add the place in the code, and lines that show the fault where the check gave none; and what went wrong there."""
+    placed = []
+    for finding in findings:
+        location = finding.location
+        if not location and finding.code in RAISED:
+            location = crash_line(adapter, finding.where)
+        if not location:
+            at = "made" if finding.code in MADE else "called" if finding.code in CALLED else "inside"
+            location = code_location(adapter.module, finding.where, at)
+        placed.append(replace(finding, location=location))
+    lines, lost = _lines(adapter, placed)
+    return tuple(replace(finding, reproduction=text) for finding, text in zip(placed, lines, strict=True)), lost
+
+
+def _lines(adapter: ModelAdapter, findings: Sequence[Finding]) -> tuple[list[str], dict[str, str]]:
+    """Return the lines that show each finding, and the errors of those that could not be made, by code."""
+    lines = [finding.reproduction for finding in findings]
+    lost: dict[str, str] = {}
+    index, possible, code = 0, True, findings[0].code
+    try:
+        with preserved(adapter.module, 0, "reproduction"), contained(adapter.module, HANGING_AGAIN_SECONDS):
+            possible = copyable(adapter)
+            for index, finding in enumerate(findings):
+                code = finding.code
+                adapter.module.eval()
+                try:
+                    lines[index] = on_a_copy(lines[index] or default_lines(adapter, finding), possible)
+                except Exception as error:
+                    # Not worth a finding: the next one may do better, and the result tells of this one.
+                    lost[code] = f"{type(error).__name__}: {first_line(error)}"
+    except (UnusableModel, ModelChangedError) as error:
+        lost[code] = f"{type(error).__name__}: {first_line(error)}"
+        lines[index:] = [on_a_copy(text, possible) for text in lines[index:]]
+    return lines, lost
+
+
 def _changed_finding(adapter: ModelAdapter, error: ModelChangedError) -> Finding:
     """Describe a forward pass that changes parameters."""
     return Finding(CHANGED, "fail", error.names[0], str(error), error.action)
 
 
-def _told_once(result: CheckResult, earlier: Sequence[CheckResult]) -> CheckResult:
+def _told_once(adapter: ModelAdapter, result: CheckResult, earlier: Sequence[CheckResult]) -> CheckResult:
     """Point to the check that has already reported a crash, instead of telling all of it again."""
+    result = _printed_once(result, earlier)
+    if adapter.failure is not None and result.status == "skip" and any(r.findings or r.could_not_run for r in earlier):
+        return replace(result, why=NOT_RUN)
     known = next((r.check for r in earlier for f in r.findings if f.code == "shape_crash" and f.severity == "fail"), "")
-    if not known:
-        return result
-    if result.could_not_run and result.why.startswith(NEVER_RAN):
-        return replace(result, why=f"could not run: no forward pass succeeded, see {known}")
-    if result.value == CRASHED and all(finding.code == "shape_crash" for finding in result.findings):
+    if known and result.value == CRASHED and all(finding.code == "shape_crash" for finding in result.findings):
         why = f"could not run: the model crashed on a legal input, see {known}"
         gap = {**result.details, "could_not_run": True}
         return replace(result, status="skip", value=None, threshold=None, why=why, findings=(), details=gap)
     return result
+
+
+def _printed_once(result: CheckResult, earlier: Sequence[CheckResult]) -> CheckResult:
+    """Leave out of what the model printed the lines that an earlier check has shown."""
+    if "printed_start" not in result.details:
+        return result
+    shown = {line for r in earlier for line in r.details.get("printed_start", "").splitlines()}
+    lines = result.details["printed_start"].splitlines(keepends=True)
+    new = "".join(dict.fromkeys(line for line in lines if line.rstrip("\r\n") not in shown))
+    details = {key: value for key, value in result.details.items() if key != "printed_start"}
+    return replace(result, details={**details, "printed_start": new} if new.strip() else details)
+
+
+def _consequences(results: Sequence[CheckResult]) -> list[CheckResult]:
+    """Leave out warnings that an output of NaN explains."""
+    source = next((r.check for r in results for f in r.findings if f.code == "nan_output" and f.severity == "fail"), "")
+    kept = []
+    for result in results:
+        told = tuple(f for f in result.findings if f.severity == "fail" or f.code not in OF_NAN)
+        if source and len(told) < len(result.findings):
+            why = f"not judged: something is not finite (see {source})"
+            status = told[0].severity if told else "skip"
+            result = replace(result, status=status, findings=told, why=told[0].message if told else why)
+        kept.append(result)
+    return kept
 
 
 def _with_finding(result: CheckResult, finding: Finding) -> CheckResult:

@@ -27,8 +27,13 @@ from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.probing import ModelCrash, forward_seconds, guarded, has_length
 from utils.validation.watching import running_modules
 
-FEW_CALLS, MANY_CALLS = 3, 40
-"""Calls that every model gets, and those of a model that keeps more after each: bounded caches are full by then."""
+LEAST_CALLS, FEW_CALLS, MANY_CALLS = 3, 9, 40
+"""Calls in any case, those that show what is kept at every fourth call only, and those of a model that keeps more than
+after the first: bounded caches are full by then."""
+LONGEST_PERIOD = 4
+"""Calls from one that keeps more to the next."""
+COLLECTED = 8
+"""Calls between two collections of garbage, which else may look kept."""
 MOST_OBJECTS, DEEPEST = 20_000, 6
 NUMBERS_PER_CALL = 64
 """Plain numbers that may be added to containers in each call; fewer are a log, not a leak."""
@@ -42,8 +47,8 @@ has this exponent, or when what autograd keeps has this share of the peak in a t
 def check_memory_growth(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """Call the model again and again, in eval and in train mode, and count the bytes that stay.
 
-    Every call has other content of the same shape. A model that keeps more after each of a few calls is called up to 40
-    times, after which a bounded cache has stopped growing.
+    Every call has other content of the same shape. A model that keeps more after a few calls than after the first is
+    called up to 40 times, after which a bounded cache has stopped growing.
 
     Code: ``memory_growth`` (warn).
     """
@@ -54,26 +59,30 @@ def check_memory_growth(adapter: ModelAdapter, budget: Budget) -> Outcome:
         mode = "train" if training else "eval"
         calls = _Calls(adapter, training)
         try:
-            calls.run(FEW_CALLS)
+            calls.run(LEAST_CALLS)
+            calls.run(FEW_CALLS - LEAST_CALLS, budget, least=0)
         except ModelCrash:
             if not training:
                 raise
             # Other checks say that it cannot be trained at this length.
             details["train_bytes"] = "it raises in train mode"
             continue
-        if calls.grows(1):
+        if calls.grown():
             gc.collect()
             calls.note()
-        if calls.grows(1):
-            calls.run(MANY_CALLS - FEW_CALLS, budget)
+        if calls.grown():
+            calls.run(MANY_CALLS - len(calls.bytes), budget, least=LEAST_CALLS)
+            gc.collect()
+            calls.note()
         details[f"{mode}_bytes"] = calls.bytes
         per_call = calls.per_call()
         if not per_call:
             continue
         where, kept = calls.holder()
         message = (
-            f"each call in {mode} mode keeps {per_call} more: {format_bytes(calls.bytes[0])} after the first, "
-            f"{format_bytes(calls.bytes[-1])} after {len(calls.bytes)}{kept}"
+            f"each call in {mode} mode keeps {per_call} more on average: "
+            f"{format_bytes(calls.bytes[0])} after the first, {format_bytes(calls.bytes[-1])} after "
+            f"{len(calls.bytes)}{kept}"
         )
         hint = (
             "Do not store outputs, hidden states or losses on the model; where they are needed, store .detach() of"
@@ -101,8 +110,8 @@ class _Calls:
         self._middle = 0
         self._tracker: Allocations | None = None
 
-    def run(self, count: int, budget: Budget | None = None) -> None:
-        """Call the model so many times, fewer if the budget ends but at least as often as `FEW_CALLS`."""
+    def run(self, count: int, budget: Budget | None = None, least: int = 0) -> None:
+        """Call the model so many times, or `least` times if the budget ends."""
         adapter = self.adapter
         adapter.module.train(self.training)
         with running_modules(adapter.module) as running:
@@ -110,10 +119,12 @@ class _Calls:
                 self._tracker = Allocations(adapter.module)
             self._tracker.running = running
             for index in range(count):
-                if budget is not None and index >= FEW_CALLS and not budget.afford(0.05, "fewer repeated calls"):
+                if budget is not None and index >= least and not budget.afford(0.05, "fewer repeated calls"):
                     break
                 if index == count // 2:
                     self._middle = self._tracker.count
+                if len(self.bytes) > FEW_CALLS and len(self.bytes) % COLLECTED == 0:
+                    gc.collect()
                 self._call(len(self.bytes))
                 self.note(append=True)
 
@@ -135,19 +146,21 @@ class _Calls:
             else:
                 values[-1] = value
 
-    def grows(self, start: int) -> bool:
-        """Tell whether every call from `start` on left more than the one before."""
-        return any(all(b > a for a, b in pairwise(values[start:])) for values in (self.bytes, self.numbers))
+    def grown(self) -> bool:
+        """Tell whether more is left than after the first call."""
+        return any(values[-1] > values[0] for values in (self.bytes, self.numbers))
 
     def per_call(self) -> str:
         """Return how much each call keeps in the long run, in words; empty for nothing."""
-        half = len(self.bytes) // 2
-        if len(self.bytes) <= FEW_CALLS:
+        half, quarter = len(self.bytes) // 2, len(self.bytes) // 4
+        if len(self.bytes) <= LEAST_CALLS:
             return ""
         for values, least in ((self.bytes, 1), (self.numbers, NUMBERS_PER_CALL)):
-            late = [b - a for a, b in pairwise(values[half:])]
-            if sum(step > 0 for step in late) > 0.8 * len(late) and sum(late) >= least * len(late):
-                rate = sum(late) / len(late)
+            late = values[half:]
+            rate = (late[-1] - late[0]) / (len(late) - 1)
+            # What is cleared now and then comes back to where it was.
+            rising = min(values[-quarter:]) > max(values[quarter:half], default=0)
+            if rising and rate >= least and _periodic(late):
                 return format_bytes(rate) if values is self.bytes else f"{rate:.0f} numbers"
         return ""
 
@@ -162,6 +175,15 @@ class _Calls:
             return made.most_common(1)[0][0], ""
         counts = Counter(_plain_numbers(self.adapter.module))
         return (counts.most_common(1)[0][0] if counts else ""), ""
+
+
+def _periodic(values: list[int]) -> bool:
+    """Tell whether numbers grow in nearly every period, of one step or of a few."""
+    for period in range(1, LONGEST_PERIOD + 1):
+        steps = [b - a for a, b in pairwise(values[::period])]
+        if len(steps) >= min(period, 3) and sum(step > 0 for step in steps) > 0.8 * len(steps):
+            return True
+    return False
 
 
 def _plain_numbers(module: nn.Module) -> Iterator[str]:

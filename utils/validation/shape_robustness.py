@@ -11,14 +11,16 @@ from utils.adapters.capture import first_tensor, named_tensors, observe, tensor_
 from utils.adapters.detection import config_number, kind_by_name
 from utils.adapters.lengths import Lengths
 from utils.adapters.model_adapter import ModelAdapter
-from utils.adapters.troubles import UNREADABLE, moves_to_gpu
-from utils.validation.check import Budget, Finding, Outcome
+from utils.adapters.troubles import UNREADABLE, UNSIZED, moves_to_gpu
+from utils.runtime.errors import AdapterError
+from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.portability import DEVICE_HINT
 from utils.validation.probing import (
     LANGUAGE_MODELS,
     LARGEST_LOGITS,
     LONGEST_LENGTH,
     ModelCrash,
+    compares_samples,
     content_input,
     crash_site,
     forward_seconds,
@@ -41,6 +43,10 @@ MAXIMUM_HINT = "Make every mask, table and buffer as long as the declared maximu
 IMAGE_HINT = "Use height and width separately, and take both from the input."
 BY_DESIGN = ("kernel size", "output size is too small")
 """What torch says when an input is shorter than a convolution: a limit that the design has, not a slip."""
+MORE_AXES = "not enough values to unpack"
+"""What Python says when forward() expects a shape of more axes."""
+MISFIT = "shapes cannot be multiplied"
+"""What torch says when one layer's width is not the next one's."""
 FOLDED = (
     "is invalid for input of size",
     "don't multiply up to",
@@ -60,6 +66,8 @@ def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
         return _no_call(adapter)
     standard = adapter.example_inputs(2)
     reference = tuple(logits(adapter, standard, whole=True).shape)
+    if not adapter.batched:
+        raise Skipped(f"the call works, and no other size is known: {adapter.input_reason}")
     findings: list[Finding] = []
     tried: list[dict[str, object]] = []
 
@@ -119,6 +127,10 @@ def _no_call(adapter: ModelAdapter) -> Outcome:
     if bad and UNREADABLE in message:
         where, hint = crash_site(adapter, bad), "Give the table that reads the ids as many rows as the vocabulary has."
         return Outcome("no call", "one call", "", [Finding("vocab_mismatch", "fail", where, message, hint)])
+    if bad and adapter.modality == "tokens" and _runs_without_zero(adapter, bad):
+        where, hint = crash_site(adapter, bad), "Ids count from 0: look rows up by the ids as they are."
+        message = f"the legal id 0 crashes, and the same text with 1 in its place runs: {message}"
+        return Outcome("no call", "one call", "", [Finding("vocab_mismatch", "fail", where, message, hint)])
     for size in OTHER_BATCH_SIZES if bad else ():
         try:
             good = adapter.example_inputs(size)
@@ -130,10 +142,73 @@ def _no_call(adapter: ModelAdapter) -> Outcome:
         message = f"runs with batch size {size} and not with 2: {message}"
         break
     else:
+        _insist_on_inputs(adapter, bad, message)
         # Where the name of the input leaves no doubt about its kind, the crash is the model's own.
         if bad and (adapter.spec.example_inputs is not None or kind_by_name(adapter.main_input) is not None):
             where = crash_site(adapter, bad)
     return Outcome("no call", "one call", "", [Finding("shape_crash", "fail", where, message, hint)])
+
+
+def _runs_without_zero(adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> bool:
+    """Tell whether a text that crashes runs as soon as no id in it is 0."""
+    ids = inputs[adapter.main_input]
+    if adapter.spec.example_inputs is not None or ids.is_floating_point() or bool((ids != 0).all()):
+        return False
+    try:
+        with torch.no_grad():
+            return first_tensor(adapter.forward({**inputs, adapter.main_input: ids.clamp(min=1)})) is not None
+    except Exception:
+        return False
+
+
+def _insist_on_inputs(adapter: ModelAdapter, inputs: Mapping[str, Tensor], message: str) -> None:
+    """Let a crash pass as the model's own only where its inputs were evidently right.
+
+    They were when the user gave them, when their name tells their kind, or when a layer took them and the crash came
+    later; and no size was in the way.
+
+    Raises:
+        AdapterError: The crash may be the fault of inputs that were guessed wrongly.
+    """
+    if adapter.spec.example_inputs is not None or not inputs or not message.startswith("No forward pass of"):
+        return
+    sized = UNSIZED in message
+    name = adapter.main_input
+    taken, error = _layer_took(adapter, inputs)
+    told = kind_by_name(name) in ("tokens", "image")
+    if MORE_AXES in str(error):
+        told = taken = False
+    if adapter.modality == "features":
+        # Real numbers enter a layer by their last axis alone; how many axes there should be is not known.
+        taken = taken and MISFIT in str(error)
+    if not sized and (told or taken):
+        return
+    names = dict.fromkeys(name.split(".")[0] for name in adapter.input_names)
+    given = ", ".join(f"{name!r}: ..." for name in names)
+    what = ", ".join(f"`{name}`" for name in names)
+    unclear = f"{what} of one size only, and none tried fits" if sized else f"it is unclear what {what} holds"
+    if "RecursionError" in message:
+        unclear = f"some inputs end in a RecursionError, as if forward() called itself without end, and {unclear}"
+    raise AdapterError(
+        f"No forward pass of {adapter.name} succeeded; {unclear}.",
+        f"Pass ModelSpec(example_inputs={{{given}}}) with tensors that it accepts.",
+    )
+
+
+def _layer_took(adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> tuple[bool, Exception | None]:
+    """Tell whether a layer with parameters of its own ran before the model crashed, and with what it crashed."""
+    taken: list[str] = []
+
+    def note(name: str, child: torch.nn.Module, given: tuple[object, ...], output: object) -> None:
+        if any(True for _ in child.parameters(recurse=False)):
+            taken.append(name)
+
+    try:
+        with observe(adapter.module, note), torch.no_grad():
+            adapter.forward(inputs)
+    except Exception as error:
+        return bool(taken), error
+    return bool(taken), None
 
 
 def _transposed(adapter: ModelAdapter, reference: tuple[int, ...], inputs: Mapping[str, Tensor]) -> Finding | None:
@@ -195,6 +270,8 @@ def expected_shape(adapter: ModelAdapter, reference: tuple[int, ...], inputs: Ma
     """Return the logits' shape for other inputs, from their shape at batch size 2 and the default length."""
     content = inputs[content_input(adapter)]
     shape = [content.shape[0], *reference[1:]] if reference and reference[0] == 2 else list(reference)
+    if reference == (2, 2) and compares_samples(adapter):
+        return (content.shape[0], content.shape[0])
     default = adapter.example_inputs(2)[content_input(adapter)]
     follows = adapter.task.value in LANGUAGE_MODELS or (len(reference) == 3 and reference[1] == default.shape[-1])
     if has_length(adapter) and len(reference) == 3 and follows:

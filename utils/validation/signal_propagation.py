@@ -9,6 +9,7 @@ ten at any depth: residual paths carry it whole, and plain chains are kept near 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,9 +21,11 @@ from utils.adapters.capture import first_tensor, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
+from utils.validation.dependence import as_double, double_twin
 from utils.validation.gradient_reach import training_inputs
-from utils.validation.probing import ModelCrash, forward_seconds, guarded, has_length
+from utils.validation.probing import ModelCrash, forward_seconds, guarded, has_length, is_out_of_memory, logits
 from utils.validation.residuals import missing_residuals
+from utils.validation.statistics import thinned
 from utils.validation.substitution import faint_gains, parameters_as
 from utils.validation.untrained import BATCH_NORM, enough_samples, normalise_batches
 from utils.validation.weight_scales import weight_faults
@@ -30,6 +33,10 @@ from utils.validation.weight_scales import weight_faults
 VANISHED = 2e-5
 """Share of the gradient that must arrive at the first place; a plain tanh net of default weights keeps 0.58 a layer."""
 EXPLODED = 1e4
+ROUNDED = 1e-13
+"""Difference in float64, beside the values, that is no more than rounding."""
+FEWEST_STEPS = 8
+"""Calls of one module from which they are a loop."""
 TINY = 1e-45
 """The smallest number above zero in float32."""
 RECURRENT_LENGTH = 128
@@ -40,6 +47,9 @@ VANISHING_HINT = (
     "and initialise for the activation (nn.init.kaiming_normal_, xavier_normal_)."
 )
 EXPLODING_HINT = "Normalise before each block, remove constant factors above 1, and initialise near 1/sqrt(fan-in)."
+CONSTANT_HINT = (
+    "Average over axes that the norm before it does not centre, or drop that norm: the mean of centred numbers is zero."
+)
 RECURRENT_HINT = (
     "Initialise recurrent weights orthogonally (nn.init.orthogonal_), use an LSTM or GRU, and clip gradients."
 )
@@ -58,13 +68,13 @@ class Place:
 def check_signal_propagation(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """Follow the gradient back through depth and, for recurrent models, time; look for missing skip connections.
 
-    Codes: ``vanishing_gradient``, ``exploding_gradient``, ``missing_residual``.
+    Codes: ``vanishing_gradient``, ``exploding_gradient``, ``missing_residual``, ``constant_output``.
     """
     if not any(p.dim() > 1 for p in adapter.module.parameters()):
         raise Skipped("the model has no layers")
     inputs = enough_samples(adapter)
     with parameters_as(adapter, faint_gains(adapter), torch.ones_like):
-        loss, places = gradient_by_depth(adapter, inputs)
+        loss, places, steps = _follow(adapter, inputs)
     findings = missing_residuals(adapter, training_inputs(adapter)) if _two_samples(adapter) else []
     if math.isfinite(loss):
         # Blocks without skip connections lose the gradient for that reason.
@@ -72,9 +82,9 @@ def check_signal_propagation(adapter: ModelAdapter, budget: Budget) -> Outcome:
         # Batch norms over few samples scale single gradients down by any factor, and keep streams from growing.
         batches = any(isinstance(child, BATCH_NORM) for child in adapter.module.modules())
         known = {"vanishing_gradient": bool(findings or tiny), "exploding_gradient": batches}
-        findings += [finding for finding in _by_depth(places) if not known[finding.code]]
+        findings += [_unless_constant(adapter, inputs, f, places) for f in _by_depth(places) if not known[f.code]]
     if not findings and math.isfinite(loss):
-        findings += _by_time(adapter, budget, loss)
+        findings += _by_step(adapter, steps) or _by_time(adapter, budget, loss)
     details = {"loss": loss, "gradient_by_depth": {place.name: place.gradient for place in places}}
     if len(places) < 2 or not places[-1].gradient:
         return Outcome(None, VANISHED, "no two places that everything flows through", findings, details)
@@ -88,6 +98,12 @@ def gradient_by_depth(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> tuple
 
     The logits themselves and what follows the last hidden layer are left out.
     """
+    loss, places, _ = _follow(adapter, inputs)
+    return loss, places
+
+
+def _follow(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> tuple[float, list[Place], list[tuple[Place, Place]]]:
+    """Return what `gradient_by_depth` does, and the first and the last call of each module called time and again."""
     outputs: dict[Any, tuple[str, Tensor]] = {}
 
     def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
@@ -104,7 +120,7 @@ def gradient_by_depth(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> tuple
     result: Tensor = guarded(adapter, inputs, "a forward pass with gradients", call)
     loss = adapter.loss(result, adapter.random_labels(result))
     if loss.grad_fn is None or not outputs:
-        return float(loss.detach()), []
+        return float(loss.detach()), [], []
     # A table read before a norm may hold numbers of any scale, and its gradient has the inverse.
     tables = {name for name, child in adapter.module.named_modules() if isinstance(child, nn.Embedding)}
     passed = [
@@ -112,14 +128,28 @@ def gradient_by_depth(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> tuple
         for node in bottlenecks(loss.grad_fn, outputs)
         if node is not result.grad_fn and outputs[node][0] not in tables
     ]
-    tensors = [outputs[node][1] for node in passed]
-    gradients = torch.autograd.grad(loss, tensors, allow_unused=True) if tensors else ()
-    places = [
-        Place(outputs[node][0], float(gradient.float().norm()))
-        for node, gradient in zip(passed, gradients, strict=True)
-        if gradient is not None
+    calls: dict[str, list[Tensor]] = {}
+    for name, tensor in outputs.values():
+        calls.setdefault(name, []).append(tensor)
+    looped = [(name, made[0], made[-1]) for name, made in calls.items() if len(made) >= FEWEST_STEPS]
+    tensors = [outputs[node][1] for node in passed] + [tensor for _, *ends in looped for tensor in ends]
+    gradients: Sequence[Tensor | None]
+    try:
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True) if tensors else ()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # A backward pass that raises is the business of gradient_flow.
+        gradients = [None] * len(tensors)
+    norms = [None if gradient is None else float(gradient.float().norm()) for gradient in gradients]
+    places = [Place(outputs[node][0], norm) for node, norm in zip(passed, norms, strict=False) if norm is not None]
+    ends = iter(norms[len(passed) :])
+    steps = [
+        (Place(name, first), Place(name, last))
+        for (name, _, _), first, last in zip(looped, ends, ends, strict=True)
+        if first is not None and last is not None
     ]
-    return float(loss.detach()), places
+    return float(loss.detach()), places, steps
 
 
 def bottlenecks(end: Any, marked: Any) -> list[Any]:
@@ -181,14 +211,14 @@ def _two_samples(adapter: ModelAdapter) -> bool:
 
 def _by_depth(places: list[Place]) -> list[Finding]:
     """Compare the gradient at the first place with the one at the last."""
-    if len(places) < 3 or not all(math.isfinite(place.gradient) for place in places) or not places[-1].gradient:
+    if len(places) < 2 or not all(math.isfinite(place.gradient) for place in places) or not places[-1].gradient:
         return []
     first, last = places[0], places[-1]
     kept = first.gradient / last.gradient
     if not kept:
         # Exactly nothing arrives where something is zero, dead or cut off, which is found by name elsewhere.
         return []
-    path = " <- ".join(f"{place.gradient:.2g}" for place in _thinned(places))
+    path = " <- ".join(f"{place.gradient:.2g}" for place in thinned(places))
     between = f"the gradient's norm from {first.name} to {last.name} is {path}"
     if kept < VANISHED:
         steps = [math.log(max(b.gradient, TINY) / max(a.gradient, TINY)) for a, b in pairwise(places)]
@@ -204,6 +234,53 @@ def _by_depth(places: list[Place]) -> list[Finding]:
     if grown > EXPLODED and sudden < math.sqrt(grown):
         message = f"{between}: on the way back it grows {grown:.1g} times"
         return [Finding("exploding_gradient", "fail", first.name, message, EXPLODING_HINT, _reproduction(first, last))]
+    return []
+
+
+def _unless_constant(
+    adapter: ModelAdapter, inputs: dict[str, Tensor], finding: Finding, places: list[Place]
+) -> Finding:
+    """Return the finding, or another one where the gradient is lost in one step that leaves rounding alone.
+
+    A mean over what a norm has just centred is zero by arithmetic. Only its rounding reaches the logits: as much of it
+    as the number type has, while a faint signal is equally faint in any type.
+    """
+    samples = inputs[adapter.main_input]
+    alike = len(samples) < 2 or torch.equal(samples[0], samples[1])
+    if finding.code != "vanishing_gradient" or finding.where == places[0].name or alike:
+        return finding
+    if (twin := double_twin(adapter)) is None:
+        return finding
+    normalise_batches(twin)
+    try:
+        exact = logits(twin, as_double(inputs))
+    except ModelCrash:
+        return finding
+    size = float(exact.abs().max())
+    if exact.dtype != torch.float64 or len(exact) < 2 or not _gap(exact) <= ROUNDED * size:
+        return finding
+    message = (
+        f"the output is the same for any input: {finding.where} leaves nothing but rounding (the logits of two samples "
+        f"differ by {_gap(exact):.1g} beside {size:.2g} in float64), so no gradient passes it"
+    )
+    return Finding("constant_output", "fail", finding.where, message, CONSTANT_HINT)
+
+
+def _gap(result: Tensor) -> float:
+    """Return the largest difference between two samples' logits."""
+    return float((result[0] - result[1]).abs().max())
+
+
+def _by_step(adapter: ModelAdapter, steps: list[tuple[Place, Place]]) -> list[Finding]:
+    """Compare the gradient at the first call of a module with the one at its last, where a loop calls it."""
+    for first, last in steps:
+        if last.gradient and math.isfinite(first.gradient) and first.gradient > EXPLODED * last.gradient:
+            message = (
+                f"the gradient's norm at {first.name} is {last.gradient:.2g} in the last step and {first.gradient:.2g} "
+                "in the first: it grows with every step back in time"
+            )
+            where = first.name.rpartition(".")[0] or adapter.name
+            return [Finding("exploding_gradient", "fail", where, message, RECURRENT_HINT)]
     return []
 
 
@@ -223,6 +300,11 @@ def _by_time(adapter: ModelAdapter, budget: Budget, loss: float) -> list[Finding
         if adapter.max_length.value is not None:
             raise
         # Nobody said that so many tokens are legal.
+        return []
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # A backward pass that raises is the business of gradient_flow.
         return []
     if not all(math.isfinite(size) for size in sizes) or sizes[1] <= max(EXPLODED, 1000 * sizes[0]):
         return []
@@ -267,17 +349,11 @@ def _recurrent_part(adapter: ModelAdapter) -> str:
     return looped[0].rpartition(".")[0] or adapter.name if looped else adapter.name
 
 
-def _thinned(places: list[Place], count: int = 8) -> list[Place]:
-    """Return at most about `count` places, evenly spaced, the last included."""
-    step = max(1, math.ceil(len(places) / count))
-    return places[::step] if (len(places) - 1) % step == 0 else [*places[::step], places[-1]]
-
-
 def _reproduction(first: Place, last: Place) -> str:
     """Return three lines that print the gradient's norm at two modules."""
     return (
-        f"for name in ({first.name!r}, {last.name!r}):\n"
-        "    model.get_submodule(name).register_full_backward_hook("
-        "lambda m, before, after, n=name: print(n, after[0].norm()))\n"
-        "# then one loss.backward() on any batch"
+        "from utils import ModelAdapter; a = ModelAdapter(model); f = lambda n: lambda m, x, y: print(n, y[0].norm())\n"
+        f"m = a.module.get_submodule; names = {first.name!r}, {last.name!r}\n"
+        "hooks = [m(n).register_full_backward_hook(f(n)) for n in names]; "
+        "a.logits(a.example_inputs()).square().mean().backward()"
     )

@@ -1,8 +1,13 @@
-"""Means with their uncertainty."""
+"""Means with their uncertainty; a few of many values."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,9 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
     if len(a) < 2 or a.std() == 0 or b.std() == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def thinned(values: Sequence[Value], count: int = 8) -> list[Value]:
+    """Return about `count` values at most, evenly spaced, the first and the last included."""
+    step = max(1, math.ceil(len(values) / count))
+    return [*values[::step], *(values[-1:] if (len(values) - 1) % step else ())]

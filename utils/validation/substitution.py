@@ -25,21 +25,21 @@ def parameters_as(adapter: ModelAdapter, names: Iterable[str], make: Callable[[T
     wanted = {id(adapter.module.get_parameter(name)) for name in names}
     made: dict[int, nn.Parameter] = {}
     swapped: list[tuple[dict[str, Any], str, Any]] = []
-    for module in adapter.module.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None or id(parameter) not in wanted:
-                continue
-            if id(parameter) not in made:
-                value = make(parameter.detach()).to(parameter.dtype)
-                made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            swapped.append((module._parameters, key, parameter))
-            module._parameters[key] = made[id(parameter)]
-    with refreshed(adapter.module):
-        try:
+    try:
+        for module in adapter.module.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is None or id(parameter) not in wanted:
+                    continue
+                if id(parameter) not in made:
+                    value = make(parameter.detach()).to(parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                swapped.append((module._parameters, key, parameter))
+                module._parameters[key] = made[id(parameter)]
+        with refreshed(adapter.module):
             yield
-        finally:
-            for owner, key, parameter in swapped:
-                owner[key] = parameter
+    finally:
+        for owner, key, parameter in swapped:
+            owner[key] = parameter
 
 
 @contextmanager

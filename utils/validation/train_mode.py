@@ -8,13 +8,12 @@ from torch import Tensor
 from utils.adapters.capture import named_tensors, tensor_at
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
+from utils.runtime.resources import LARGE_MODEL
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Finding
 from utils.validation.probing import all_finite, crash_site, first_line, first_nonfinite, is_out_of_memory
 
 AGAIN = "backward through the graph a second time"
-LARGEST_TWICE = 20_000_000
-"""Models with more parameters are not run a second time, for the time it takes."""
 CRASH_HINT = "Run model.train() and one forward pass by hand; look at what forward does only when self.training is set."
 AGAIN_HINT = (
     "Detach what one forward pass keeps for the next (self.state = state.detach()), and compute in forward() whatever "
@@ -77,7 +76,7 @@ def _train(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
 
 def _train_again(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
     """Run a second step after one that has worked: it crashes where the graph of the first is used again."""
-    if adapter.num_parameters > LARGEST_TWICE:
+    if adapter.num_parameters > LARGE_MODEL:
         return []
     seed_streams(0, "forward")
     try:

@@ -10,11 +10,16 @@ import math
 import re
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from torch import Tensor, nn
 
+from utils.adapters.capture import first_tensor, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Finding
+from utils.validation.gradient_reach import training_inputs
+from utils.validation.probing import logits
+from utils.validation.substitution import parameters_as
 
 LARGEST_SOUND_GAIN = 2.2
 LARGE, TINY = 3.0, 1e-3
@@ -26,7 +31,7 @@ LARGEST_HEAD = 3.0
 LARGEST_TABLE = 20.0
 """Standard deviation of an embedding; the largest in use is 1, or the square root of the width of small models."""
 SAMPLED = 65_536
-INIT_KEY = re.compile(r"init\w*_(range|std|scale)$|^init_std$")
+INIT_KEY = re.compile(r"init\w*_(range|std|scale|factor)$|^init_std$")
 EXPLODING_HINT = (
     "Initialise with a standard deviation near 1/sqrt(fan-in) (0.02 is usual), residual outputs smaller still."
 )
@@ -76,21 +81,26 @@ def largest_weight(adapter: ModelAdapter) -> str | None:
 
 def as_configured(adapter: ModelAdapter) -> bool:
     """Tell whether the matrices are drawn as the config's class states by default: no accident, however odd."""
+    stated = _stated_spreads(adapter)
+    spreads = [weight.spread for weight in weights(adapter) if not weight.table]
+    return bool(spreads) and any(0.7 * value < median(spreads) < 1.4 * value for value in stated)
+
+
+def _stated_spreads(adapter: ModelAdapter) -> set[float]:
+    """Return the standard deviations that the config states and its class has by default."""
     config = getattr(adapter.module, "config", None)
     if config is None or isinstance(config, dict):
-        return False
+        return set()
     try:
         usual = vars(type(config)())
     except Exception:
         # Configs without defaults state nothing.
-        return False
-    stated = {
+        return set()
+    return {
         float(value)
         for key, value in vars(config).items()
         if INIT_KEY.search(key) and isinstance(value, (int, float)) and usual.get(key) == value
     }
-    spreads = [weight.spread for weight in weights(adapter) if not weight.table]
-    return bool(spreads) and any(0.7 * value < median(spreads) < 1.4 * value for value in stated)
 
 
 def weight_faults(adapter: ModelAdapter) -> list[Finding]:
@@ -104,7 +114,7 @@ def weight_faults(adapter: ModelAdapter) -> list[Finding]:
         return []
     large = [weight for weight in hidden if weight.gain > LARGE]
     tiny = [weight for weight in hidden if weight.gain < TINY]
-    if len(large) * 2 > len(hidden) and len(large) > 1:
+    if len(large) * 2 > len(hidden) and len(large) > 1 and not _scaled_at_runtime(adapter, large):
         worst = large[0]
         message = f"{len(large)} of {len(hidden)} matrices amplify more than {LARGE:g} times, {_stated(worst)} first"
         return [_finding("exploding_init", worst, message)]
@@ -120,7 +130,7 @@ def weight_faults(adapter: ModelAdapter) -> list[Finding]:
                 message = f"the embedding's standard deviation is {weight.spread:.3g}; usual is 0.02 to 1"
                 findings.append(_finding("exploding_init", weight, message))
             continue
-        sisters = [other.gain for other in hidden if other is not weight and _role(other.name) == _role(weight.name)]
+        sisters = [other.gain for other in hidden if other is not weight and role(other.name) == role(weight.name)]
         if len(sisters) < 2:
             continue
         usual = median(sisters)
@@ -132,10 +142,68 @@ def weight_faults(adapter: ModelAdapter) -> list[Finding]:
     return findings[:3]
 
 
+def _scaled_at_runtime(adapter: ModelAdapter, large: list[Weight]) -> bool:
+    """Tell whether forward() divides most large matrices by their gain itself, as equalised learning rates do.
+
+    Then the modules that hold them do not amplify, and with the matrices divided once more they either put out that
+    much less, or, where they normalise what they multiply with, the same. What only saturates does neither.
+    """
+    owners: dict[str, list[float]] = {}
+    for weight in large:
+        owners.setdefault(weight.name.rpartition(".")[0], []).append(weight.gain)
+    gains = {id(adapter.module.get_parameter(weight.name)): weight.gain for weight in large}
+    inputs = training_inputs(adapter)
+    usual = _amplifications(adapter, inputs, set(owners))
+    parts = iter([gains[id(p)] for p in adapter.module.parameters() if id(p) in gains])
+    with parameters_as(adapter, [weight.name for weight in large], lambda p: p / next(parts)):
+        tamed = _amplifications(adapter, inputs, set(owners))
+    scaled = [
+        weight
+        for weight in large
+        if (owner := weight.name.rpartition(".")[0]) in usual.keys() & tamed.keys()
+        and usual[owner] <= LARGE
+        and (tamed[owner] < 1.5 * usual[owner] / median(owners[owner]) or tamed[owner] > 0.99 * usual[owner])
+    ]
+    return len(scaled) * 2 > len(large)
+
+
+def _amplifications(adapter: ModelAdapter, inputs: dict[str, Tensor], owners: set[str]) -> dict[str, float]:
+    """Return by how much each of some modules scales what it reads, at most; ids count as one."""
+    found: dict[str, float] = {}
+
+    def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        entering, leaving = first_tensor(given), first_tensor(output)
+        if name not in owners or entering is None or leaving is None or not leaving.is_floating_point():
+            return
+        scale = float(entering.detach().float().square().mean().sqrt()) if entering.is_floating_point() else 1.0
+        if scale > 0:
+            found[name] = max(found.get(name, 0.0), float(leaving.detach().float().square().mean().sqrt()) / scale)
+
+    with observe(adapter.module, note):
+        logits(adapter, inputs)
+    return found
+
+
 def exploding_head(adapter: ModelAdapter) -> str | None:
     """Return the name of the largest matrix that no scheme draws, nor a config: beyond `LARGEST_HEAD`."""
     large = [w for w in weights(adapter) if not w.table and w.spread > LARGEST_HEAD and w.gain > LARGE]
     return max(large, key=lambda weight: weight.gain).name if large else None
+
+
+def loud_head(adapter: ModelAdapter, head: str | None, inputs: dict[str, Tensor]) -> tuple[str, float] | None:
+    """Return the name of an untied head's matrix of a large gain, and the first loss without that gain.
+
+    A tied table is drawn for reading too, and a config may state the scale; neither is an accident.
+    """
+    weight = next((w for w in weights(adapter) if head is not None and w.name == f"{head}.weight"), None)
+    if weight is None or weight.table or weight.gain <= LARGE:
+        return None
+    if any(0.7 * value < weight.spread < 1.4 * value for value in _stated_spreads(adapter)):
+        return None
+    with parameters_as(adapter, [weight.name], lambda p: p / weight.gain):
+        result = logits(adapter, inputs)
+        loss = float(adapter.loss(result, adapter.random_labels(result)))
+    return weight.name, loss
 
 
 def _spread(parameter: Tensor) -> float:
@@ -154,7 +222,7 @@ def _fan_in(owner: nn.Module, parameter: Tensor) -> int:
     return min(parameter.shape[-2:])
 
 
-def _role(name: str) -> str:
+def role(name: str) -> str:
     """Return a parameter's name without its numbers, the same for the same part of every block."""
     return re.sub(r"\d+", "#", name)
 

@@ -32,11 +32,20 @@ def zero_weights(adapter: ModelAdapter, inputs: dict[str, Tensor], head: str | N
     zeros = _zeros(adapter)
     suspects = [name for name in zeros if head is None or not name.startswith(f"{head}.")]
     matrices = [n for n in suspects if not n.endswith("bias") and adapter.module.get_parameter(n).numel() > 1]
-    if not matrices or _is_last(adapter, inputs, matrices):
+    if not matrices:
         return []
+    if _is_lone_head(adapter, inputs, zeros, matrices):
+        # It moves with the first step, unless another zero holds it and is held by it.
+        return _trapped(adapter, inputs, zeros, matrices)
     return _cutting(adapter, inputs, [n for n in zeros if not n.endswith("bias")], matrices) or _trapped(
         adapter, inputs, zeros, matrices
     )
+
+
+def _is_lone_head(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str], names: list[str]) -> bool:
+    """Tell whether the only zero matrix beside the head is itself one, with noise in whatever else is zero."""
+    with parameters_as(adapter, [other for other in zeros if other not in names], noise):
+        return _is_last(adapter, inputs, names)
 
 
 def _is_last(adapter: ModelAdapter, inputs: dict[str, Tensor], names: list[str]) -> bool:
@@ -50,7 +59,16 @@ def _is_last(adapter: ModelAdapter, inputs: dict[str, Tensor], names: list[str])
             results.append(logits(adapter, inputs).double())
     zero, there, back = results
     # A rectifier after it would keep one sign only.
-    return float((there + back - 2 * zero).abs().max()) <= 1e-5 * float((there - back).abs().max())
+    moved = float((there - back).abs().max())
+    return moved > 0 and float((there + back - 2 * zero).abs().max()) <= 1e-5 * moved
+
+
+def _is_head(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str], name: str) -> bool:
+    """Tell whether a zero matrix beside others moves with the first step, and the logits are linear in it."""
+    if name in _without_gradient(adapter, inputs, [name], []):
+        return False
+    with parameters_as(adapter, [other for other in zeros if other != name], noise):
+        return _is_last(adapter, inputs, [name])
 
 
 def _zeros(adapter: ModelAdapter) -> list[str]:
@@ -71,8 +89,12 @@ def _cutting(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str],
     if _tells_apart(adapter, inputs, zeros, keep=suspects):
         return []
     findings = []
-    for name in suspects[:SHOWN]:
-        if not _tells_apart(adapter, inputs, zeros, keep=[name]):
+    lone = [name for name in suspects[:SHOWN] if not _tells_apart(adapter, inputs, zeros, keep=[name])]
+    heads = [name for name in lone if _is_head(adapter, inputs, zeros, name)]
+    if heads and _tells_apart(adapter, inputs, zeros, keep=[name for name in suspects if name not in heads]):
+        return []
+    for name in lone:
+        if name not in heads:
             count = adapter.module.get_parameter(name).numel()
             message = f"all {count:,} numbers are zero, and the output no longer depends on the input"
             findings.append(Finding("zero_init", "fail", name, message, HINT))
@@ -108,12 +130,28 @@ def _trapped(adapter: ModelAdapter, inputs: dict[str, Tensor], zeros: list[str],
         before = logits(adapter, inputs)
     with parameters_as(adapter, [*moved, *still], noise):
         after = logits(adapter, inputs)
-    if len(trapped) < 2 or torch.equal(before, after):
+    if not trapped or torch.equal(before, after):
         return []
+    if len(trapped) == 1:
+        return _held_by_gate(adapter, inputs, trapped[0], [name for name in still if name != trapped[0]])
     more = f"; so do {len(trapped) - 1} more like it" if len(trapped) > 1 else ""
     message = f"the numbers are all zero and their gradient is exactly zero too, so they stay as they are{more}"
-    where = _common(trapped) if len(trapped) <= 4 and _common(trapped) else trapped[0]
+    # The pair that lies closest together: blocks have one each.
+    nearest = max(trapped[1:], key=lambda name: len(_common([trapped[0], name])))
+    where = (_common([trapped[0], nearest]) if len(trapped) <= 4 else "") or trapped[0]
     return [Finding("zero_init", "fail", where, message, HINT)]
+
+
+def _held_by_gate(adapter: ModelAdapter, inputs: dict[str, Tensor], matrix: str, others: list[str]) -> list[Finding]:
+    """Find a gate or vector at zero that keeps a zero matrix without gradient, and is kept so by it in turn."""
+    for gate in others:
+        if matrix in _without_gradient(adapter, inputs, [matrix], [gate]):
+            continue
+        if gate in _without_gradient(adapter, inputs, [gate], [matrix]):
+            continue
+        message = f"all its numbers are zero, and so is {gate}: each keeps the other's gradient at zero for ever"
+        return [Finding("zero_init", "fail", matrix, message, HINT)]
+    return []
 
 
 def _without_gradient(

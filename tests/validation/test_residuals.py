@@ -1,0 +1,100 @@
+"""Units that lack what their kin have, and those that are meant to."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.adapters import ModelAdapter, ModelSpec
+from utils.validation.residuals import missing_residuals
+
+
+class Block(nn.Module):
+    def __init__(self, skip=True, width=32):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 64), nn.Linear(64, width)
+        self.skip = skip
+
+    def forward(self, x):
+        branch = self.down(torch.relu(self.up(self.norm(x))))
+        return x + branch if self.skip else branch
+
+
+class Numbered(Block):
+    """Counts itself, which is no setting that explains anything."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+
+class Forgetful(Numbered):
+    """The sum is missing."""
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Trunk(nn.Module):
+    """Blocks in a list, and one with a name of its own behind them; `flat` has them all side by side."""
+
+    def __init__(self, blocks, projector, flat=False):
+        super().__init__()
+        self.stem, self.head = nn.Linear(16, 32), nn.Linear(32, 10)
+        self.names = [f"b{i}" for i in range(len(blocks))]
+        if flat:
+            for name, block in zip(self.names, blocks, strict=True):
+                self.add_module(name, block)
+        else:
+            self.blocks = nn.ModuleList(blocks)
+        self.projector = projector
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in getattr(self, "blocks", None) or [getattr(self, name) for name in self.names]:
+            x = block(x)
+        return self.head(self.projector(x))
+
+
+def found(model):
+    adapter = ModelAdapter(model, spec=ModelSpec(example_inputs={"x": torch.randn(4, 16)}))
+    adapter.module.eval()
+    return [(f.severity, f.where) for f in missing_residuals(adapter, adapter.example_inputs(2))]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_setting_says_which_unit_adds_nothing(flat, plain):
+    """A flag or number that only the odd one has is the author's word."""
+    torch.manual_seed(0)
+    blocks = [Block() for _ in range(4)]
+    assert found(Trunk(blocks, nn.Identity() if plain else Block(skip=False), flat)) == []
+    blocks[2] = Block(skip=False)
+    assert found(Trunk(blocks, nn.Identity(), flat)) == []
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_odd_one_of_a_list_is_at_fault(flat):
+    torch.manual_seed(0)
+    blocks = [Forgetful(i) if i == 2 else Numbered(i) for i in range(5)]
+    assert found(Trunk(blocks, nn.Identity(), flat)) == [("fail", "b2" if flat else "blocks.2")]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_odd_one_elsewhere_is_worth_a_look(flat):
+    """It may have another job than the blocks in front of it."""
+    torch.manual_seed(0)
+    blocks = [Numbered(i) for i in range(4)]
+    assert found(Trunk(blocks, Forgetful(4), flat)) == [("warn", "projector")]
+    assert found(Trunk(blocks, Numbered(4), flat)) == []
+
+
+def test_a_unit_of_the_same_class_that_counts_itself():
+    """One class with one code: where its number decides, somebody wrote so."""
+
+    class FromSecond(Numbered):
+        def forward(self, x):
+            branch = self.down(torch.relu(self.up(self.norm(x))))
+            return x + branch if self.index else branch
+
+    torch.manual_seed(0)
+    assert found(Trunk([FromSecond(i) for i in range(5)], nn.Identity())) == []
