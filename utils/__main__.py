@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         return verbs[options.verb](options)
     except KeyboardInterrupt:
-        print("Interrupted; what was saved before is whole, and the same command goes on from there.", file=sys.stderr)
+        print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     except (SeedbedError, OSError) as error:
         said = _in_options(str(error))

@@ -4,6 +4,7 @@ Every number is read from the run and from the export; what nobody measured is n
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from utils.adapters import ModelAdapter
@@ -48,10 +49,17 @@ def model_card(
     blocks = [_header(report, licence), f"# {adapter.name}", _summary(adapter, report, chosen)]
     blocks += ["## Use", _use(report, inference)]
     if run is not None:
-        blocks += ["## Data", f"```\n{run.data.text()}\n```", "## Training", _training(run)]
+        blocks += ["## Data", f"```\n{_without_folders(run.data.text(), run)}\n```", "## Training", _training(run)]
         blocks += ["## Results", _results(run, report, chosen)]
     blocks += ["## Files", _files(report), "## Limits", _limits(adapter, run, report), "## Licence", _licence(licence)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _without_folders(text: str, run: Any) -> str:
+    """Return a text in which the run's data is named without the folders of the machine that it was read from."""
+    reference = str(run.data.reference)
+    kind, separator, path = reference.partition(":")
+    return text.replace(reference, f"{kind}:{Path(path).name}") if separator and kind == "file" else text
 
 
 def _header(report: ExportReport, licence: str | None) -> str:
@@ -98,9 +106,12 @@ def _use(report: ExportReport, inference: dict[str, Any]) -> str:
 def _training(run: Any) -> str:
     config = run.config
     length = f" with {config.accumulate} forward passes each" if config.accumulate > 1 else ""
+    packed = run.data.task in ("causal_lm", "masked_lm")
+    long = run.data.facts.get("length") if packed else None
+    tokens = f" of {long} tokens ({run.step * config.samples_per_step * long:,} tokens in all)" if long else ""
     lines = [
         f"Trained with Seedbed {VERSION}: {run.step:,} of {run.total_steps:,} planned steps{length}, "
-        f"{config.samples_per_step:,} samples a step, in {run.sessions} session(s); status: {run.status}.",
+        f"{config.samples_per_step:,} samples a step{tokens}, in {run.sessions} session(s); status: {run.status}.",
         f"AdamW, peak learning rate {config.learning_rate:g}, {config.schedule} schedule after a warm-up over "
         f"{config.warmup_share:.0%} of the steps, weight decay {config.weight_decay:g}, gradients clipped at "
         f"{config.clip_norm:g}, precision {config.precision}, seed {config.seed}.",
@@ -162,7 +173,8 @@ def _files(report: ExportReport) -> str:
 def _limits(adapter: ModelAdapter, run: Any, report: ExportReport) -> str:
     lines = []
     if run is not None:
-        lines.append(f"- It knows nothing but its training data, {run.data.reference}.")
+        name = _without_folders(str(run.data.reference), run)
+        lines.append(f"- It knows nothing but its training data, {name}, and what its weights held before.")
     else:
         lines.append("- It was exported without a training run: how it was trained is not known here.")
     if adapter.modality == "tokens" and adapter.max_length.value:
