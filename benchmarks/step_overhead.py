@@ -6,7 +6,8 @@
 Every loop trains the same linear classifier of 8 x 8 images with the same batches, AdamW, clipping and a cosine, in
 one thread; the model is so small that only the loop counts. Seedbed logs every 10 steps, shows its progress bar and has
 its checkpoint writer on. Lightning runs as it comes (CSV logger, `self.log` of the loss, progress bar, checkpoint
-callback) and lean (none of these). The HF Trainer logs every 10 steps. Loops take turns, and the least of the rounds counts, because load from elsewhere only ever adds.
+callback) and lean (none of these). The HF Trainer logs every 10 steps. Loops take turns, and the least of the rounds
+counts, because load from elsewhere only ever adds.
 """
 
 import argparse
