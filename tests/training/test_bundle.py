@@ -226,6 +226,7 @@ def test_without_a_format_that_runs_alone_there_is_no_script(tmp_path):
     assert "There is no `inference.py`" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_torch_is_the_runtime_where_onnx_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
@@ -255,3 +256,38 @@ def test_a_script_that_says_nothing_or_hangs_has_not_passed(tmp_path, monkeypatc
     (tmp_path / "inference.py").write_text("import time; time.sleep(60)")
     monkeypatch.setattr(bundle_module, "PATIENCE", 1)
     assert bundle_module.run_check(tmp_path) == {"good": False, "why": "no answer in 1 s"}
+
+
+def test_a_checkpoint_without_the_average_is_refused(run, tmp_path, monkeypatch):
+    from utils.training.checkpoint_manager import Checkpoint
+
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    monkeypatch.setattr(Checkpoint, "load_into", lambda self, module: {})
+    with pytest.raises(ExportError, match=r"step-00000030 holds no average of the weights"):
+        utils.export(run, tmp_path / "out", progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+
+
+def test_a_full_disk_is_told(run, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundle_module, "write_atomic", full)
+    with pytest.raises(ExportError, match=r"The bundle .* cannot be written \(No space left on device\)"):
+        bundle(run, tmp_path / "out", ["safetensors", "torch_export"], progress=False)
+
+
+def test_the_script_says_what_is_missing(made, tmp_path):
+    alone(made, tmp_path)
+    model = inference_script.Model(tmp_path)
+    with pytest.raises(SystemExit, match=r"The input '\w+' is missing; expected"):
+        model.logits({})
+    model.tokenizer = None
+    with pytest.raises(SystemExit, match=r"There is no tokenizer.json beside this script"):
+        model.generate("text")
+    model.settings["end_id"] = None
+    with pytest.raises(SystemExit, match=r"The prompt is empty"):
+        model.generate([])
+    model.settings["task"] = "masked_lm"
+    with pytest.raises(SystemExit, match=r"This model is for masked_lm; it continues no text"):
+        model.generate([1])

@@ -409,3 +409,10 @@ def test_torchscript_where_it_works_and_where_it_bakes_a_shape_in(tmp_path):
     assert baked.status == "failed"
     assert "the output is (3, 24, 50) and the original's (3, 72, 50)" in baked.why
     assert not (tmp_path / "baked" / "model.ts.pt").exists(), "a file that answers wrongly without a word is not kept"
+
+
+@pytest.mark.slow
+def test_int8_of_a_model_with_convolution_and_head(tmp_path):
+    result = export(load_model("example:vit"), tmp_path, ["onnx_int8"], progress=False)["onnx_int8"]
+    assert result.status == "approximate", result.why
+    assert 0 < result.max_difference < 0.1

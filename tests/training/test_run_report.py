@@ -8,7 +8,8 @@ from utils.runtime.errors import RunError
 from utils.training.figures import save_training_figure, training_figure, trend
 from utils.training.line_chart import Series, line_chart, number, thinned, ticks
 from utils.training.resume import train
-from utils.training.run_report import REPORT, read_facts, run_report
+from utils.training.run import REPORT
+from utils.training.run_report import read_facts, run_report
 
 
 @pytest.fixture(scope="module")

@@ -247,16 +247,16 @@ def write_onnx_int8(candidate: Candidate, directory: Path) -> tuple[Runner, str]
     _, remark = write_onnx(candidate, full)
     quantization = require("onnxruntime.quantization", "quantize ONNX files", "onnxruntime")
     path = directory / "model.int8.onnx"
+    model = require("onnx", "quantize ONNX files").load(str(full / "model.onnx"))
+    # The quantizer turns weights around and would then find their old shapes written down.
+    del model.graph.value_info[:]
     with quiet():
         logging.disable(logging.WARNING)
         try:
             quantization.quantize_dynamic(
-                full / "model.onnx",
-                path,
-                op_types_to_quantize=list(QUANTIZED),
-                weight_type=quantization.QuantType.QInt8,
+                model, path, op_types_to_quantize=list(QUANTIZED), weight_type=quantization.QuantType.QInt8,
                 per_channel=True,
-            )
+            )  # fmt: skip
         finally:
             logging.disable(logging.NOTSET)
     shutil.rmtree(full)

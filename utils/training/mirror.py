@@ -15,8 +15,7 @@ from pathlib import Path
 from utils.runtime.errors import RunError
 from utils.runtime.files import sha256_file, sync_file, write_atomic
 from utils.training.checkpoint_manager import MANIFEST, STEP_NAME, CheckpointManager, discard, require_space
-from utils.training.run import FIGURE, METRICS, RECORD, SUMMARY, UNFINISHED, make_empty
-from utils.training.run_report import REPORT
+from utils.training.run import FIGURE, METRICS, RECORD, REPORT, SUMMARY, UNFINISHED, make_empty
 
 SMALL_FILES = (METRICS, SUMMARY, FIGURE, REPORT)
 _at_work: set[Path] = set()

@@ -8,6 +8,7 @@ Layout::
     checkpoints/   see `utils.training.checkpoint_manager`
     metrics.csv    every number that was measured
     figures/       training.png
+    report.html    the same in a browser, beside earlier runs
     summary.json   how it stands: status, step, last measurements, SHA-256 of the weights
 """
 
@@ -40,6 +41,7 @@ from utils.training.prepared_data import PreparedData
 from utils.training.weights import weights_sha256
 
 RECORD, SUMMARY, METRICS, FIGURE = "run.json", "summary.json", "metrics.csv", "figures/training.png"
+REPORT = "report.html"
 LOCK, PROCESSES_LOCK = ".lock", ".lock-processes"
 PARTS, UNFINISHED = ("model", "data", "checkpoints", "figures"), ".unfinished-run"
 SPEC_FIELDS = ("task", "vocab_size", "max_length", "num_labels", "pad_token_id", "frozen")
@@ -246,7 +248,7 @@ def make_empty(directory: Path) -> None:
     if (directory / UNFINISHED).exists():
         for name in PARTS:
             shutil.rmtree(directory / name, ignore_errors=True)
-        for file in (directory / METRICS, directory / SUMMARY, *directory.glob(".*.tmp-*")):
+        for file in (directory / METRICS, directory / SUMMARY, directory / REPORT, *directory.glob(".*.tmp-*")):
             file.unlink(missing_ok=True)
     harmless = {UNFINISHED, LOCK, PROCESSES_LOCK}
     if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - harmless):

@@ -19,9 +19,8 @@ from utils.training.figures import METRICS as HELD_OUT_NUMBERS
 from utils.training.figures import metric_of, trend
 from utils.training.line_chart import Series, line_chart
 from utils.training.metrics import read_metrics
-from utils.training.run import METRICS, RECORD, SUMMARY, read_record
+from utils.training.run import METRICS, RECORD, REPORT, SUMMARY, read_record
 
-REPORT = "report.html"
 MOST_NEIGHBOURS = 7
 """Curves beside the run's own; the table lists `MOST_LISTED` runs."""
 MOST_LISTED = 30
