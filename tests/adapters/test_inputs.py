@@ -123,3 +123,36 @@ def test_lengths_follow_the_text() -> None:
 def test_lazy_layers_get_an_input_with_content(layer: nn.Module) -> None:
     """They state a size of 0 until the first call, and from that they would take weights without numbers."""
     assert all(p.numel() for p in ModelAdapter(layer).module.parameters())
+
+
+class Columns(nn.Module):
+    """Gives every column of a table a vector of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(10, 8)), nn.Parameter(torch.randn(10, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head((x.unsqueeze(-1) * self.scale + self.shift).relu().mean(1))
+
+
+class Cell(nn.Module):
+    """Feeds one row to a cell three times."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(7, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 12)
+        for _ in range(3):
+            state = self.cell(x, state)
+        return self.head(state)
+
+
+@pytest.mark.parametrize(("model", "shape"), [(Columns, (10,)), (Cell, (7,))])
+def test_widths_that_no_linear_layer_tells(model, shape):
+    adapter = ModelAdapter(model())
+    assert adapter.failure is None
+    assert tuple(adapter.example_inputs(2)["x"].shape[1:]) == shape

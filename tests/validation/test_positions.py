@@ -177,3 +177,31 @@ class OneRow(nn.Module):
 def test_positions_that_are_all_the_same(rows, severity):
     (finding,) = judged(OneRow(rows), task="text_classification").findings
     assert (finding.code, finding.severity, finding.where) == ("position_absent", severity, "OneRow")
+
+
+class Windows(nn.Module):
+    """Attention inside windows of patches, the second time shifted by half a window: no table, and order matters."""
+
+    def __init__(self, shift=2):
+        super().__init__()
+        self.patches, self.shift = nn.Conv2d(3, 16, 4, 4), shift
+        self.attend = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 10)
+
+    def forward(self, img):
+        x = self.patches(img).permute(0, 2, 3, 1)
+        for number, attend in enumerate(self.attend):
+            moved = x.roll((-self.shift, -self.shift), (1, 2)) if number else x
+            b, h, w, c = moved.shape
+            parts = moved.view(b, h // 4, 4, w // 4, 4, c).transpose(2, 3).reshape(-1, 16, c)
+            seen = attend(parts, parts, parts, need_weights=False)[0]
+            seen = seen.view(b, h // 4, w // 4, 4, 4, c).transpose(2, 3).reshape(b, h, w, c)
+            x = x + (seen.roll((self.shift, self.shift), (1, 2)) if number else seen)
+        return self.head(self.norm(x).mean((1, 2)))
+
+
+def test_shifted_windows_know_the_order():
+    """An image seen from behind looks the same to them; two exchanged tiles do not. Without the shift nothing does."""
+    assert judged(Windows()).status == "pass"
+    result = judged(Windows(shift=0))
+    assert [(finding.code, finding.severity) for finding in result.findings] == [("position_absent", "fail")]

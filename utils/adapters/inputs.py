@@ -51,6 +51,10 @@ def feature_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tup
         if isinstance(child, (nn.LSTM, nn.GRU, nn.RNN)):
             yield (12, child.input_size), f"input size of the first {type(child).__name__}"
             break
+        if isinstance(child, nn.RNNCellBase):
+            yield (child.input_size,), f"input size of the first {type(child).__name__}"
+            yield (12, child.input_size), f"input size of the first {type(child).__name__}, as a sequence"
+            break
         if isinstance(child, nn.Conv1d):
             channels = child.in_channels or LAZY_WIDTH
             for length in CONVOLVED_LENGTHS:
@@ -66,6 +70,11 @@ def feature_shapes(module: nn.Module, config: Mapping[str, Any]) -> Iterator[tup
             yield (normed,), f"width of the first {type(child).__name__}"
             yield (12, normed), f"width of the first {type(child).__name__}, as a sequence"
             break
+    for name, parameter in module.named_parameters(recurse=False):
+        # A table of columns gives each of them a row of its own, or a column.
+        for size in dict.fromkeys(parameter.shape):
+            if size > 1:
+                yield (size,), f"a side of `{name}`"
     if (width_in_config := config_number(config, "features")) is not None:
         yield (width_in_config.value,), width_in_config.reason
         yield (12, width_in_config.value), f"{width_in_config.reason}, as a sequence"
