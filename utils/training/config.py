@@ -9,7 +9,7 @@ from utils.runtime.errors import ConfigError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-STRATEGIES = ("auto", "ddp", "fsdp")
+STRATEGIES = ("auto", "ddp")
 TRACKERS = ("wandb", "tensorboard")
 OPTIONAL = (
     "max_steps", "max_epochs", "context_length", "time_budget_minutes", "validation_share", "ema_decay",
@@ -87,7 +87,7 @@ class TrainingConfig:
     session_limit_minutes: float | None = None
     """Minutes that the machine lasts, such as 720 on Colab: stop cleanly 15 minutes before; None knows no end."""
     strategy: str = "auto"
-    """How several devices share the work: auto, ddp (a copy of the model on each) or fsdp (a shard on each)."""
+    """How several devices share the work: auto or ddp, which both keep a copy of the model on each."""
     devices: int = 1
     """Number of devices, one process each; batch_size counts the samples of one device."""
     growth: Mapping[str, Any] | None = None
@@ -160,12 +160,6 @@ class TrainingConfig:
             raise ConfigError(
                 f"TrainingConfig.session_limit_minutes is {self.session_limit_minutes!r}.",
                 "Expected more than 15: training stops 15 minutes before the end.",
-            )
-        if self.strategy == "fsdp" and self.devices == 1:
-            raise ConfigError(
-                "TrainingConfig has strategy='fsdp' and devices=1.",
-                "Expected several devices to share the model between.",
-                "Set devices, or strategy='auto'.",
             )
         self._check_tracking()
         for name, feature in NOT_YET.items():

@@ -14,18 +14,20 @@ What is unusual here:
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from utils.runtime.errors import RunError
 from utils.runtime.progress import progress_bar
 from utils.runtime.seeding import isolated_streams
 from utils.training.processes import processes_here, rank_and_world
+from utils.training.recomputation import recomputed_blocks
 from utils.training.run import Run
 from utils.training.session_callback import Observer, SessionCallback
 from utils.training.shielding import Shielded
@@ -98,7 +100,14 @@ def fit(
     callback = SessionCallback(run, module, stream, resumed, watching, mirror, extra_parts)
     remaining = (run.total_steps - done) * config.accumulate
     run.step = done
-    with isolated_streams(config.seed, "fit"), quiet_lightning(), callback.stop.listening():
+    with ExitStack() as stack:
+        stack.enter_context(isolated_streams(config.seed, "fit"))
+        stack.enter_context(quiet_lightning())
+        stack.enter_context(callback.stop.listening())
+        if config.gradient_checkpointing:
+            stack.enter_context(recomputed_blocks(run.model))
+        if config.compile:
+            stack.enter_context(compiled(run.model))
         trainer = pl.Trainer(
             max_epochs=1,
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -129,6 +138,29 @@ def fit(
     for observer in watching:
         observer.close(run.metrics)
     return run
+
+
+@contextmanager
+def compiled(module: nn.Module) -> Iterator[None]:
+    """Compile a model's calls while the block runs; its class, names and weights stay as they are.
+
+    Raises:
+        RunError: The compiler cannot handle it, or the machine has none.
+    """
+    module.compile()
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        lines = str(error).strip().splitlines()
+        raise RunError(
+            f"torch.compile cannot handle {type(module).__name__}: {lines[0] if lines else type(error).__name__}",
+            "Expected a model that TorchDynamo traces, and a compiler on this machine.",
+            "Set compile to false.",
+        ) from error
+    finally:
+        module._compiled_call_impl = None
 
 
 def batches(stream: SampleStream, count: int, callback: SessionCallback) -> Any:
