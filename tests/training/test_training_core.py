@@ -1,5 +1,6 @@
 import errno
 import math
+import shutil
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import utils
 from utils.adapters import ModelAdapter
 from utils.runtime.errors import ConfigError, RunError
-from utils.training import TrainingConfig, checkpoint_manager
+from utils.training import TrainingConfig, checkpoint_manager, training_core
 from utils.training.dataset_utilities import load_data
 from utils.training.evaluation import evaluate
 from utils.training.metrics import read_metrics
@@ -191,3 +192,30 @@ def test_mixed_precision_trains_and_resumes_on_a_gpu(tmp_path, text_file, tiny_g
     run = utils.resume(tmp_path / "run", time_budget_minutes=60, progress=False)
     assert run.finished
     assert math.isfinite(run.last("validation")["loss"])
+
+
+SMALL = {"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_learns_the_same_and_is_left_as_it_was(tmp_path, text_file, quick):
+    runs = []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        loaded = utils.load_model("example:gpt", config={**SMALL, "dropout": 0.0})
+        config = quick.with_changes(max_steps=6, val_every_steps=6, compile=compiled)
+        runs.append(train(loaded, f"file:{text_file}", config, tmp_path / name, progress=False))
+        assert loaded.module._compiled_call_impl is None
+    losses = [[row["loss"] for row in run.metrics if row["split"] == "train"] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_a_model_that_cannot_be_compiled_is_told(tiny_gpt):
+    class BackendCompilerFailed(Exception):
+        pass
+
+    BackendCompilerFailed.__module__ = "torch._dynamo.exc"
+    words = "torch.compile cannot handle GPT: no compiler.*Set compile to false"
+    with pytest.raises(RunError, match=words), training_core.compiled(tiny_gpt.module):
+        raise BackendCompilerFailed("no compiler\nat line 3")
+    assert tiny_gpt.module._compiled_call_impl is None
