@@ -98,3 +98,37 @@ def test_a_unit_of_the_same_class_that_counts_itself():
 
     torch.manual_seed(0)
     assert found(Trunk([FromSecond(i) for i in range(5)], nn.Identity())) == []
+
+
+class Loop(nn.Module):
+    """A transformer whose blocks are dicts of layers, called by the model itself."""
+
+    def __init__(self, skip):
+        super().__init__()
+        self.embed, self.head, self.skip = nn.Embedding(50, 16), nn.Linear(16, 50), skip
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(16), "qkv": nn.Linear(16, 48), "out": nn.Linear(16, 16),
+                    "second": nn.LayerNorm(16), "up": nn.Linear(16, 64), "down": nn.Linear(64, 16),
+                }
+            )
+            for _ in range(4)
+        )  # fmt: skip
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            q, k, v = block["qkv"](block["norm"](x)).chunk(3, -1)
+            seen = block["out"](nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+            x = x + seen if self.skip else seen
+            made = block["down"](nn.functional.gelu(block["up"](block["second"](x))))
+            x = x + made if self.skip else made
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("skip", "expected"), [(True, []), (False, [("fail", "blocks.0")])])
+def test_blocks_that_are_dicts_of_layers(skip, expected):
+    adapter = ModelAdapter(Loop(skip))
+    adapter.module.eval()
+    assert [(f.severity, f.where) for f in missing_residuals(adapter, adapter.example_inputs(2))] == expected

@@ -44,7 +44,7 @@ class AttentionWatch(TorchFunctionMode):
     """Notes in which modules attention runs: the fused call, or a softmax over scores of at least three axes.
 
     Attributes:
-        inside: Names of the modules that were running at such a call, all levels.
+        inside: Names of the modules that ran at such a call, and of those around the layer that ended before it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -52,13 +52,14 @@ class AttentionWatch(TorchFunctionMode):
         super().__init__()
         self.inside: set[str] = set()
         self._running: list[str] = []
+        self._last = ""
         self._handles = []
         for name, child in module.named_modules():
             self._handles.append(child.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
             self._handles.append(child.register_forward_hook(lambda *_: self._leave()))
 
     def _leave(self) -> None:
-        self._running.pop()
+        self._last = self._running.pop()
 
     def remove(self) -> None:
         """Take the hooks off again."""
@@ -69,6 +70,7 @@ class AttentionWatch(TorchFunctionMode):
         """Run one call and note attention."""
         if func in FUSED or (func in SOFTMAX and args and args[0].dim() >= 3 and args[0].shape[-1] > 1):
             self.inside.update(self._running)
+            self.inside.update(self._last[: dot.start()] for dot in re.finditer(r"\.", self._last))
         return func(*args, **(kwargs or {}))
 
 
@@ -112,7 +114,7 @@ class Probe:
         for before, after, moving in zip(self.plain, self.silence([part]), self.varying, strict=True):
             # What reads another stream into its own, which is alike for all samples, has no input to pass on.
             if (
-                part in moving
+                any(name == part or name.startswith(f"{part}.") for name in moving)
                 and bool(torch.isfinite(after).all())
                 and _gap(after) <= min(1e-6 * float(after.abs().max()), 1e-3 * _gap(before))
             ):
@@ -165,7 +167,7 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
     def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         before = first_tensor(given)
         if before is not None and before.dim() > 1 and _differ(before):
-            informed.add(name)
+            informed.update((name, name.rpartition(".")[0]))
 
     try:
         with watch, observe(adapter.module, note):
@@ -281,14 +283,12 @@ def _set_apart(module: nn.Module, lacking: list[str], units: list[str]) -> bool:
     """
     settings = {name: _settings(module.get_submodule(name)) for name in units}
     others = [name for name in units if name not in lacking]
-    same_class = {type(module.get_submodule(name)) for name in lacking} <= {
-        type(module.get_submodule(name)) for name in others
-    }
+    kinds = [{type(module.get_submodule(name)) for name in group} for group in (lacking, others)]
     for key in set[tuple[str, str]]().union(*(settings[name] for name in lacking)):
         values = [settings[name].get(key) for name in units]
         counts = len(set(values)) == len(values)
         if {settings[name].get(key) for name in lacking}.isdisjoint(settings[name].get(key) for name in others) and (
-            same_class or not counts
+            kinds[0] <= kinds[1] or not counts
         ):
             return True
     return False
@@ -382,16 +382,25 @@ def _first_look(
     """Run the model with all blocks silenced.
 
     Returns:
-        Which blocks keep the shape of a real-valued input; in which of these the samples still differ on the way out;
-        the order in which they ran; by how much the samples differ in the logits, beyond rounding.
+        Which blocks keep the shape of a real input; in which of these the samples still differ on the way out; the
+        order in which they ran; by how much the samples differ in the logits, beyond rounding.
     """
     every = {name for family in families for name in family}
     shapes_kept: dict[str, bool] = {}
     passing: dict[str, bool] = {}
 
+    # A plain container never runs: what enters its first layer and leaves its last one stands for it.
+    plain = {name for name in every if isinstance(adapter.module.get_submodule(name), (nn.ModuleDict, nn.ModuleList))}
+    entering: dict[str, Tensor] = {}
+
     def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         before, after = first_tensor(given), first_tensor(output)
-        if name in every and before is not None and after is not None:
+        if before is None or after is None:
+            return
+        for block in (part for part in plain if name.startswith(f"{part}.")):
+            shapes_kept[block] = entering.setdefault(block, before).shape == after.shape
+            passing[block] = False
+        if name in every:
             kept = before.is_floating_point() and before.dim() > 1 and before.shape == after.shape
             shapes_kept[name] = kept and shapes_kept.get(name, True)
             passing[name] = shapes_kept[name] and _differ(before) and _differ(after)
