@@ -461,3 +461,23 @@ def test_a_reconstruction_is_no_set_of_classes():
     ):
         outcome = check_objective(ModelAdapter(model, None, ModelSpec(**spec)), Budget(10.0))
         assert [finding.code for finding in outcome.findings] == expected
+
+
+class OwnTargets(nn.Module):
+    """Takes its targets from its own tokens."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Embedding(70, 24), nn.GRU(24, 24, batch_first=True), nn.Linear(24, 70)
+        self.shift = shift
+
+    def forward(self, input_ids):
+        logits = self.head(self.rnn(self.embed(input_ids))[0])
+        scores = logits[:, : input_ids.shape[1] - self.shift]
+        return F.cross_entropy(scores.transpose(1, 2), input_ids[:, self.shift :]), logits
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(1, []), (0, [("label_shift", "fail")])])
+def test_targets_from_its_own_tokens(shift, expected):
+    result = run_check(ModelAdapter(OwnTargets(shift), spec=ModelSpec(task="causal_lm")), CHECK, 10.0)
+    assert [(finding.code, finding.severity) for finding in result.findings] == expected

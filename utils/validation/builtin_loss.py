@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from utils.adapters.capture import named_tensors
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.objectives import IGNORED, OBJECTIVES, distinct_labels, labels_input, own_loss
 from utils.validation.probing import guarded, logits
@@ -244,3 +245,22 @@ def looks_causal(adapter: ModelAdapter, inputs: Mapping[str, Any], before: Tenso
     after = logits(adapter, {**inputs, adapter.main_input: ids}, whole=True)
     noise = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
     return bool((after[:, 0] - before[:, 0]).abs().max() <= noise)
+
+
+def shift_of_own_targets(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> int | None:
+    """Return by how many positions the targets are moved that a model makes from its own tokens; None without such.
+
+    That is a single number in the output whose gradient by the scores pairs each row with one token of the input.
+    """
+    ids = inputs[adapter.main_input]
+    with torch.enable_grad():
+        found = dict(named_tensors(adapter.forward(inputs)))
+        single = [t for t in found.values() if t.numel() == 1 and t.requires_grad]
+        scores = [t for t in found.values() if t.dim() == 3 and t.shape[:2] == ids.shape and t.requires_grad]
+        if len(single) != 1 or len(scores) != 1:
+            return None
+        gradient = torch.autograd.grad(single[0].sum(), scores[0], allow_unused=True)[0]
+    if gradient is None or not bool(gradient.any()):
+        return None
+    pairing = find_pairing(gradient, ids)
+    return None if pairing.reversed else pairing.shift

@@ -28,6 +28,7 @@ from utils.validation.builtin_loss import (
     called,
     looks_causal,
     pulled_rows,
+    shift_of_own_targets,
     trial,
     untrained_parameters,
 )
@@ -78,6 +79,10 @@ def check_objective(adapter: ModelAdapter, budget: Budget) -> Outcome:
     findings = [returned.finding] if returned.finding else []
     details: dict[str, object] = {"output": returned.kind}
     why = f"forward returns {returned.kind}" + ("" if name else " and takes no labels")
+    if name is None and task == "causal_lm" and shift_of_own_targets(adapter, inputs) == 0:
+        message = "the loss that forward returns pairs the scores at t with the token at t, which the model has read"
+        lines = reproduction(adapter, "print(model(**inputs))", TEXTS)
+        findings.append(Finding("label_shift", "fail", adapter.name, message, PAIRING_HINT, lines))
     wrong_axis = any(finding.code == "wrong_softmax_dim" for finding in findings)
     if name is not None and not wrong_axis:
         if result.dim() in (2, 3) and result.shape[-1] > 1 and task not in REAL_VALUED:
