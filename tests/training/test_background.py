@@ -11,6 +11,7 @@ from utils.training import background, checkpoint_manager, mirror
 from utils.training.background import CheckpointWriter, Worker, copy_at_the_end, within
 from utils.training.checkpoint_manager import CheckpointManager, take_snapshot
 from utils.training.resume import open_run, train
+from utils.training.training_module import TrainingModule
 from utils.training.weights import read_weights
 
 
@@ -190,19 +191,18 @@ def test_a_checkpoint_under_way_becomes_whole_when_training_fails(tmp_path, text
         time.sleep(0.3 if snapshot.step else 0)
         return original(self, snapshot)
 
-    class Fails:
-        def start(self, run):
-            pass
+    steps = []
 
-        def update(self, rows):
-            if rows[-1]["step"] == 5:
-                raise RuntimeError("somebody's fault")
+    def fails(self, batch):
+        steps.append(batch)
+        if len(steps) == 5:
+            raise RuntimeError("somebody's fault")
+        return step(self, batch)
 
-        def close(self, rows):
-            pass
-
+    step = TrainingModule._step
+    monkeypatch.setattr(TrainingModule, "_step", fails)
     monkeypatch.setattr(CheckpointManager, "write", slow)
     with pytest.raises(RuntimeError, match="somebody's fault"):
-        train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False, observers=[Fails()])
+        train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False)
     assert read_weights(tmp_path / "run/checkpoints/step-00000004/model.safetensors")
     assert open_run(tmp_path / "run")[0].step == 4

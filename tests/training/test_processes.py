@@ -50,7 +50,7 @@ def test_a_step_keeps_its_samples_on_another_number_of_devices(batch, accumulate
 
 def test_one_device_needs_no_strategy_and_a_cpu_no_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = TrainingConfig(devices=2, strategy="fsdp", precision="16-mixed")
+    config = TrainingConfig(devices=2, strategy="ddp", precision="16-mixed")
     changed = adapted(config, 1)
     assert (changed.strategy, changed.precision) == ("auto", "32-true")
     assert devices_here(config) == 2

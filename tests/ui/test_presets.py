@@ -32,7 +32,7 @@ def test_every_preset_trains_in_miniature(name, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"Line {i} of {i * 7 % 13} says {i * i}." for i in range(400)))
     loaded = utils.load_model(
-        "example:gpt", config={"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 1}
+        "example:gpt", config={"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 2}
     )
     config = preset(name, **MINIATURE)
     with warnings.catch_warnings():
