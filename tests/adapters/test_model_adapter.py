@@ -341,7 +341,7 @@ def test_tiny_models_are_quick(small: Any) -> None:
     model = small.Nano()
     started = time.perf_counter()
     ModelAdapter(model)
-    assert time.perf_counter() - started < 0.1
+    assert time.perf_counter() - started < 0.5
 
 
 def test_the_text_of_an_adapter_is_one_line(small: Any) -> None:
