@@ -116,3 +116,14 @@ def run_python(tmp_path):
         return result
 
     return run
+
+
+REHEARSING = ("tests/runtime", "test_containment", "test_bad_input", "test_model_adapter", "test_main")
+"""Modules whose tests need the rehearsal that comes before a model's first pass."""
+
+
+@pytest.fixture(autouse=True)
+def without_rehearsal(request, monkeypatch):
+    """Make adapters without copying this process first: harmless models by the thousand need no rehearsal."""
+    if not any(part in request.module.__name__ or part in str(request.path) for part in REHEARSING):
+        monkeypatch.setattr("utils.adapters.model_adapter.rehearse_once", lambda *_, **__: None)
