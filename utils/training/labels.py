@@ -26,6 +26,28 @@ class Classes:
     """How labels became numbers."""
 
 
+def read_targets(
+    values: Sequence[Any], regression: bool, num_labels: int | None, origin: str, names: Sequence[str] = ()
+) -> tuple[Classes, np.ndarray]:
+    """Read a column of labels as what the task predicts, and mask the rows that have some.
+
+    Args:
+        values: The labels as they were read.
+        regression: Numbers are predicted, and no classes; then there are no names and no reason.
+        num_labels: As for `encode_labels`.
+        origin: Column and file, for messages.
+        names: As for `encode_labels`.
+
+    Raises:
+        DataError: As `read_numbers` and `encode_labels`.
+    """
+    if regression:
+        numbers = read_numbers(values, origin)
+        return Classes(numbers, [], ""), ~np.isnan(numbers)
+    found = encode_labels(values, num_labels, origin, names)
+    return found, found.numbers != MISSING
+
+
 def encode_labels(values: Sequence[Any], num_labels: int | None, origin: str, names: Sequence[str] = ()) -> Classes:
     """Turn labels into class numbers.
 

@@ -7,7 +7,7 @@ import torch
 
 from utils.runtime.errors import DataError
 from utils.training.data_report import DataReport, class_counts, class_warnings
-from utils.training.labels import MISSING, encode_labels, read_numbers, standardised
+from utils.training.labels import read_numbers, read_targets, standardised
 from utils.training.needs import Needs
 from utils.training.prepared_data import PreparedData
 from utils.training.splitting import split_rows
@@ -37,15 +37,10 @@ def prepare_features(table: Table, columns: dict[str, str], needs: Needs, refere
     label_column, reason = choose_column(table, "number" if regression else "label", columns)
     origin = f"The column {label_column!r} of {table.origin}"
     notes = [f"labels are the column {label_column!r}: {reason}"]
-    names: list[str] = []
-    if regression:
-        numbers = read_numbers(table.columns[label_column], origin)
-        usable = ~np.isnan(numbers)
-    else:
-        found = encode_labels(table.columns[label_column], needs.num_labels, origin, table.names.get(label_column, ()))
-        numbers, names = found.numbers, found.names
-        usable = numbers != MISSING
-        notes.append(found.reason)
+    given, known = table.columns[label_column], table.names.get(label_column, ())
+    found, usable = read_targets(given, regression, needs.num_labels, origin, known)
+    numbers, names = found.numbers, found.names
+    notes += [found.reason] if found.reason else []
     values, titles = _features(table, label_column)
     values, numbers = values[usable], numbers[usable]
     warnings = [f"{(~usable).sum():,} rows have no label and were left out"] if not usable.all() else []

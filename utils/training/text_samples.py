@@ -21,7 +21,7 @@ from utils.training.data_report import (
     describe_lengths,
     find_overlap,
 )
-from utils.training.labels import MISSING, encode_labels, read_numbers, standardised
+from utils.training.labels import read_targets, standardised
 from utils.training.needs import Needs
 from utils.training.prepared_data import PreparedData
 from utils.training.splitting import split_rows
@@ -48,16 +48,9 @@ def prepare_labelled(table: Table, columns: dict[str, str], needs: Needs, refere
     origin = f"The column {label_column!r} of {table.origin}"
     notes = [f"text is the column {text_column!r}: {text_reason}", f"labels are {label_column!r}: {label_reason}"]
     texts, values = texts_of(table, text_column), table.columns[label_column]
-    numbers: np.ndarray
-    names: list[str] = []
-    if regression:
-        numbers = read_numbers(values, origin)
-        usable = ~np.isnan(numbers)
-    else:
-        found = encode_labels(values, needs.num_labels, origin, table.names.get(label_column, ()))
-        numbers, names = found.numbers, found.names
-        usable = numbers != MISSING
-        notes.append(found.reason)
+    found, usable = read_targets(values, regression, needs.num_labels, origin, table.names.get(label_column, ()))
+    numbers, names = found.numbers, found.names
+    notes += [found.reason] if found.reason else []
     usable &= np.array([bool(text.strip()) for text in texts], dtype=bool)
     warnings = [f"{(~usable).sum():,} rows have no text or no label and were left out"] if not usable.all() else []
     kept, contradictions = _without_repetitions(texts, numbers, usable)
