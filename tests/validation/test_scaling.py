@@ -202,6 +202,15 @@ def test_a_short_budget_calls_less_often():
     assert budget.reduced == ["fewer repeated calls"]
 
 
+@pytest.mark.parametrize("how", ["window", "late5", "late9"])
+def test_a_short_budget_is_no_reason_to_suspect_a_bounded_cache(how):
+    model = Language(how)
+    adapter = ModelAdapter(model)
+    with preserved(model, 0), torch.enable_grad():
+        outcome = check_memory_growth(adapter, Budget(0.0))
+    assert not outcome.findings
+
+
 def test_allocations_by_hand():
     """Peak: the input of tanh and its output; afterwards what autograd and the caller keep."""
     model, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)), torch.randn(4, 8)

@@ -27,9 +27,9 @@ from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.probing import ModelCrash, forward_seconds, guarded, has_length
 from utils.validation.watching import running_modules
 
-LEAST_CALLS, FEW_CALLS, MANY_CALLS = 3, 9, 40
+LEAST_CALLS, FEW_CALLS, ENOUGH_CALLS, MANY_CALLS = 3, 9, 20, 40
 """Calls in any case, those that show what is kept at every fourth call only, and those of a model that keeps more than
-after the first: bounded caches are full by then."""
+after the first, on a short budget and else: bounded caches are full by then."""
 LONGEST_PERIOD = 4
 """Calls from one that keeps more to the next."""
 COLLECTED = 8
@@ -71,7 +71,8 @@ def check_memory_growth(adapter: ModelAdapter, budget: Budget) -> Outcome:
             gc.collect()
             calls.note()
         if calls.grown():
-            calls.run(MANY_CALLS - len(calls.bytes), budget, least=LEAST_CALLS)
+            made = len(calls.bytes)
+            calls.run(MANY_CALLS - made, budget, least=ENOUGH_CALLS - made)
             gc.collect()
             calls.note()
         details[f"{mode}_bytes"] = calls.bytes
