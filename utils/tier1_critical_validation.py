@@ -47,7 +47,7 @@ TIER1: tuple[Check, ...] = (
         "does it take every legal shape?",
         check_shape_robustness,
         share=4,
-        codes=("shape_crash", "shape_limit", "vocab_mismatch", "hardcoded_device"),
+        codes=("shape_crash", "shape_limit", "vocab_mismatch", "hardcoded_device", "out_of_memory"),
     ),
     Check(
         "determinism",

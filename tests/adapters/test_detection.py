@@ -142,6 +142,12 @@ def test_only_positional_arguments_and_required_labels() -> None:
         ("MaskedLanguageModel", "masked_lm"),
         ("BidirectionalLanguageModel", "masked_lm"),
         ("ProteinMLMHead", "masked_lm"),
+        ("TinyMlm", "masked_lm"),
+        ("MLMv2", "masked_lm"),
+        ("mlm_model", "masked_lm"),
+        ("TransformLM", None),
+        ("SSMLM", None),
+        ("MLModel", None),
         ("MaskedLMHead", "masked_lm"),
         ("TextEncoder", "masked_lm"),
         ("LanguageModel", "causal_lm"),
@@ -161,6 +167,8 @@ def test_masked_names_come_before_language_model(name: str, task: str | None) ->
 def test_signs_of_an_encoder() -> None:
     assert encoder_sign(nn.Identity(), {"mask_token_id": 4}) == "`mask_token_id` in the config"
     assert encoder_sign(nn.Identity(), {"mask_token_id": None}) is None
+    signs = [encoder_sign(type(name, (nn.Module,), {})(), {}) for name in ("SSMLM", "TransformLM", "LSTMLM", "MLModel")]
+    assert signs == ["the model's name (SSMLM)", None, None, None]
     assert encoder_sign(nn.Identity(), {"model_name": "ProteinNet"}) == "the model's name (Identity)"
 
 
@@ -322,3 +330,8 @@ def test_as_many_answers_as_the_longest_text_has_tokens() -> None:
     assert (str(adapter.lengths.value), adapter.legal_length(7)) == ("20 only", 20)
     assert adapter.lengths.reason == "the output has 20 positions, however long the input is"
     assert tuple(adapter.example_inputs()["input_ids"].shape) == (2, 20)
+
+
+def test_a_module_without_parameters_has_nothing_to_train() -> None:
+    assert "nothing to train" in ModelAdapter(nn.ReLU()).task.reason
+    assert "nothing to train" not in ModelAdapter(nn.Linear(4, 4)).task.reason

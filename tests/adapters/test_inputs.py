@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter, ModelSpec
+from utils.adapters import inputs as inputs_module
 from utils.adapters.inputs import (
     candidate_kinds,
     image_shapes,
@@ -156,3 +157,17 @@ def test_widths_that_no_linear_layer_tells(model, shape):
     adapter = ModelAdapter(model())
     assert adapter.failure is None
     assert tuple(adapter.example_inputs(2)["x"].shape[1:]) == shape
+
+
+def test_the_search_for_a_limit_stops_before_a_pass_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each doubling takes four times as long, and so will the next; a wrong length takes no time."""
+    clock = [0.0]
+    monkeypatch.setattr(inputs_module.time, "perf_counter", lambda: clock[0])
+    tried: list[int] = []
+
+    def pairs(length: int) -> None:
+        tried.append(length)
+        clock[0] += 0.2 * (length / 64) ** 2
+
+    assert longest_length(pairs, 16).reason == "no limit found up to 64 tokens"
+    assert tried == [16, 32, 64] and clock[0] < inputs_module.PROBE_SECONDS

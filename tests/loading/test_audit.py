@@ -8,7 +8,14 @@ from utils.loading.source import example_names, read_example
 from utils.runtime.errors import AuditError, InstantiationError
 
 PRELUDE = "import warnings\nfrom torch import nn\ndef g(): yield\nclass A:\n    pass\n"
+LOADER = "from torch.utils.data import DataLoader\n"
 ATTACKS = [
+    LOADER + "def run(d): return DataLoader(d, num_workers=2)",
+    LOADER + "def run(d, n): return DataLoader(d, num_workers=n)",
+    LOADER + "def run(d): return DataLoader(d, 1, False, None, None, 2)",
+    LOADER + "def run(d, k): return DataLoader(d, **k)",
+    LOADER + "def run(d): d = DataLoader(d); d.num_workers = 2",
+    "import torch\ndef run(d): return torch.utils.data.DataLoader(d, num_workers=1)",
     "import os",
     "import os as m",
     "from os import path",
@@ -410,6 +417,15 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("source", ATTACKS)
 def test_an_attack_is_not_harmless(source: str) -> None:
     assert not audit({"model.py": source}).harmless
+
+
+def test_a_loader_without_workers_is_harmless() -> None:
+    """Only workers start processes, and that is what the report says."""
+    quiet = "def run(d: DataLoader): return DataLoader(d, 2, True, num_workers=0, pin_memory=True)\n"
+    own = "class A:\n    def __init__(self, n): self.num_workers = n\n"
+    assert audit({"model.py": LOADER + quiet + own}).harmless
+    (concern,) = audit({"model.py": LOADER + "def run(d): return DataLoader(d, num_workers=2)"}).concerns
+    assert concern.category == "process" and "may start processes" in concern.what
 
 
 def test_ordinary_model_code_is_harmless() -> None:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,16 @@ import sys
 import pytest
 
 from utils.runtime import files
-from utils.runtime.files import sha256_bytes, sha256_file, sync_file, write_atomic, write_json
+from utils.runtime.files import (
+    null_nonfinite,
+    sha256_bytes,
+    sha256_file,
+    sync_file,
+    tag_nonfinite,
+    untag_nonfinite,
+    write_atomic,
+    write_json,
+)
 
 
 def test_hashes_agree_with_hashlib(tmp_path):
@@ -72,6 +82,35 @@ def test_json_is_readable_and_keeps_unicode(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "ü", "list": [1, 2.5, None]}
     assert "ü" in path.read_text(encoding="utf-8")
     assert path.read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_does_not_know_are_refused_and_the_old_file_stays(tmp_path, number):
+    path = tmp_path / "value.json"
+    write_json(path, {"loss": 1.0})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"deep": [{"loss": number}]})
+    assert json.loads(path.read_text()) == {"loss": 1.0}
+
+
+def test_measured_numbers_become_null_and_settings_keep_theirs(tmp_path):
+    value = {"a": [1.5, math.inf, (-math.inf, "NaN")], "b": {"c": math.nan, "d": None, "e": True, "f": 3}}
+    assert null_nonfinite(value) == {"a": [1.5, None, [None, "NaN"]], "b": {"c": None, "d": None, "e": True, "f": 3}}
+    write_json(tmp_path / "settings.json", tag_nonfinite(value))
+    text = (tmp_path / "settings.json").read_text()
+    assert "NaN" in text
+
+    def refuse(name):
+        raise AssertionError(f"a bare {name}")
+
+    back = untag_nonfinite(json.loads(text, parse_constant=refuse))
+    assert back["a"] == [1.5, math.inf, [-math.inf, "NaN"]]
+    assert math.isnan(back["b"].pop("c"))
+    assert back["b"] == {"d": None, "e": True, "f": 3}
+    assert untag_nonfinite({"__float__": "5", "other": {"__float__": ["NaN"]}}) == {
+        "__float__": "5",
+        "other": {"__float__": ["NaN"]},
+    }
 
 
 def test_sync_accepts_files_and_folders_and_reports_missing_ones(tmp_path):

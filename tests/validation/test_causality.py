@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.validation.test_reproduction import pasted
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.test_functions import check_causality
 
@@ -278,3 +279,87 @@ def test_large_models_run_to_their_last_block(tiny, monkeypatch):
     result = check_causality(tiny.GPT(mask="until_32"), spec=CAUSAL)
     assert result.findings[0].where == "blocks.1.attn" and "length 64" in result.findings[0].message
     assert check_causality(tiny.GPT(), spec=CAUSAL).status == "pass"
+
+
+@pytest.mark.parametrize("name", ["TransformLM", "SSMLM"])
+def test_letters_inside_a_name_excuse_nothing(tiny, name):
+    """Neither is an MLM."""
+    assert check_causality(unmasked(name, tiny, mask="off_by_one")).status == "fail"
+
+
+@pytest.mark.parametrize("name", ["TinyMLM", "BertThing", "TextEncoder", "ModelForMaskedLM"])
+def test_a_name_alone_does_not_switch_the_proof_off(tiny, name):
+    """One token ahead of the whole past is no encoder; full sight and none at all are what the name may stand for."""
+    leaking = check_causality(unmasked(name, tiny, mask="off_by_one"))
+    assert [(f.code, f.severity) for f in leaking.findings] == [("future_leakage", "warn")]
+    assert name in leaking.why and "ModelSpec(task='causal_lm')" in leaking.findings[0].hint
+    assert check_causality(unmasked(name, tiny)).status == "skip"
+    assert check_causality(unmasked(name, tiny, mask="causal")).status == "pass"
+    stated = check_causality(unmasked(name, tiny, mask="off_by_one"), spec=ModelSpec(task="masked_lm"))
+    assert stated.status == "skip"
+
+
+def test_an_encoder_with_a_window_keeps_its_name(tiny):
+    """It sees as little of the past as of the future."""
+    model = tiny.Conv(causal=False)
+    type(model).__name__, kept = "BertOfConvolutions", type(model).__name__
+    try:
+        assert check_causality(model).status == "skip"
+    finally:
+        type(model).__name__ = kept
+
+
+class Numbers(nn.Module):
+    """A recurrence over steps of six numbers."""
+
+    def __init__(self, both=False, stride=1):
+        super().__init__()
+        self.mix = nn.GRU(6, 16, batch_first=True, bidirectional=both)
+        self.head, self.stride = nn.Linear(32 if both else 16, 6), stride
+
+    def forward(self, x):
+        return self.head(self.mix(x)[0])[:, :: self.stride]
+
+
+def stated(task="causal_lm", **inputs):
+    return ModelSpec(task=task, example_inputs=inputs or {"x": torch.randn(2, 20, 6)})
+
+
+def test_steps_of_numbers_are_replaced_like_tokens():
+    """A stated task is held to what it says; the lines show it."""
+    broken, spec = Numbers(both=True), stated()
+    result = check_causality(broken, spec=spec)
+    assert [(f.code, f.severity, f.where) for f in result.findings] == [("future_leakage", "fail", "mix")]
+    assert "step 1 changes the logits at position 0" in result.why
+    shown = [pasted(result.findings[0].reproduction, model=model, spec=spec) for model in (broken, Numbers())]
+    largest, clear = (float(text.removeprefix("tensor(").split(",")[0].rstrip(")")) for text in shown)
+    assert largest > 1e-3 and clear == 0
+    sound = check_causality(Numbers(), spec=spec)
+    assert sound.status == "pass" and "no step of `x` changes an earlier logit, at length 20" in sound.why
+
+
+def test_steps_that_the_answer_does_not_follow():
+    """What was stated and cannot be asked is a gap; without a word it is none."""
+    result = check_causality(Numbers(stride=2), spec=stated())
+    assert result.could_not_run and "it returns (1, 10, 6)" in result.why
+    assert not check_causality(Numbers(), spec=ModelSpec(example_inputs={"x": torch.randn(2, 20, 6)})).could_not_run
+
+
+class Forecast(nn.Module):
+    """Reads a past and writes a future of numbers."""
+
+    def __init__(self, both):
+        super().__init__()
+        self.past, self.future = nn.GRU(6, 16, batch_first=True), nn.GRU(6, 16, batch_first=True, bidirectional=both)
+        self.head = nn.Linear(32 if both else 16, 6)
+
+    def forward(self, src, tgt):
+        state = self.past(src)[1]
+        return self.head(self.future(tgt, state.repeat(2 if self.future.bidirectional else 1, 1, 1))[0])
+
+
+def test_a_decoder_of_numbers():
+    """The target's steps are asked, the source's are not."""
+    spec = stated("seq2seq", src=torch.randn(2, 9, 6), tgt=torch.randn(2, 7, 6))
+    assert [f.where for f in check_causality(Forecast(True), spec=spec).findings] == ["future"]
+    assert check_causality(Forecast(False), spec=spec).status == "pass"

@@ -106,3 +106,21 @@ def test_bar_list_is_well_formed():
     assert [float(bar.get("width")) for bar in bars] == [170.0, 85.0, 1.0]
     assert bars[1].find("title").text == f"{names[1]}: half"
     assert root.findall("text")[4].text == "<&>"
+
+
+def test_fused_encoder_layers_by_hand():
+    """In eval mode torch runs a whole layer as one operator, whose products count all the same."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    spec = ModelSpec(task="regression", example_inputs={"src": torch.randn(2, 12, 16)})
+    costs = costs_of(model, spec=spec)
+    projections, attention = 2 * 12 * 16 * 4 * 16, 2 * 2 * 12 * 12 * 16
+    assert sum(cost.flops for cost in costs.values()) == 2 * (projections + attention + 2 * 2 * 12 * 16 * 32)
+    assert costs["layers.1.linear1"].flops == 2 * 12 * 16 * 32
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_one_pass_is_timed_where_no_time_is_left():
+    adapter = ModelAdapter(nn.Linear(8, 4))
+    budget = Budget(0)
+    assert check_costs(adapter, budget).details["flops"] == 2 * 8 * 4
+    assert budget.reduced == ["times of one pass"]

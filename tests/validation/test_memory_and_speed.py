@@ -1,10 +1,13 @@
 """Memory: exact bytes against a hand count. Speed: loops found by counting, fused recurrence left alone."""
 
+import pytest
 import torch
 from torch import nn
 
 from utils.adapters import ModelAdapter
 from utils.test_functions import check_inference_speed, check_memory_footprint
+from utils.validation import inference_speed, memory_footprint
+from utils.validation.check import Budget
 from utils.validation.memory_footprint import _quadratic, saved_bytes
 
 
@@ -97,3 +100,19 @@ def test_fused_recurrence_and_batched_models_pass(tiny):
         result = check_inference_speed(model)
         assert result.status == "pass", result.why
         assert result.value > 0 and result.details["iqr_seconds"] >= 0 and result.details["repeats"] >= 3
+
+
+def test_two_passes_are_timed_where_no_time_is_left(tiny):
+    """They say what was left out; with time there are three at least."""
+    budget = Budget(0)
+    details = inference_speed.check_inference_speed(ModelAdapter(tiny.MLP()), budget).details
+    assert details["repeats"] == 2 and budget.reduced == ["2 timed passes, the first of this size among them"]
+    assert inference_speed.check_inference_speed(ModelAdapter(tiny.MLP()), Budget(5)).details["repeats"] >= 3
+
+
+def test_the_peak_is_not_measured_where_no_time_is_left(tiny, monkeypatch):
+    monkeypatch.setattr(memory_footprint, "forward_seconds", lambda *_: pytest.fail("measured"))
+    budget = Budget(0)
+    outcome = memory_footprint.check_memory_footprint(ModelAdapter(tiny.MLP()), budget)
+    assert "measured_peak" not in outcome.details
+    assert budget.reduced == ["the peak of a training step was not measured"]

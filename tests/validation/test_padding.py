@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from tests.validation.faulty_texts import Gpt, Recurrent, SelfAttention, TextModel
+from tests.validation.test_reproduction import pasted
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.validation.check import Check
 from utils.validation.padding import check_padding
+from utils.validation.padding_masks import Padded, masks_of, padding_lines
 from utils.validation.runner import run_check
 
 CHECK = Check("padding", 1, "", check_padding)
@@ -64,6 +66,15 @@ class MaskOfPadding(TorchEncoder):
 class MaskForgotten(TorchEncoder):
     def forward(self, src, src_key_padding_mask=None):
         return self.run(src, None)
+
+
+class Additive(TextModel):
+    """Wants numbers that are added to the scores, of four axes."""
+
+    def forward(self, input_ids, mask=None):
+        if mask is not None and (mask.dim() != 4 or not mask.is_floating_point()):
+            raise ValueError("expected an additive mask of four axes")
+        return super().forward(input_ids, None if mask is None else (mask[:, 0, 0] == 0).long())
 
 
 class DerivedMask(TextModel):
@@ -161,8 +172,15 @@ class Seq2Seq(nn.Module):
     ],
 )
 def test_leak_is_found_where_it_starts(build, spec, where):
-    """Ignored, inverted, weak and partly passed masks, pooling over padding, masks made from the padding id."""
-    assert found(judged(build(), **spec)) == [("padding_leakage", "fail", where)]
+    """Ignored, inverted, weak and partly passed masks, pooling over padding, masks made from the padding id.
+
+    The lines beside the finding show how far real positions move.
+    """
+    model = build()
+    result = judged(model, **spec)
+    assert found(result) == [("padding_leakage", "fail", where)]
+    shown = pasted(result.findings[0].reproduction, model=model, spec=ModelSpec(**spec))
+    assert float(shown.removeprefix("tensor(").split(",")[0].rstrip(")")) > 1e-3, shown
 
 
 def test_inversion_is_called_by_its_name():
@@ -281,8 +299,41 @@ def test_two_way_recurrence_only_warns():
 )
 def test_nan_from_padding(build, spec, where, words):
     """Softmax over minus infinities, alone and together with the triangle, and a mean of no tokens."""
-    result = judged(build(), **spec)
+    model = build()
+    result = judged(model, **spec)
     assert found(result) == [("nan_padding", "fail", where)] and words in result.why
+    shown = pasted(result.findings[0].reproduction, model=model, spec=ModelSpec(**spec))
+    assert shown == "finite: tensor(False)" or shown.startswith("NaN in ['"), shown
+
+
+@pytest.mark.parametrize(
+    ("build", "spec"),
+    [
+        (TextModel, ENCODER),
+        (lambda: TextModel(labels=3), CLASSIFIER),
+        (MaskOfPadding, ENCODER),
+        (lambda: Additive(masking="sound"), ENCODER),
+        (lambda: LastState(real=True), CLASSIFIER),
+        (lambda: DerivedMask(pad=0), ENCODER),
+        (lambda: Seq2Seq(True), {}),
+    ],
+)
+def test_the_same_lines_clear_a_sound_model(build, spec):
+    """Whatever the mask is called, its sense, its shape, and whether there is one."""
+    torch.manual_seed(0)
+    model, spec = build(), ModelSpec(**spec)
+    adapter = ModelAdapter(model, None, spec)
+    real = torch.ones(2, 13, dtype=torch.bool)
+    real[0, 9:] = real[1, :4] = False
+    masks = list(masks_of(adapter))
+    mask = masks[-1] if isinstance(model, Additive) else masks[0]
+    shape = tuple(adapter.logits(adapter.example_inputs(2, 13)).shape)
+    for what in ("ids", "amount", "output", "gradient"):
+        shown = pasted(padding_lines(adapter, Padded({}, real, mask), 0, what, shape), model=model, spec=spec)
+        if what in ("ids", "amount"):
+            assert float(shown.removeprefix("tensor(").split(",")[0].rstrip(")")) < 1e-5, (what, shown)
+        else:
+            assert shown in ("finite: tensor(True)", "NaN in []"), shown
 
 
 def test_nan_at_real_positions():

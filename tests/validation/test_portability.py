@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import rnn
 
 from tests.validation.faulty_modes import Model, found, result_of
-from utils.validation.portability import check_portability
+from utils.validation.portability import MIXED, check_portability
 
 DEVICE, DTYPE = "hardcoded_device", "hardcoded_dtype"
 
@@ -259,3 +259,64 @@ class FirstState(nn.Module):
 def test_first_states_on_the_cpu(kind):
     assert [code for code, *_ in found(check_portability, FirstState(kind, "cpu"))] == [DEVICE]
     assert found(check_portability, FirstState(kind, None)) == []
+
+
+class Spectrum(nn.Module):
+    """Sound in, scores out; `where` says on which device the window is made."""
+
+    def __init__(self, where=lambda x: {"device": x.device}, window=torch.hann_window):
+        super().__init__()
+        self.where, self.window, self.head = where, window, nn.Linear(17, 4)
+
+    def forward(self, waveform):
+        window = self.window(32, **self.where(waveform))
+        spectrum = torch.stft(waveform.float(), 32, 16, window=window, return_complex=True).abs().mean(-1)
+        return self.head(spectrum.to(self.head.weight.dtype))
+
+
+def test_functions_that_look_at_devices_themselves():
+    """stft says in its own words that its window is elsewhere."""
+    assert found(check_portability, Spectrum(lambda x: {})) == [(DEVICE, "fail", "Spectrum")]
+    result = result_of(check_portability, Spectrum())
+    assert result.status == "pass" and result.why == "it runs on another device and in bfloat16"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "indices should be either on cpu or on the same device as the indexed tensor (cpu)",
+        "grid_sampler(): expected input and grid to be on same device, but input is on meta",
+        "take(): self, index and out expected to be in the same device",
+        "multinomial arguments must have the same device",
+        "Expected same device for binary mkldnn op",
+        "Expected all tensors to be on the same device, but found at least two devices",
+        "Input and hidden tensors are not at the same device",
+    ],
+)
+def test_words_for_two_devices(words):
+    assert MIXED.search(words)
+
+
+def test_what_cannot_be_tried_is_no_pass():
+    """An error that is about neither device nor dtype says nothing, and the report does not say that it ran."""
+
+    def refuses(part, h):
+        if h.is_cuda or h.is_meta:
+            raise NotImplementedError("no kernel here")
+        return h
+
+    result = result_of(check_portability, Model(refuses))
+    assert (result.status, result.could_not_run, result.findings) == ("skip", False, ())
+    assert result.why.startswith("it runs in bfloat16; on another device it could not be tried: ")
+    assert "NotImplementedError: no kernel here" in result.why
+
+    def no_half(part, h):
+        if h.dtype == torch.bfloat16:
+            raise NotImplementedError("no kernel here")
+        return h
+
+    result = result_of(check_portability, Model(no_half))
+    assert result.status == "pass" and result.why == (
+        "it runs on another device and in float64; in bfloat16 it could not be tried: "
+        "NotImplementedError: no kernel here"
+    )

@@ -278,3 +278,10 @@ def test_values_are_checked():
         CheckResult("x", 1, "ok", None, None, "", 0.0)
     with pytest.raises(ValueError, match=r"Finding.severity is 'error'"):
         Finding("x", "error", "", "", "")
+
+
+def test_what_has_no_parameters_is_called_that():
+    """No task is made up for it; what has one parameter keeps its task."""
+    report = fixed_report(parameters=0, results=())
+    assert report.sentence == "GPTMini, a module without parameters: no faults, and nothing to train"
+    assert "causal language model, 1 parameters" in fixed_report(parameters=1).sentence

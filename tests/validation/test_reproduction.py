@@ -27,13 +27,14 @@ WITHOUT = {
     "out_of_memory": "the lines would take all memory",
     "slow_python_loop": "a measurement, which utils.show repeats",
     "quadratic_memory": "a measurement, which utils.show repeats",
-    "padding_leakage": "the sense of the mask is found by trying, which utils.show repeats",
-    "nan_padding": "the sense of the mask is found by trying, which utils.show repeats",
     "shape_limit": "the message names the lengths that do not run",
 }
 """Codes that may come without lines, and why."""
 NOTHING = {"constant_output", "ignored_input", "position_absent", "symmetric_init", "missing_residual"}
-SOMETHING = {"future_leakage", "batch_leakage", "dropout_in_eval", "nondeterministic_forward", "state_across_calls"}
+SOMETHING = {
+    "future_leakage", "batch_leakage", "padding_leakage", "dropout_in_eval", "nondeterministic_forward",
+    "state_across_calls",
+}  # fmt: skip
 WORDS = {
     "backward_crash": "RuntimeError: one of the variables needed",
     "buffer_not_registered": r"mix \[\]",
@@ -47,12 +48,13 @@ WORDS = {
     "hardcoded_device": "CUDA|cuda",
     "hardcoded_dtype": "RuntimeError: .*dtype",
     "input_mutation": r"tensor\(\[|^[1-9]",
-    "label_shift": "loss",
+    "label_shift": r"labels tensor.* trained on tensor",
     "lazy_parameter": "head.weight",
     "low_precision_unsafe": "RuntimeError: value cannot be converted|nan",
     "memory_growth": r"\[\d+, \d+, \d+",
     "missing_attention_scale": "blocks.0.attention', 1.0",
     "nan_long_sequence": r"tensor\(False\) tensor\(nan",
+    "nan_padding": r"^finite: tensor\(False\)|^NaN in \['",
     "nan_output": r"tensor\(False\) tensor\(nan",
     "padding_idx_wrong": r"1 tensor\(0\..* 0$",
     "shape_crash": r"torch.Size|tensor|Error",

@@ -319,3 +319,21 @@ def test_a_gradient_of_nan_is_not_called_finite():
     """The check says that it did not judge."""
     result = next(r for r in validate(Undefined(), progress=False).results if r.check == "gradient_flow")
     assert result.status == "skip" and "the loss is not finite" in result.why
+
+
+def test_what_takes_longer_than_a_stated_budget_says_so(tiny):
+    """The least that a check does it does in any case; without a stated budget nobody was promised anything."""
+
+    def slow(adapter, budget):
+        time.sleep(0.6)
+        return Outcome(1, 1, "fine")
+
+    def quick(adapter, budget):
+        return Outcome(1, 1, "fine")
+
+    checks, adapter = (Check("a", 1, "?", slow), Check("b", 1, "?", quick)), ModelAdapter(tiny.MLP())
+    first, second = run_checks(adapter, checks, time_budget=0.01, progress=False).results
+    (note,) = first.details["reduced"]
+    assert note.startswith("took 0.") and note.endswith(" s, the least it does, where 0.0 s were left for it")
+    assert "reduced" not in second.details
+    assert "reduced" not in run_checks(adapter, checks, progress=False).results[0].details

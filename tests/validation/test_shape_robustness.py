@@ -592,3 +592,58 @@ def test_an_id_zero_that_crashes():
     assert found(check_shape_robustness, CountsFromOne(lambda i: i - 1)) == [("vocab_mismatch", "fail", "words")]
     assert found(check_shape_robustness, CountsFromOne(lambda i: (i - 1).clamp(min=0))) == []
     assert found(check_shape_robustness, CountsFromOne(lambda i: (i - 1) % 60)) == []
+
+
+HUGE = 10**12
+"""Numbers that no machine of ours has room for."""
+
+
+class Hungry(nn.Module):
+    """Asks for more memory than there is; `when` tells for which input."""
+
+    def __init__(self, layer=None, when=lambda x: True):
+        super().__init__()
+        self.layer, self.when = layer or nn.Linear(4, 4), when
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y + torch.zeros(HUGE).sum() if self.when(x) else y
+
+
+@pytest.mark.parametrize("example", [None, {"x": torch.randn(2, 4)}])
+def test_a_pass_that_asks_for_too_much_memory(example):
+    """Whether the input was made up or given: what was asked for, and the line that did."""
+    report = validate(Hungry(), spec=ModelSpec(example_inputs=example), progress=False)
+    (finding,) = report.findings
+    assert (finding.code, finding.severity, finding.where) == ("out_of_memory", "fail", "Hungry")
+    assert "because memory ran out on " in finding.message and "it asked for 4.0 TB at once" in finding.message
+    line = Hungry.forward.__code__.co_firstlineno + 2
+    assert finding.location == f"test_shape_robustness.py:{line} (class Hungry)"
+
+
+def test_a_trial_that_asks_for_too_much_memory_is_no_fault():
+    """One of the inputs that were tried in vain did; another one runs."""
+    model = Hungry(nn.Conv2d(3, 4, 3), when=lambda x: x.shape[-1] > 100)
+    adapter = ModelAdapter(model, spec=ModelSpec(example_inputs={"x": torch.randn(2, 3, 16, 16)}))
+    assert adapter.failure is None and not check_shape_robustness(adapter).findings
+
+    class Picky(Hungry):
+        def forward(self, x):
+            if x.is_floating_point():
+                return super().forward(x)
+            return x.float().mean(1, keepdim=True).repeat(1, 3)
+
+    assert ModelAdapter(Picky(nn.Linear(4, 3))).failure is None
+
+
+def test_inputs_that_nobody_can_guess_and_that_take_all_memory():
+    """Nothing was computed from them, so they may be wrong."""
+
+    class Unsure(Hungry):
+        def forward(self, x):
+            torch.zeros(HUGE)
+            return self.layer(x)
+
+    report = validate(Unsure(), progress=False)
+    assert report.verdict == "INCOMPLETE" and not report.findings
+    assert "memory ran out, and it is unclear what `x` holds" in report.results[0].why

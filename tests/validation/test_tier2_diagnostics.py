@@ -115,7 +115,9 @@ def test_ids_without_a_table_are_skipped_with_the_reason():
 
     adapter = ModelAdapter(OneHot(), spec=ModelSpec(task="causal_lm", vocab_size=VOCABULARY, max_length=LENGTH))
     assert result("attribution", adapter).status == "skip"
-    assert "no nn.Embedding reads the token ids" in result("sensitivity", adapter).why
+    found = result("sensitivity", adapter)
+    assert "no nn.Embedding reads the token ids" in found.why and "noise of 1%" not in found.details
+    assert found.value == found.details["one token"]["mean"] > 0
 
 
 def test_order_does_not_matter_to_a_bag_of_words():
@@ -234,7 +236,7 @@ def corner():
 def test_saliency_is_zero_where_the_model_does_not_look():
     """And the deletion test proves that the rest matters."""
     adapter = corner()
-    maps = smooth_gradient(adapter, adapter.example_inputs(3)["pixel_values"])
+    maps = smooth_gradient(adapter, adapter.example_inputs(3))
     assert float(maps[:, :8, :8].min()) > 0 and float(maps[:, 8:].max()) == 0 and float(maps[:, :, 8:].max()) == 0
     found = result("saliency", adapter)
     assert found.value > 1.5 and "shows what matters" in found.why and found.details["gain"]["low"] > 0

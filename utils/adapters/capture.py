@@ -1,13 +1,31 @@
-"""What flows through a model: every submodule's inputs and output, in execution order, without changing it."""
+"""What flows through a model: every submodule's inputs and output, in execution order, without changing it.
+
+Nested tensors, ragged batches that torch's fused encoders make inside, have no shape and are left out.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Observer = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Have torch's attention layers run their operators one by one while the block does, as they do in train mode.
+
+    In eval mode they may run a whole layer as one operator, on nested tensors inside; the answers are the same.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager
@@ -16,28 +34,35 @@ def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
 
     Args:
         module: The model; its own name is ``""``.
-        observer: Sees positional inputs and then keyword inputs in one tuple, and the raw output. It must not keep
-            large tensors.
+        observer: Sees positional inputs and then keyword inputs in one tuple, and the raw output, with None for a
+            nested tensor. It must not keep large tensors.
     """
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            observer(name, child, (*args, *kwargs.values()), output)
+            given = tuple(_unless_nested(value) for value in (*args, *kwargs.values()))
+            observer(name, child, given, _unless_nested(output))
 
         return hook
 
     handles = [child.register_forward_hook(hook_for(name), with_kwargs=True) for name, child in module.named_modules()]
     try:
-        yield
+        with unfused_attention():
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _unless_nested(value: Any) -> Any:
+    return None if isinstance(value, Tensor) and value.is_nested else value
+
+
 def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor inside nested tuples, lists, mappings and dataclasses with its path, such as ``logits``."""
+    """Yield every tensor inside tuples, lists, mappings and dataclasses with its path, such as ``logits``."""
     if isinstance(value, Tensor):
-        yield path, value
+        if not value.is_nested:
+            yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from named_tensors(item, f"{path}.{key}" if path else str(key))

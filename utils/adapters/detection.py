@@ -61,17 +61,23 @@ TASK_SUFFIXES = {
     "audio_classification": re.compile(r"ForAudioClassification$"),
 }
 
+MASKED_WORD = r"(?<![A-Z])MLM(?![a-z](?!\d))|(?<![A-Za-z])[Mm]lm(?![a-z])|(?<=[a-z])Mlm(?![a-z])"
+"""MLM as a word of its own; within others it may be an accident, as in TransformLM, SSMLM and MLModel."""
 NAME_HINTS = (
     # The first pattern that occurs decides: a masked or bidirectional language model is a language model too, and
     # "masked" alone may also mean the mask of a decoder.
-    ("masked_lm", re.compile(r"bert|electra|(?<!st)mlm|bidirectional|masked_?(language|lm|token)", re.IGNORECASE)),
+    ("masked_lm", re.compile(rf"(?i:bert|electra|bidirectional|masked_?(?:language|lm|token))|{MASKED_WORD}")),
     ("causal_lm", re.compile(r"gpt|causal|llama|autoregress", re.IGNORECASE)),
     (None, re.compile(r"encoder_?decoder", re.IGNORECASE)),
     ("causal_lm", re.compile(r"decoder", re.IGNORECASE)),
     ("masked_lm", re.compile(r"masked|encoder", re.IGNORECASE)),
     ("causal_lm", re.compile(r"lm_?head|language_?model", re.IGNORECASE)),
 )
-ENCODER_NAME = re.compile(r"encoder|masked|protein|denois|diffusion", re.IGNORECASE)
+ENCODER_NAME = re.compile(
+    r"(?i:encoder|masked|protein|denois|diffusion)|(?<!LST)MLM(?![a-z](?!\d))|(?<!st)mlm(?!od)|Mlm(?!od)"
+)
+NAMED, CLASS_NAMED = "the model's name", "the class name"
+"""How a reason starts that is nothing but a name."""
 MASK_TOKEN_KEYS = ("mask_token_id", "mask_token", "mask_id", "mlm_probability", "type_vocab_size")
 
 DECODER_INPUTS = ("decoder_input_ids", "tgt", "trg", "target_ids", "decoder_inputs", "dec_ids")
@@ -278,7 +284,7 @@ def task_by_name(module: nn.Module, config: Mapping[str, Any]) -> Detection[str]
     for name in names:
         for task, pattern in TASK_SUFFIXES.items():
             if pattern.search(str(name)):
-                return Detection(task, f"the class name {name}")
+                return Detection(task, f"{CLASS_NAMED} {name}")
     return None
 
 
@@ -293,7 +299,7 @@ def language_task_hint(module: nn.Module, config: Mapping[str, Any], names: tupl
     for named, pattern in NAME_HINTS:
         if pattern.search(label):
             if named is not None:
-                return Detection(named, f"the model's name ({label.split()[0]})")
+                return Detection(named, f"{NAMED} ({label.split()[0]})")
             break
     if "token_type_ids" in names:
         return Detection("masked_lm", "forward takes `token_type_ids`, as BERT-style encoders do")
@@ -320,4 +326,4 @@ def encoder_sign(module: nn.Module, config: Mapping[str, Any]) -> str | None:
         if config.get(key) is not None and config.get(key) is not False:
             return f"`{key}` in the config"
     label = f"{type(module).__name__} {config.get('model_name', '')} {config.get('model_type', '')}"
-    return f"the model's name ({label.split()[0]})" if ENCODER_NAME.search(label) else None
+    return f"{NAMED} ({label.split()[0]})" if ENCODER_NAME.search(label) else None

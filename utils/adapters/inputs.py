@@ -226,18 +226,25 @@ def longest_length(run: Callable[[int], None], start: int, likely: Sequence[int]
         The length; None when none failed before the search ended.
     """
     started = time.perf_counter()
+    took = [0.0]
 
     def runs(length: int) -> bool:
+        began = time.perf_counter()
         try:
             run(length)
         except Exception:
             return False
+        took.append(time.perf_counter() - began)
         return True
 
     if not runs(start):
         return Detection(None, f"not found by trying: {start} tokens do not run with a batch of one")
     good, bad = start, None
-    while bad is None and good < LONGEST_PROBE and time.perf_counter() - started < PROBE_SECONDS:
+    while bad is None and good < LONGEST_PROBE:
+        # Twice the length takes twice the time, or four times where every pair of tokens is looked at.
+        growth = min(4.0, max(2.0, took[-1] / took[-2])) if took[-2] else 2.0
+        if time.perf_counter() - started + growth * took[-1] > PROBE_SECONDS:
+            break
         if runs(2 * good):
             good *= 2
         else:

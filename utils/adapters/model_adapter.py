@@ -39,7 +39,7 @@ from utils.adapters.roles import is_content
 from utils.adapters.sizes import SizeSearch
 from utils.adapters.spec import ModelSource, ModelSpec
 from utils.adapters.tasks import ASSUMED, check_task, find_content_input, find_task
-from utils.adapters.troubles import first_line, gpu_missing, ids_unreadable, needs_gpu, none_succeeded, tensor_missing
+from utils.adapters.troubles import first_line, gpu_missing, ids_unreadable, needs_gpu, tensor_missing
 from utils.adapters.wrapping import compiled_parts, lazy_parameters, uncompiled, unwrapped
 from utils.runtime.errors import AdapterError, SeedbedError
 from utils.runtime.isolation import ModelChangedError, preserved
@@ -392,7 +392,7 @@ class ModelAdapter:
             self._follow(replace(search.first, shape=Detection(search.first.shape.value, untested)))
         check_examples(self.module, self.spec, self.config)
         guessed = self.input_names if self.spec.example_inputs is None else None
-        self.failure = none_succeeded(self.name, attempts, guessed, search.sized)
+        self.failure = search.failure(self.name, attempts, guessed)
 
     def _follow(self, plan: InputPlan) -> None:
         """Set the adapter up for one way of calling the model."""

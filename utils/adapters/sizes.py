@@ -7,19 +7,24 @@ samples. Both say how far off the size was.
 
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from utils.adapters.capture import named_tensors
 from utils.adapters.detection import Detection
 from utils.adapters.plans import LONGEST_STATED, InputPlan
+from utils.adapters.troubles import memory_ran_out, none_succeeded
+from utils.runtime.resources import is_out_of_memory
 
 RESHAPED = re.compile(r"shape '\[([-\d, ]+)\]' is invalid for input of size (\d+)")
 MULTIPLIED = re.compile(r"shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x(\d+)\)")
 LARGEST_SIDE, LONGEST_SERIES = 640, 65536
 TRIES = 12
 """Sizes that are tried to close in on the one that fits."""
+STARVED_TRIES = 2
+"""Trials with one kind of input that may run out of memory before no more are made."""
 
 
 def needed_features(error: BaseException, batch: int) -> float | None:
@@ -69,7 +74,7 @@ class SizeSearch:
     """Passes plans on and, after those of one kind, adds plans of the size that their outcomes ask for.
 
     Attributes:
-        first: The likeliest plan; None while there is none.
+        first: The likeliest plan, or one that ran out of memory, which got further; None while there is none.
         sized: Whether what was refused depends on the input's size, so that some size may still fit.
     """
 
@@ -84,11 +89,21 @@ class SizeSearch:
         self._need: float | None = None
         self._folded: InputPlan | None = None
         self._last = False
+        self._tried: InputPlan | None = None
+        self._hungry: Counter[str] = Counter()
+        self._starved: BaseException | None = None
         self.first: InputPlan | None = None
         self.sized = False
 
     def __iter__(self) -> Iterator[InputPlan]:
         """Yield plans; after each, `refused` or `fits` is told how it went."""
+        for plan in self._candidates():
+            if self._hungry[plan.modality] < STARVED_TRIES:
+                self._tried = plan
+                yield plan
+
+    def _candidates(self) -> Iterator[InputPlan]:
+        """Yield the plans that were given, with those of other sizes in their places."""
         group: tuple[Any, ...] | None = None
         start: tuple[InputPlan, float] | None = None
         for plan in self._plans:
@@ -115,6 +130,22 @@ class SizeSearch:
     def refused(self, error: BaseException) -> None:
         """Note that the model raised."""
         self._need = needed_features(error, self._batch)
+        if is_out_of_memory(error) and self._tried is not None:
+            if self._starved is None:
+                self.first, self._starved = self._tried, error
+            self._hungry[self._tried.modality] += 1
+
+    def failure(self, model: str, attempts: Sequence[str], names: Sequence[str] | None) -> str:
+        """Say that no plan succeeded.
+
+        Args:
+            model: The model's name.
+            attempts: Each plan with what it raised.
+            names: The inputs that were made up; None where they were the user's own.
+        """
+        if self._starved is not None and self.first is not None:
+            return memory_ran_out(model, self.first.description, self._starved)
+        return none_succeeded(model, attempts, names, self.sized)
 
     def fits(self, plan: InputPlan, output: Any, positions: int) -> bool:
         """Tell whether the rows of an output are the samples, or there is no better plan left."""

@@ -54,6 +54,8 @@ def find_task(adapter: ModelAdapter, shape: tuple[int, ...], uses: Sequence[Embe
         # Decoders that read images or sound beside the text are called generators, but have one sequence only.
         if named.value != "seq2seq" or any(name in DECODER_INPUTS for name in adapter.argument_names):
             return named
+    if not adapter.num_parameters and not adapter.lazy and modality != "tokens":
+        return Detection("embedding", "no parameters: what goes in is transformed, and there is nothing to train")
     if adapter.failure is not None:
         assumed = {"image": "image_classification", "features": "tabular_classification", "tokens": "causal_lm"}
         kind = {"tokens": "token ids"}.get(modality, modality)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from utils.runtime.resources import format_bytes
+
 GPU_ERRORS = re.compile(
     r"triton|active drivers|not compiled with cuda|no nvidia driver|no cuda gpus|cuda driver|from the 'CPU' backend"
     r"|flash.?attn|flashattention|is_cuda|cuda(_| )extension|mamba_ssm|causal_conv1d"
@@ -18,6 +20,10 @@ UNREADABLE = "but not with token ids below"
 """How an adapter says that a model reads a few ids and crashes on others that its vocabulary has."""
 UNSIZED = "It takes inputs of one size only, and none that was tried is that"
 """How an adapter says that a model is refused or refuses by the size of its input alone."""
+STARVED = "because memory ran out"
+"""How an adapter says that a forward pass asks for more memory than there is."""
+ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]i?B))", re.IGNORECASE)
+"""How torch says how much it was asked for at once."""
 MOVES = re.compile(r"not compiled with cuda|no nvidia driver|no cuda gpus", re.IGNORECASE)
 """What torch says where code moves a tensor to a GPU, or makes it there, on a machine without one."""
 
@@ -47,10 +53,11 @@ def gpu_missing(model: str, device: torch.device, error: BaseException) -> str:
 
 def tensor_missing(model: str, output: Any, tried: str) -> str:
     """Say that a forward pass succeeded and returned nothing to work with."""
-    kind = "None" if output is None else f"a {type(output).__name__}"
+    nested = isinstance(output, torch.Tensor) and output.is_nested
+    kind = "None" if output is None else "a nested tensor" if nested else f"a {type(output).__name__}"
     return (
-        f"forward() of {model} returned {kind} and no tensor for {tried}. Expected logits, scores or features. Return "
-        "them from forward()."
+        f"forward() of {model} returned {kind} and no{' plain' if nested else ''} tensor for {tried}. Expected logits, "
+        "scores or features. Return them from forward()."
     )
 
 
@@ -59,6 +66,19 @@ def ids_unreadable(model: str, ids: int, error: BaseException) -> str:
     return (
         f"{model} runs, {UNREADABLE} {ids}: {first_line(error)}. Correct vocab_size in the config, or pass "
         "ModelSpec(vocab_size=...)."
+    )
+
+
+def memory_ran_out(model: str, tried: str, error: BaseException) -> str:
+    """Say that a forward pass asks for more memory than there is."""
+    asked = ASKED.search(str(error))
+    size = asked[1] if asked else ""
+    if size.endswith("bytes"):
+        size = format_bytes(int(size.split()[0]))
+    how = f" when it asked for {size} at once" if size else ""
+    return (
+        f"No forward pass of {model} succeeded, {STARVED} on {tried}{how}. Expected these to fit. Make "
+        "tensors no larger than the input needs, or use a device with more memory."
     )
 
 

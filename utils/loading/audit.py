@@ -254,7 +254,7 @@ class _Reader:
             limits = rules.LIMITED | (rules.LIMITED_WITH_NUMPY if self.numpy else {})
             for known in {name, find_origin(name)} & limits.keys():
                 if not self.context.is_limited_use(node, limits[known]):
-                    self.note(node, "dynamic code", f"{known} used in an unusual way")
+                    self.note(node, *(limits[known].otherwise or ("dynamic code", f"{known} used in an unusual way")))
                     return
 
     def on_attribute(self, node: ast.Attribute) -> bool:
@@ -301,6 +301,8 @@ class _Reader:
             copied = isinstance(new, ast.Attribute) and new.attr == name
             if not copied and not (isinstance(new, ast.Constant) and new.value in rules.ATTENTION):
                 self.note(node, "network", f".{name} can name code on the Hub")
+        elif name == "num_workers" and not self.context.is_own(value):
+            self.note(node, *(rules.LOADER.otherwise or ("process", name)))
         elif name.startswith("__") or name == "forward" or (method and not self.context.is_own(value)):
             self.note(node, "changes other code", f"assigns to .{name}")
 

@@ -73,6 +73,11 @@ def is_main_guard(node: ast.stmt) -> bool:
     )
 
 
+def _is_unset(value: ast.expr) -> bool:
+    """Whether an argument is 0 or None, to be read off the source."""
+    return isinstance(value, ast.Constant) and (value.value is None or value.value == 0)
+
+
 class Context:
     """The parents of the nodes of one file."""
 
@@ -165,6 +170,8 @@ class Context:
         if len(parent.args) > limit.positional or any(isinstance(a, ast.Starred) for a in parent.args):
             return False
         if any(k.arg is None or (limit.keywords and k.arg not in limit.keywords) for k in parent.keywords):
+            return False
+        if any(k.arg in limit.unset and not _is_unset(k.value) for k in parent.keywords):
             return False
         if limit.place == "decorator":
             return self.is_decorator(parent)

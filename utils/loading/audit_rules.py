@@ -136,6 +136,10 @@ class Limit:
     """Whether it may decorate without being called."""
     place: str = ""
     """"decorator", "class" (value of an annotated class variable), "metaclass", or nothing for anywhere."""
+    unset: frozenset[str] = frozenset()
+    """Keywords that pass only as the constants 0 and None."""
+    otherwise: tuple[str, str] | None = None
+    """Category and words for any other use; by default an unusual way of using it is dynamic code."""
 
 
 # dataclass and signature can evaluate text, wraps copies attributes by name, compile hands code to a backend.
@@ -147,6 +151,13 @@ LIMITED = {
     "inspect.signature": Limit(1, frozenset({"obj"})),
     "torch.compile": Limit(1, frozenset({"mode", "fullgraph", "dynamic", "disable"}), bare=True),
 }
+# With workers a loader starts processes; its first five arguments do not say how many.
+LOADER = Limit(
+    5,
+    unset=frozenset({"num_workers", "multiprocessing_context"}),
+    otherwise=("process", "a DataLoader that may start processes (num_workers other than 0)"),
+)
+LIMITED["torch.utils.data.dataloader.DataLoader"] = LOADER
 # Where arrays of numpy are in reach, nothing may set an attribute whose name cannot be seen: an object that answers
 # to `__array_interface__` opens the memory of the process.
 LIMITED_WITH_NUMPY = {

@@ -14,12 +14,16 @@ from utils.validation.check import Budget, Outcome, Skipped
 from utils.validation.pictures import line_chart
 from utils.validation.responses import (
     affordable_samples,
+    answer_place,
     answers,
     classifies,
     content_of,
+    gradient_of,
+    held_fixed,
     repeated,
     sample_inputs,
     text_length,
+    told_fixed,
     with_content,
 )
 from utils.validation.sensitivity import other_tokens
@@ -35,17 +39,13 @@ def check_adversarial(adapter: ModelAdapter, budget: Budget) -> Outcome:
     first = answers(adapter, sample_inputs(adapter, 1, text_length(adapter, LENGTH)))
     if not classifies(adapter, first):
         raise Skipped("the answer is not a choice among classes, so there is nothing to flip")
-    if adapter.modality == "tokens":
-        return _tokens(adapter, budget)
-    return _steps(adapter, budget)
+    length = text_length(adapter, LENGTH)
+    return _steps(adapter, budget) if length is None else _tokens(adapter, budget, length)
 
 
-def _tokens(adapter: ModelAdapter, budget: Budget) -> Outcome:
+def _tokens(adapter: ModelAdapter, budget: Budget, length: int) -> Outcome:
     """Search token substitutions (HotFlip: Ebrahimi et al., 2018, equation 2)."""
     count = affordable_samples(adapter, budget, passes=SUBSTITUTIONS * (2 * CANDIDATES + 3), wanted=8)
-    length = text_length(adapter, LENGTH)
-    if length is None:
-        raise Skipped("the input is no sequence of tokens")
     guided, random = [], []
     for sample in range(count):
         inputs = sample_inputs(adapter, 1, length, seed=sample)
@@ -57,10 +57,16 @@ def _tokens(adapter: ModelAdapter, budget: Budget) -> Outcome:
     }
     flips = {name: [sum(run[k] <= 0 for run in runs) for k in range(SUBSTITUTIONS + 1)]
              for name, runs in (("gradient-guided", guided), ("random", random))}  # fmt: skip
-    details: dict[str, Any] = {"samples": count, "margin_by_substitutions": curves, "flipped_by_substitutions": flips}
+    details: dict[str, Any] = {
+        "samples": count, "held_fixed": held_fixed(adapter, inputs),
+        "margin_by_substitutions": curves, "flipped_by_substitutions": flips,
+    }  # fmt: skip
     share = flips["gradient-guided"][SUBSTITUTIONS] / count
     control = flips["random"][SUBSTITUTIONS] / count
-    why = f"{SUBSTITUTIONS} chosen tokens flip {share:.0%} of answers, {SUBSTITUTIONS} random ones {control:.0%}"
+    why = (
+        f"{SUBSTITUTIONS} chosen tokens flip {share:.0%} of answers, {SUBSTITUTIONS} random ones {control:.0%}"
+        f"{told_fixed(adapter, inputs)}"
+    )
     picture = line_chart(
         range(SUBSTITUTIONS + 1), curves, "margin of the first answer over the next", "tokens substituted",
         "Below zero the answer has flipped.",
@@ -90,19 +96,20 @@ def search_tokens(adapter: ModelAdapter, inputs: dict[str, Tensor], seed: int = 
         return rows[:, target] - others.amax(-1)
 
     history = [float(margins(answers(adapter, inputs))[0])]
-    # The last token of a causal model is the question itself; elsewhere every place may change.
-    places = ids.shape[1] - (1 if adapter.task.value == "causal_lm" and ids.shape[1] > 1 else 0)
+    # The token that the answer belongs to is the question itself; every other place may change.
+    question = answer_place(adapter, ids.shape[1])
+    places = [place for place in range(ids.shape[1]) if place != question] or [0]
     for _ in range(SUBSTITUTIONS):
         current = {**inputs, name: ids}
         proposals = _guided(adapter, current, margins, places) if guided else None
         if proposals is None:
-            where = torch.randint(places, (CANDIDATES,), generator=generator)
+            where = torch.tensor(places)[torch.randint(len(places), (CANDIDATES,), generator=generator)]
             what = other_tokens(adapter, ids.expand(CANDIDATES, -1), generator).cpu()[torch.arange(CANDIDATES), where]
             proposals = list(zip(where.tolist(), what.tolist(), strict=True))
         trials = ids.repeat(len(proposals), 1)
         for row, (place, token) in enumerate(proposals):
             trials[row, place] = token
-        result = margins(answers(adapter, {**repeated(current, len(proposals)), name: trials}))
+        result = margins(answers(adapter, {**repeated(adapter, current, len(proposals)), name: trials}))
         best = int(result.argmin())
         if float(result[best]) < history[-1]:
             ids = trials[best : best + 1]
@@ -111,7 +118,7 @@ def search_tokens(adapter: ModelAdapter, inputs: dict[str, Tensor], seed: int = 
 
 
 def _guided(
-    adapter: ModelAdapter, inputs: dict[str, Tensor], margins: Any, places: int
+    adapter: ModelAdapter, inputs: dict[str, Tensor], margins: Any, places: list[int]
 ) -> list[tuple[int, int]] | None:
     """Return the substitutions that a linear expansion of the margin likes best; None without a table of tokens."""
     table = _table(adapter, inputs)
@@ -119,16 +126,16 @@ def _guided(
         return None
     content = content_of(adapter, inputs).detach().requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(margins(with_content(adapter, inputs, content)).sum(), content)
-    slope = gradient[0, :places].float()
+        gradient = gradient_of(margins(with_content(adapter, inputs, content)).sum(), content)
+    slope = gradient[0, places].float()
     size = adapter.readable_ids()
-    gain = slope @ table[:size].float().T - (slope * content[0, :places].detach().float()).sum(-1, keepdim=True)
-    present = inputs[adapter.main_input][0, :places]
-    gain[torch.arange(places, device=gain.device), present] = float("inf")
+    gain = slope @ table[:size].float().T - (slope * content[0, places].detach().float()).sum(-1, keepdim=True)
+    present = inputs[adapter.main_input][0, places]
+    gain[torch.arange(len(places), device=gain.device), present] = float("inf")
     if (padding := adapter.pad_token_id.value) is not None and padding < size:
         gain[:, padding] = float("inf")
     best = gain.flatten().topk(min(CANDIDATES, gain.numel()), largest=False).indices.tolist()
-    return [(index // size, index % size) for index in best]
+    return [(places[index // size], index % size) for index in best]
 
 
 def _table(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> Tensor | None:
@@ -153,7 +160,7 @@ def _steps(adapter: ModelAdapter, budget: Budget) -> Outcome:
         rows = with_content(adapter, inputs, point)
         top = rows.argmax(-1)
         loss = nn.functional.cross_entropy(rows, top, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, point)
+        gradient = gradient_of(loss, point)
     signs = {
         "gradient": gradient.sign(),
         "random": (torch.rand(content.shape, generator=generator) < 0.5).to(content) * 2 - 1,
@@ -166,12 +173,14 @@ def _steps(adapter: ModelAdapter, budget: Budget) -> Outcome:
             with torch.no_grad():
                 changed = with_content(adapter, inputs, content + size * scale * sign).argmax(-1)
             curves[name].append(float((changed != top).float().mean()))
-    details = {"samples": count, "step_sizes": list(STEP_SIZES), "flipped": curves}
+    details = {
+        "samples": count, "held_fixed": held_fixed(adapter, inputs),
+        "step_sizes": list(STEP_SIZES), "flipped": curves,
+    }  # fmt: skip
+    what = "input's" if inputs[adapter.main_input].is_floating_point() else "embeddings'"
     why = (
-        f"a step of {STEP_SIZES[2]:.0%} of the input's spread flips {curves['gradient'][2]:.0%} of answers, "
-        f"a random one {curves['random'][2]:.0%}"
+        f"a step of {STEP_SIZES[2]:.0%} of the {what} spread flips {curves['gradient'][2]:.0%} of answers, "
+        f"a random one {curves['random'][2]:.0%}{told_fixed(adapter, inputs)}"
     )
-    picture = line_chart(
-        STEP_SIZES, curves, "share of flipped answers by size of the step", "step / spread of the input"
-    )
+    picture = line_chart(STEP_SIZES, curves, "share of flipped answers by size of the step", f"step / {what} spread")
     return Outcome(curves["gradient"][2], None, why, (), details, [picture])

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from utils.adapters.capture import named_tensors
 from utils.adapters.model_adapter import ModelAdapter
-from utils.adapters.objectives import IGNORED, OBJECTIVES, distinct_labels, labels_input, own_loss
+from utils.adapters.objectives import IGNORED, OBJECTIVES, OwnLoss, distinct_labels, labels_input, own_loss
 from utils.validation.probing import guarded, logits
 
 SHIFTS = (0, 1, 2, -1, 3, -2, -3)
@@ -25,6 +25,7 @@ AGREEMENT = 0.9
 """Share of the rows that a pairing must explain; labels that differ leave no doubt, two classes need the slack."""
 COMPARED_ROWS = 6
 """Rows in which gradients are compared; one would do, were there no accident."""
+BINARY_DRAWS = 4
 FAINT = 0.01
 """Pull on a row's scores, relative to the strongest, below which the row does not count."""
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
@@ -217,6 +218,85 @@ def by_value(
             if float((own - scale * theirs).abs().max()) <= max(2e-3 * float(own.abs().max()), noise) and scale > 0:
                 return name, shift, True
     return None, 0, True
+
+
+@dataclass(frozen=True)
+class BinaryLoss:
+    """What a model's own loss makes of yes-or-no labels, one for each number of its output."""
+
+    labels: Tensor
+    """The last that were tried."""
+    twice: bool
+    """The loss is binary cross-entropy of a sigmoid of the output."""
+    by_element: bool
+    """Labels have influence, and none on what the loss says about another number of the output."""
+
+
+def binary_loss(adapter: ModelAdapter, inputs: Mapping[str, Any], result: Tensor) -> BinaryLoss | None:
+    """Call a model with yes-or-no labels and tell its loss by its gradient, or else by its values; None without one."""
+    shapes = [tuple(result.shape)]
+    shapes += [shapes[0][:-1]] if result.dim() > 1 and result.shape[-1] == 1 else []
+    for shape in shapes:
+        try:
+            tried = [_with_binary(adapter, inputs, result, shape, seed) for seed in range(BINARY_DRAWS)]
+        except Exception:
+            # The model wants labels of another shape or kind.
+            continue
+        calls = [(labels, got) for labels, got in tried if got is not None and bool(torch.isfinite(got.loss))]
+        if len(calls) < BINARY_DRAWS:
+            return None
+        heard = len({float(got.loss.detach()) for _, got in calls}) > 1
+        return BinaryLoss(calls[-1][0], _is_twice(calls, result), heard and _is_by_element(calls))
+    return None
+
+
+def _with_binary(
+    adapter: ModelAdapter, inputs: Mapping[str, Any], result: Tensor, shape: tuple[int, ...], seed: int
+) -> tuple[Tensor, OwnLoss | None]:
+    """Call a model with labels of 1 in other places and of another number for each seed."""
+    order = torch.randperm(result.numel(), generator=torch.Generator().manual_seed(seed))
+    # Were there equally many, scores that are all equal would give one loss for all of them.
+    labels = (order % (2 + seed) == 0).view(shape).to(result)
+    with torch.enable_grad():
+        return labels, own_loss(adapter, inputs, labels, result)
+
+
+def _is_twice(calls: list[tuple[Tensor, OwnLoss]], result: Tensor) -> bool:
+    """Tell whether losses are those of `binary_cross_entropy_with_logits` of the output, in every call.
+
+    A loss made from the numbers before the sigmoid has no gradient by the output and other values; binary cross-entropy
+    and squared error of the output itself have gradients of another direction.
+    """
+    flat, tolerance = result.detach().flatten().double(), TOLERANCE.get(result.dtype, 1e-3)
+    factors: set[float] = set()
+    for labels, got in calls:
+        wanted = labels.flatten().double()
+        if got.scores is not None and not torch.allclose(got.scores.double().flatten(), flat, rtol=tolerance):
+            return False
+        if got.gradient is not None and bool(got.gradient.any()):
+            given, reference = got.gradient.flatten().double(), flat.sigmoid() - wanted
+            weight = (given @ reference) / (reference @ reference)
+            if float(weight) <= 0 or float((given - weight * reference).norm() / given.norm()) > tolerance:
+                return False
+            continue
+        loss = float(got.loss.detach())
+        mean = float(functional.binary_cross_entropy_with_logits(flat, wanted))
+        sums = {1.0, float(len(flat)), len(flat) / len(result)}
+        factors |= {factor for factor in sums if abs(loss - factor * mean) <= 0.1 * tolerance * abs(loss)} or {0.0}
+    return len(factors) <= 1 and 0.0 not in factors
+
+
+def _is_by_element(calls: list[tuple[Tensor, OwnLoss]]) -> bool:
+    """Tell whether the gradient by a number of the output follows its own label alone, or there is none."""
+    (labels, first), *others = calls
+    for other, got in others:
+        if first.gradient is None or got.gradient is None:
+            continue
+        same = (labels == other).flatten()
+        moved = (first.gradient - got.gradient).flatten()[same].abs()
+        if moved.numel() and float(moved.max()) > 1e-3 * float(first.gradient.abs().max()):
+            return False
+    return True
 
 
 def untrained_parameters(adapter: ModelAdapter, inputs: Mapping[str, Any], labels: Tensor, scores: Tensor) -> list[str]:

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.adapters.detection import CLASS_NAMED, NAMED
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.structure import blocks
+from utils.runtime.errors import AdapterError
 from utils.runtime.resources import LARGE_MODEL
 from utils.validation.check import Budget, Finding, Outcome, Skipped
-from utils.validation.dependence import first_leak, is_real, least_plain, output_of, replace_ids
+from utils.validation.dependence import first_leak, is_real, least_plain, other_content, output_of, replace_ids
 from utils.validation.probing import (
     LONGEST_LENGTH,
     ModelCrash,
@@ -31,6 +33,9 @@ HINT = (
     "Mask the future where positions mix: scaled_dot_product_attention(..., is_causal=True) or a triangular mask; "
     "pad convolutions on the left only; never normalise or pool over time."
 )
+STATE_HINT = (
+    "State the task: ModelSpec(task='masked_lm') if it may see later tokens, ModelSpec(task='causal_lm') if not."
+)
 
 
 def check_causality(adapter: ModelAdapter, budget: Budget) -> Outcome:
@@ -38,14 +43,16 @@ def check_causality(adapter: ModelAdapter, budget: Budget) -> Outcome:
 
     Tried are the second, the middle and the last position at a short length and, as time permits, the middle and the
     last at the longest. The tolerance is the model's own numerical noise; between that and none a copy of a small model
-    in float64 decides.
+    in float64 decides. Sequences of numbers are tried at the length they have. A model that only a name calls masked,
+    and that sees the past but hardly the future, is held to it with a warning.
 
     Code: ``future_leakage``.
     """
-    if adapter.task.value not in ("causal_lm", "seq2seq"):
+    named = _named_masked(adapter)
+    if adapter.task.value not in ("causal_lm", "seq2seq") and not (named and _sees_the_past(adapter)):
         raise Skipped(f"not a causal model ({adapter.task.value}: {adapter.task.reason}); it may see every position")
     if not has_length(adapter):
-        raise Skipped("the input is no sequence of tokens")
+        return _check_steps(adapter)
     if (adapter.vocab_size.value or 0) < 2:
         raise Skipped("a vocabulary of fewer than two tokens leaves nothing to replace")
     short = short_length(adapter)
@@ -60,9 +67,59 @@ def check_causality(adapter: ModelAdapter, budget: Budget) -> Outcome:
     largest = max(entry["change"] for entry in tried)
     if finding is not None and adapter.task_assumed:
         finding = _weigh(adapter, finding)
+    elif finding is not None and named:
+        message = f"{finding.message}; it sees the whole past and little else, whatever {adapter.task.reason} says"
+        finding = replace(finding, severity="warn", message=message, hint=STATE_HINT)
     findings = [finding] if finding else []
     why = f"no token changes an earlier logit, up to length {max(entry['length'] for entry in tried)}"
     return Outcome(largest, tried[-1]["tolerance"], why, findings, {"tried": tried})
+
+
+def _check_steps(adapter: ModelAdapter) -> Outcome:
+    """Test a sequence whose length cannot be chosen, such as one of real numbers, as it is.
+
+    Raises:
+        AdapterError: The user called the model causal, and its answer has other steps than its input.
+    """
+    name, inputs = content_input(adapter), adapter.example_inputs(1)
+    value = inputs[name]
+    if value.dim() < 2 or (value.is_floating_point() and value.dim() != 3) or value.shape[1] < 2:
+        raise Skipped(f"`{name}` {tuple(value.shape)} is no sequence")
+    if adapter.task.value == "seq2seq" and name == adapter.main_input:
+        raise Skipped("the input is no sequence that the answer follows step by step")
+    shape, steps = tuple(logits(adapter, inputs).shape), value.shape[1]
+    if len(shape) < 3 or shape[1] != steps:
+        if adapter.spec.task is None:
+            raise Skipped(f"the logits have shape {shape} for {steps} steps: none per step to compare")
+        raise AdapterError(
+            f"The model is stated to be {adapter.spec.task}, but for `{name}` {tuple(value.shape)} it returns {shape}.",
+            "Expected one row of logits per step, (batch, steps, ...) in and out.",
+            "Pass ModelSpec(example_inputs={...}) with the steps along the second axis, or state another task.",
+        )
+    tried: list[dict[str, Any]] = []
+    finding = _test_length(adapter, steps, {1, steps // 2, steps - 1}, tried, contents=CONTENTS)
+    why = f"no step of `{name}` changes an earlier logit, at length {steps}"
+    largest = max(entry["change"] for entry in tried)
+    return Outcome(largest, tried[-1]["tolerance"], why, [finding] if finding else [], {"tried": tried})
+
+
+def _named_masked(adapter: ModelAdapter) -> bool:
+    """Tell whether nothing but a name says that a model of tokens may see later ones."""
+    said = adapter.task.reason.startswith((NAMED, CLASS_NAMED))
+    return adapter.task.value == "masked_lm" and said and has_length(adapter)
+
+
+def _sees_the_past(adapter: ModelAdapter) -> bool:
+    """Tell whether every position sees all earlier tokens and few of the later, as no encoder does."""
+    try:
+        matrix = influence(adapter, adapter.legal_length(min(SIGHT_LENGTH, adapter.max_length.value or SIGHT_LENGTH)))
+    except (ModelCrash, AdapterError):
+        return False
+    if len(matrix) < 4 or matrix.shape[0] != matrix.shape[1] or not bool(torch.isfinite(matrix).all()):
+        return False
+    rows, columns = torch.triu_indices(len(matrix), len(matrix), 1)
+    future, past = (matrix[pair] > 1e-6 * matrix.max() for pair in ((rows, columns), (columns, rows)))
+    return float(past.float().mean()) > 0.95 and float(future.float().mean()) <= 0.5
 
 
 def _weigh(adapter: ModelAdapter, finding: Finding) -> Finding:
@@ -80,8 +137,7 @@ def _weigh(adapter: ModelAdapter, finding: Finding) -> Finding:
         f"every position sees every other; the task is only assumed to be causal, and {adapter.encoder_sign} "
         f"speaks for an encoder: {finding.message}"
     )
-    hint = "State the task: ModelSpec(task='masked_lm') if it may see later tokens, ModelSpec(task='causal_lm') if not."
-    return replace(finding, severity="warn", message=message, hint=hint)
+    return replace(finding, severity="warn", message=message, hint=STATE_HINT)
 
 
 def sees_everything(adapter: ModelAdapter) -> bool:
@@ -265,7 +321,13 @@ def _output_of_block(name: str) -> Callable[[ModelAdapter, Mapping[str, Any]], T
 
 
 def replace_from(adapter: ModelAdapter, ids: Tensor, cut: int, content: int = 0) -> Tensor:
-    """Return ids of which those from `cut` on are replaced by others, legal and not padding; contents are numbered."""
+    """Return ids of which those from `cut` on are replaced by others, legal and not padding; contents are numbered.
+
+    Steps of real numbers are drawn anew.
+    """
+    if ids.is_floating_point():
+        drawn = other_content(adapter, content_input(adapter), ids, content + 1)
+        return torch.cat([ids[:, :cut], drawn[:, cut:]], dim=1)
     other = ids
     for _ in range(content + 1):
         other = replace_ids(adapter, content_input(adapter), other)
@@ -296,14 +358,15 @@ def _finding(
     where = first_leak(
         adapter, inputs, changed, _before(length, cut), change / max(float(base.abs().max()), 1e-30), summaries=True
     )
-    what = f"token {cut} changes" if cut == length - 1 else f"tokens {cut} to {length - 1} change"
+    word = "step" if inputs[name].is_floating_point() else "token"
+    what = f"{word} {cut} changes" if cut == length - 1 else f"{word}s {cut} to {length - 1} change"
     # One token is easier to picture than a suffix, when one alone is enough.
     single = inputs[name].clone()
     single[:, cut] = changed[name][:, cut]
     difference = (logits(adapter, {**inputs, name: single})[:, :cut] - base[:, :cut]).abs()
     alone = difference.amax(dim=(0, *range(2, difference.dim())))
     if float(alone.max()) > max(0.01 * change, 100 * entry["noise"]):
-        what, change, position = f"token {cut} changes", float(alone.max()), int(alone.argmax())
+        what, change, position = f"{word} {cut} changes", float(alone.max()), int(alone.argmax())
     message = (
         f"{what} the logits at position {position} (|change| {change:.2g}, noise {entry['noise']:.0g}, length {length})"
     )
@@ -312,7 +375,7 @@ def _finding(
 
 def _reproduction(adapter: ModelAdapter, length: int, cut: int) -> str:
     """Return lines that show the leak on a model with one input that returns its logits bare."""
-    if len(adapter.input_names) != 1 or adapter.output.value != "":
+    if len(adapter.input_names) != 1 or adapter.output.value != "" or not has_length(adapter):
         return ""
     top = adapter.readable_ids()
     return (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.adapters.capture import first_tensor, observe
+from utils.adapters.capture import first_tensor, observe, unfused_attention
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
 from utils.runtime.seeding import seed_streams
@@ -148,7 +148,7 @@ def _first_streams(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Ten
     ]
     try:
         seed_streams(0, "forward")
-        with torch.no_grad():
+        with torch.no_grad(), unfused_attention():
             adapter.forward(inputs)
     except Enough:
         pass

@@ -4,6 +4,7 @@ Activations are measured, not guessed: autograd says which tensors it keeps for 
 by its storage, and dropped at once, so measuring takes no more memory than a forward pass without gradients.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ def _training_peak(adapter: ModelAdapter, budget: Budget, weights: int) -> dict[
     """Measure the most bytes of tensors alive at once in a forward and backward pass of one short sample."""
     length = short_length(adapter) if has_length(adapter) else None
     # Recording, the backward pass and the counting take about as long as five plain passes.
-    if not budget.afford(5 * forward_seconds(adapter, length), "the peak of a training step was not measured"):
+    seconds = 5 * forward_seconds(adapter, length) if budget.remaining() else math.inf
+    if not budget.afford(seconds, "the peak of a training step was not measured"):
         return {}
     inputs = adapter.example_inputs(1, length)
     seed_streams(0, "forward")

@@ -4,6 +4,7 @@ Two questions. Does forward return what the loss expects, that is scores and no 
 takes labels, is the loss it returns the one of its own predictions, each paired with the right label?
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -19,11 +20,13 @@ from utils.adapters.objectives import (
     distinct_labels,
     labels_input,
     loss_site,
+    output_site,
     own_loss,
 )
 from utils.runtime.errors import AdapterError
 from utils.validation.builtin_loss import (
     Trial,
+    binary_loss,
     by_value,
     called,
     looks_causal,
@@ -33,8 +36,9 @@ from utils.validation.builtin_loss import (
     untrained_parameters,
 )
 from utils.validation.check import Budget, Finding, Outcome, Skipped
-from utils.validation.output_kind import SOFTMAX_HINT, Returned, reproduction, returned_kind
+from utils.validation.output_kind import SOFTMAX_HINT, Returned, ends_in_sigmoid, returned_kind
 from utils.validation.probing import LANGUAGE_MODELS, ModelCrash, compares_samples, has_length, logits
+from utils.validation.reproduction import fitted, opening
 
 LENGTH = 9
 BATCH = 3
@@ -46,13 +50,17 @@ PAIRING_HINT = (
 )
 DETACHED_HINT = "Remove detach(), item() or no_grad() around the loss."
 LOSS_HINT = "Use torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()) and its mean over labels."
+SIGMOID_HINT = (
+    "Compute the loss from the numbers before the sigmoid, which cross_entropy and binary_cross_entropy_with_logits "
+    "expect; or, where several labels may hold at once, keep the sigmoid and use binary_cross_entropy."
+)
 
 
 class Fault(Protocol):
     """Makes a finding about the loss; it knows where the loss is computed."""
 
-    def __call__(self, code: str, message: str, hint: str, severity: str = "fail") -> Finding:
-        """Return the finding."""
+    def __call__(self, code: str, message: str, hint: str, severity: str = "fail", hidden: bool = False) -> Finding:
+        """Return the finding; `hidden` says that it is about labels that mark what does not count."""
 
 
 def check_objective(adapter: ModelAdapter, budget: Budget) -> Outcome:
@@ -81,7 +89,7 @@ def check_objective(adapter: ModelAdapter, budget: Budget) -> Outcome:
     why = f"forward returns {returned.kind}" + ("" if name else " and takes no labels")
     if name is None and task == "causal_lm" and shift_of_own_targets(adapter, inputs) == 0:
         message = "the loss that forward returns pairs the scores at t with the token at t, which the model has read"
-        lines = reproduction(adapter, "print(model(**inputs))", TEXTS)
+        lines = _own_shift_lines(adapter, inputs)
         findings.append(Finding("label_shift", "fail", adapter.name, message, PAIRING_HINT, lines))
     wrong_axis = any(finding.code == "wrong_softmax_dim" for finding in findings)
     if name is not None and not wrong_axis:
@@ -89,6 +97,8 @@ def check_objective(adapter: ModelAdapter, budget: Budget) -> Outcome:
             found, words = _class_loss(adapter, inputs, result, returned)
         else:
             found, words = _real_loss(adapter, inputs, result)
+        if ends_in_sigmoid(adapter, inputs):
+            findings, found, words = _squashed(adapter, inputs, result, findings, found, words)
         # A model that takes the logarithm of its own probabilities is right by itself; only other losses are misled.
         if words == "negative log of the output" or words.startswith("binary cross-entropy of the output"):
             findings = [] if returned.kind in ("probabilities", "sigmoid") else findings
@@ -99,6 +109,88 @@ def check_objective(adapter: ModelAdapter, budget: Budget) -> Outcome:
         details["loss"] = words
         why += f"; the loss it returns for `{name}`: {words}"
     return Outcome(returned.kind, "scores and their own loss", why, findings, details)
+
+
+def _squashed(
+    adapter: ModelAdapter,
+    inputs: dict[str, Tensor],
+    result: Tensor,
+    findings: list[Finding],
+    found: list[Finding],
+    words: str,
+) -> tuple[list[Finding], list[Finding], str]:
+    """Judge the loss of a model that ends in a sigmoid, where it takes that for scores; a loss made before it is sound.
+
+    Args:
+        adapter: The model.
+        inputs: What it was judged on.
+        result: Its output.
+        findings: What the output alone gave rise to.
+        found: What its loss gave rise to.
+        words: What is known about its loss.
+    """
+    others = [finding for finding in findings if finding.code != "double_softmax"]
+    # Where all scores are equal several losses have one gradient.
+    uneven = result.dim() > 1 and result.shape[-1] > 1 and float(result.float().std(-1).min()) > 1e-3
+    if uneven and words.split(",")[0] in ("cross-entropy", "binary cross-entropy"):
+        classes = _classes(adapter, result)
+        labels = distinct_labels(tuple(result.shape[:-1]), classes).to(result.device)
+        message = (
+            f"forward returns a sigmoid ({float(result.min()):.3g} to {float(result.max()):.3g}), and its own loss is "
+            f"the {words} of that as if it were scores: it squashes them a second time"
+        )
+        shown = "print('loss', got.loss, 'of a second squashing', a.loss(y, t), 'y within', y.aminmax())"
+        lines = _class_lines(adapter, inputs, labels, classes, shown)
+        again = Finding("double_softmax", "fail", output_site(adapter, inputs, result), message, SIGMOID_HINT, lines)
+        return [*others, again], found, words
+    binary = binary_loss(adapter, inputs, result)
+    if binary is not None and binary.twice:
+        return others, [_twice(adapter, inputs, result, binary.labels)], "binary cross-entropy of a second sigmoid"
+    if binary is not None and binary.by_element and words.startswith("not judged"):
+        # Its own loss has shown that several labels may hold at once.
+        return others, found, "of several labels at once"
+    return findings, found, words
+
+
+def _twice(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor, labels: Tensor) -> Finding:
+    """Describe a loss that takes the sigmoid of an output which is a sigmoid already."""
+    message = (
+        f"the loss is binary_cross_entropy_with_logits of the output, which is a sigmoid already "
+        f"({float(result.min()):.3g} to {float(result.max()):.3g}): it takes a second one, and even a certain and "
+        f"right answer costs {math.log1p(math.exp(-1)):.2f} nats for yes and {math.log(2):.2f} for no"
+    )
+    made = f"t = (torch.arange({labels.numel()}) % 2).view({tuple(labels.shape)}).to(y)"
+    usual = "u = torch.nn.functional.binary_cross_entropy_with_logits(y.view_as(t), t)"
+    shown = f"{usual}; print('loss', got.loss, 'of a second sigmoid', u, 'y within', y.aminmax())"
+    lines = _lines(adapter, inputs, made, shown)
+    return Finding("wrong_builtin_loss", "fail", loss_site(adapter, inputs, labels), message, SIGMOID_HINT, lines)
+
+
+def _lines(adapter: ModelAdapter, inputs: dict[str, Tensor], labels: str, last: str) -> str:
+    """Return lines that call a model with labels and then show something of what it `got`.
+
+    Args:
+        adapter: The model.
+        inputs: What it was judged on.
+        labels: The statement that makes the labels `t`, to which the logits `y` are known.
+        last: The last statement.
+    """
+    main = inputs[adapter.main_input]
+    start = opening(adapter, main.shape[1] if has_length(adapter) else None, len(main))
+    call = "from utils.adapters.objectives import own_loss; got = own_loss(a, x, t, y)"
+    return fitted(f"{start}\ny = a.logits(x); {labels}; {call}\n{last}")
+
+
+def _class_lines(adapter: ModelAdapter, inputs: dict[str, Tensor], labels: Tensor, classes: int, last: str) -> str:
+    """Return such lines for labels that count through the classes."""
+    return _lines(adapter, inputs, f"t = torch.arange({labels.numel()}).view({tuple(labels.shape)}) % {classes}", last)
+
+
+def _own_shift_lines(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> str:
+    """Return lines that show by how much the targets are moved that a model makes of its own tokens."""
+    shown = "print('label shift', shift_of_own_targets(a, x), 'expected 1')"
+    start = opening(adapter, inputs[adapter.main_input].shape[1], TEXTS)
+    return fitted(f"{start}\nfrom utils.validation.builtin_loss import shift_of_own_targets; {shown}")
 
 
 def _length(adapter: ModelAdapter) -> int:
@@ -122,11 +214,19 @@ def _class_loss(
     if got is None:
         return [], "no single number comes back, so there is no loss to judge"
 
-    def fault(code: str, message: str, hint: str, severity: str = "fail") -> Finding:
-        label = f"torch.arange({labels.numel()}).view{tuple(labels.shape)} % {classes}"
-        check = f"print(model(**inputs, {name}={label}))"
-        site = loss_site(adapter, inputs, labels)
-        return Finding(code, severity, site, message, hint, reproduction(adapter, check, labels.shape[0]))
+    def fault(code: str, message: str, hint: str, severity: str = "fail", hidden: bool = False) -> Finding:
+        moved = int(adapter.task.value == "causal_lm" and name in SHIFTED_BY_MODEL)
+        usual = f"a.loss(y[:, :-{moved}], t[:, {moved}:])" if moved else "a.loss(y, t)"
+        shown = f"print('loss', got.loss, 'usual', {usual}.detach())"
+        if code == "label_shift":
+            pulled = "got.gradient[0].argmin(-1)" if got.gradient is not None and got.gradient.any() else ""
+            losses = "{s: float(a.loss(y[:, : y.shape[1] - s], t[:, s:])) for s in (0, 1, 2)}"
+            shown = f"print('labels', t[0], 'trained on', {pulled})" if pulled else f"print('loss', got.loss, {losses})"
+        if hidden:
+            shown = f"t[:, 2:5] = {IGNORED}; got = own_loss(a, x, t, y)"
+            shown += "; print('loss', got.loss, got.gradient[0].norm(dim=-1))"
+        lines = _class_lines(adapter, inputs, labels, classes, shown)
+        return Finding(code, severity, loss_site(adapter, inputs, labels), message, hint, lines)
 
     if not bool(torch.isfinite(got.loss)):
         return [], f"{float(got.loss)} for random labels; the check of finite numbers has the cause"
@@ -287,7 +387,7 @@ def _judge_ignored(
             return []
         first = (str(error).strip() or "no message").splitlines()[0][:120]
         message = f"labels of {IGNORED}, which mark padding, raise {type(error).__name__}: {first}"
-        return [fault("wrong_builtin_loss", message, hint)]
+        return [fault("wrong_builtin_loss", message, hint, hidden=True)]
     if got is None or got.gradient is None or got.scores is None:
         return []
     rows = pulled_rows(got.gradient.reshape(*labels.shape, -1))
@@ -295,7 +395,7 @@ def _judge_ignored(
     left_out[:, hidden.start - shift : hidden.stop - shift] = True
     if bool((rows & left_out & tried.pairing.rows).all(dim=0)[hidden.start - shift : hidden.stop - shift].all()):
         message = f"positions labelled {IGNORED} count in the loss: all {int(left_out.sum())} of them have a gradient"
-        return [fault("wrong_builtin_loss", message, hint)]
+        return [fault("wrong_builtin_loss", message, hint, hidden=True)]
     again = trial(adapter, inputs, labels, got.scores, got.gradient)
     before, kept = int(tried.pairing.rows.sum()), int(rows.sum())
     if again.known.name == tried.known.name == "cross-entropy" and kept < before and tried.known.weight > 0:
@@ -305,7 +405,7 @@ def _judge_ignored(
                 f"the loss is divided by all {before} positions although {before - kept} are labelled {IGNORED}: the "
                 "more padding, the smaller the loss"
             )
-            return [fault("wrong_builtin_loss", message, hint)]
+            return [fault("wrong_builtin_loss", message, hint, hidden=True)]
     return []
 
 
@@ -379,13 +479,16 @@ def _real_loss(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor)
         if got is None:
             return [], "no single number comes back, so there is no loss to judge"
         values.append(got.loss)
+    lines = _lines(adapter, inputs, "t = torch.randn_like(y)", "print('loss', got.loss, own_loss(a, x, -t, y).loss)")
     if not values[0].requires_grad and result_trains(adapter, inputs):
         message = f"the loss returned for `{name}` carries no gradient: backward() will fail"
         site = loss_site(adapter, inputs, labels)
-        return [Finding("wrong_builtin_loss", "fail", site, message, DETACHED_HINT)], "detached"
-    if bool(torch.isfinite(values[0])) and float(values[0]) == float(values[1]):
-        message = f"the loss is {float(values[0]):.4g} for two different `{name}`: the labels have no part in it"
+        return [Finding("wrong_builtin_loss", "fail", site, message, DETACHED_HINT, lines)], "detached"
+    if bool(torch.isfinite(values[0])) and float(values[0].detach()) == float(values[1].detach()):
+        message = (
+            f"the loss is {float(values[0].detach()):.4g} for two different `{name}`: the labels have no part in it"
+        )
         hint = "Compute the loss from the labels, for example with mse_loss(output, labels)."
         site = loss_site(adapter, inputs, labels)
-        return [Finding("wrong_builtin_loss", "fail", site, message, hint)], "deaf to the labels"
+        return [Finding("wrong_builtin_loss", "fail", site, message, hint, lines)], "deaf to the labels"
     return [], "follows its labels"

@@ -18,6 +18,12 @@ SOFTMAX_HINT = (
     "Return the scores before it: cross_entropy applies log_softmax itself. Apply softmax outside, for reading only."
 )
 
+VIEWS = (
+    "View", "UnsafeView", "Reshape", "ReshapeAlias", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Select", "Slice",
+    "Clone", "Alias", "T", "ToCopy",
+)  # fmt: skip
+"""Operations of the graph that only arrange."""
+
 
 @dataclass(frozen=True)
 class Returned:
@@ -109,6 +115,19 @@ def _reconstructs(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tens
     return not stated and main.is_floating_point() and main[0].numel() == result[0].numel() > 2
 
 
+def ends_in_sigmoid(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> bool:
+    """Tell whether a sigmoid is the last arithmetic of the output."""
+    try:
+        seed_streams(0, "forward")
+        with torch.enable_grad():
+            node = adapter.logits(inputs).grad_fn
+    except Exception:
+        return False
+    while node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("SigmoidBackward")
+
+
 def _sigmoid(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -> Returned:
     """Recognise a sigmoid as the last arithmetic of a classifier with one label of several."""
     if float(result.min()) <= 0 or float(result.max()) >= 1:
@@ -117,16 +136,7 @@ def _sigmoid(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor) -
         return Returned("a reconstruction of the input")
     if adapter.config.get("problem_type") == "multi_label_classification" or result.shape[-1] < 3:
         return Returned("scores")
-    try:
-        seed_streams(0, "forward")
-        with torch.enable_grad():
-            node = adapter.logits(inputs).grad_fn
-    except Exception:
-        return Returned("scores")
-    views = ("View", "Reshape", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Clone", "Alias", "T", "ToCopy")
-    while node is not None and node.name().removesuffix("0").removesuffix("Backward") in views:
-        node = node.next_functions[0][0]
-    if node is None or not node.name().startswith("SigmoidBackward"):
+    if not ends_in_sigmoid(adapter, inputs):
         return Returned("scores")
     trained = _train_output(adapter, inputs)
     if trained is not None and (float(trained.min()) < 0 or float(trained.max()) > 1):

@@ -7,8 +7,7 @@ effect as such, so a padded text is compared with the bare one.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,14 +28,11 @@ from utils.validation.dependence import (
     relative,
     replace_ids,
 )
+from utils.validation.padding_masks import KEEPING, Mask, Padded, masks_of, padding_lines
 from utils.validation.probing import ModelCrash, content_input, first_nonfinite, guarded
 from utils.validation.substitution import parameters_as
 
 LENGTH, PADS = 13, 4
-KEEPING = ("attention_mask", "input_mask", "valid_mask", "token_mask")
-EITHER = ("src_key_padding_mask", "key_padding_mask", "padding_mask", "pad_mask", "src_padding_mask", "src_pad_mask",
-          "src_mask", "mask", "x_mask", "encoder_mask")  # fmt: skip
-"""Names of masks whose sense differs from author to author, in the order in which they are looked for."""
 LEAST_AMOUNT, PLAIN_AMOUNT = 0.05, 0.3
 """Models that shorten or pool their text in windows move with its padded length by design: by 0.01 to 0.2."""
 HINT = (
@@ -51,40 +47,6 @@ NAN_HINT = (
     "Give fully masked rows something finite: use torch.finfo(dtype).min instead of -inf, or zero the result with "
     "nan_to_num before it meets a weight; divide masked means by mask.sum().clamp(min=1)."
 )
-
-
-@dataclass(frozen=True)
-class Mask:
-    """One way of telling a model what is padding."""
-
-    name: str | None
-    """The argument; None where the model reads the padding off the ids."""
-    keep: bool = True
-    """1 means real; else 1 means padding, as in `nn.Transformer`."""
-    kind: str = "long"
-    """``"long"``, ``"bool"`` or ``"additive"``."""
-    shape: tuple[int, ...] = ()
-    """Axes of length 1 between the batch and the positions."""
-
-    def argument(self, real: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the argument that says what is real; `real` is ``(batch, seq)``, True for real."""
-        if self.name is None:
-            return {}
-        shaped = real.view(real.shape[0], *self.shape, real.shape[1])
-        if self.kind == "additive":
-            return {self.name: torch.zeros(shaped.shape, dtype=dtype).masked_fill(~shaped.cpu(), -1e4).to(real.device)}
-        value = shaped if self.keep else ~shaped
-        return {self.name: value if self.kind == "bool" else value.long()}
-
-
-@dataclass(frozen=True)
-class Padded:
-    """A batch of two texts, padded on the right and on the left, and a way of masking it."""
-
-    inputs: dict[str, Tensor]
-    real: Tensor
-    """``(2, seq)``, True for real tokens."""
-    mask: Mask
 
 
 def check_padding(adapter: ModelAdapter, budget: Budget) -> Outcome:
@@ -108,7 +70,7 @@ def check_padding(adapter: ModelAdapter, budget: Budget) -> Outcome:
     tried: list[tuple[Padded, float]] = []
     reasons: list[str] = []
     notes: list[str] = []
-    for mask in _masks(adapter):
+    for mask in masks_of(adapter):
         padded = Padded(_with_mask(adapter, ids, real, mask), real, mask)
         try:
             base = logits(adapter, padded.inputs)
@@ -156,34 +118,17 @@ def _judge(adapter: ModelAdapter, tried: list[tuple[Padded, float]], filler: int
     if leak != leak:
         if not bool(torch.isfinite(logits(adapter, _all_real(adapter, padded))).all()):
             raise Skipped("the logits are not finite without padding either (see numerical_stability)")
-        return Outcome(leak, "finite", "", [_nan_finding(adapter, padded.inputs, "at real positions")], details)
+        return Outcome(leak, "finite", "", [_nan_finding(adapter, padded, filler, "at real positions")], details)
     found = _padding_finding(adapter, padded, filler, leak, inverted) if leak or inverted else None
     if found is None and not inverted:
-        found = _nan_anywhere(adapter, padded)
+        found = _nan_anywhere(adapter, padded, filler)
         if found is None and not leak:
-            found = _amount(adapter, padded, notes)
+            found = _amount(adapter, padded, filler, notes)
     if found is not None and found.code == "padding_leakage" and mixes_samples(adapter):
         raise Skipped("samples influence one another (see batch_independence), and so does their padding")
     sense = "" if padded.mask.keep else ", where 1 means padding"
     why = "; ".join([f"nothing under `{name}`{sense} reaches a real position", *notes])
     return Outcome(leak, 0, why, [found] if found else (), details)
-
-
-def _masks(adapter: ModelAdapter) -> Iterator[Mask]:
-    """Yield the ways of masking that a model may understand, the likeliest first."""
-    names = adapter.argument_names
-    name = next((name for name in (*KEEPING, *EITHER) if name in names), None)
-    if name is None:
-        if adapter.pad_token_id.value is not None:
-            yield Mask(None)
-        return
-    for keep in (False, True) if name not in KEEPING and "pad" in name else (True, False):
-        for kind in ("bool", "long") if name in EITHER else ("long", "bool"):
-            yield Mask(name, keep, kind)
-    if name in EITHER:
-        for shape in ((1,), (1, 1)):
-            yield from (Mask(name, keep, "bool", shape) for keep in (True, False))
-        yield from (Mask(name, True, "additive", shape) for shape in ((), (1, 1)))
 
 
 def _texts(adapter: ModelAdapter, length: int) -> tuple[Tensor, int]:
@@ -357,14 +302,15 @@ def _padding_finding(adapter: ModelAdapter, padded: Padded, filler: int, leak: f
     if not inverted and not attending and _by_nature(adapter, padded, other, where):
         return None
     argument = f"`{padded.mask.name}`" if padded.mask.name else "the mask made from the padding id"
+    lines = padding_lines(adapter, padded, filler, "ids", tuple(logits(adapter, inputs).shape), leak)
     if inverted:
         message = f"{argument} is inverted: tokens where it is 0 are seen, and those where it is 1 are hidden"
-        return Finding("padding_leakage", "fail", where, message, INVERTED_HINT)
+        return Finding("padding_leakage", "fail", where, message, INVERTED_HINT, lines)
     moved = f"logits at real positions (by {leak:.2g} of the largest logit)" if leak < math.inf else "logits' shape"
     message = f"tokens that {argument} hides change the {moved}"
     # Recurrences and other mixers without a softmax honour a mask only with packing or zeros, which not all aim at.
     severity = "fail" if attending or where == adapter.name or _summarises(adapter, inputs, where) else "warn"
-    return Finding("padding_leakage", severity, where, message, HINT)
+    return Finding("padding_leakage", severity, where, message, HINT, lines)
 
 
 def _summarises(adapter: ModelAdapter, inputs: Mapping[str, Tensor], where: str) -> bool:
@@ -414,7 +360,7 @@ def _by_nature(adapter: ModelAdapter, padded: Padded, other: Tensor, where: str)
     return all(a.shape == b.shape and _moved(a, b) == 0 for a, b in zip(taken[0], taken[half], strict=True))
 
 
-def _amount(adapter: ModelAdapter, padded: Padded, notes: list[str]) -> Finding | None:
+def _amount(adapter: ModelAdapter, padded: Padded, filler: int, notes: list[str]) -> Finding | None:
     """Compare a text padded on the right with the bare text; None where they agree."""
     length = padded.real.shape[1]
     bare = int(padded.real[0].sum())
@@ -450,18 +396,19 @@ def _amount(adapter: ModelAdapter, padded: Padded, notes: list[str]) -> Finding 
         f"largest, whatever they hold"
     )
     plain = right > PLAIN_AMOUNT or not attends(adapter, padded.inputs, (length,))
-    return Finding("padding_leakage", "fail" if plain else "warn", adapter.name, message, HINT)
+    lines = padding_lines(adapter, padded, filler, "amount", tuple(logits(adapter, padded.inputs).shape))
+    return Finding("padding_leakage", "fail" if plain else "warn", adapter.name, message, HINT, lines)
 
 
-def _nan_anywhere(adapter: ModelAdapter, padded: Padded) -> Finding | None:
+def _nan_anywhere(adapter: ModelAdapter, padded: Padded, filler: int) -> Finding | None:
     """Find NaN that padding makes, where it reaches another sample or the gradient of the loss over real positions."""
     blank = padded.real.clone()
     blank[0], blank[1] = False, True
     ids = padded.inputs[adapter.main_input]
-    filled = torch.where(blank, ids, ids[~padded.real][0])
-    cases = [(padded.inputs, padded.real, "by left padding"),
-             (_with_mask(adapter, filled, blank, padded.mask), blank, "by a fully padded row")]  # fmt: skip
-    for inputs, real, situation in cases:
+    filled = torch.where(blank, ids, filler)
+    whole = Padded(_with_mask(adapter, filled, blank, padded.mask), blank, padded.mask)
+    for case, situation in ((padded, "by left padding"), (whole, "by a fully padded row")):
+        inputs, real = case.inputs, case.real
         try:
             result = logits(adapter, inputs)
         except ModelCrash:
@@ -470,9 +417,9 @@ def _nan_anywhere(adapter: ModelAdapter, padded: Padded) -> Finding | None:
             continue
         rows = result[1:] if real is blank else _kept(adapter, result, real)
         if not bool(torch.isfinite(rows).all()):
-            return _nan_finding(adapter, inputs, f"in real outputs, {situation}")
+            return _nan_finding(adapter, case, filler, f"in real outputs, {situation}")
         if _poisons(adapter, inputs, real, real is blank):
-            return _nan_finding(adapter, inputs, f"in the gradient of the loss over real positions, {situation}")
+            return _nan_finding(adapter, case, filler, f"in the gradient of the loss over real positions, {situation}")
     return None
 
 
@@ -489,8 +436,10 @@ def _poisons(adapter: ModelAdapter, inputs: Mapping[str, Tensor], real: Tensor, 
     return any(bool(torch.isnan(gradient).any()) for gradient in gradients if gradient is not None)
 
 
-def _nan_finding(adapter: ModelAdapter, inputs: Mapping[str, Tensor], situation: str) -> Finding:
+def _nan_finding(adapter: ModelAdapter, padded: Padded, filler: int, situation: str) -> Finding:
     """Name the first module that gives NaN for a padded batch."""
-    where = first_nonfinite(adapter, inputs)
+    where = first_nonfinite(adapter, padded.inputs)
+    what = "gradient" if "gradient" in situation else "output"
+    lines = padding_lines(adapter, padded, filler, what, tuple(logits(adapter, padded.inputs).shape))
     message = f"NaN {situation}; it first appears in `{where}`, where a whole row is masked"
-    return Finding("nan_padding", "fail", where, message, NAN_HINT)
+    return Finding("nan_padding", "fail", where, message, NAN_HINT, lines)

@@ -32,8 +32,9 @@ DTYPES = re.compile(
 NOT_MIXED = re.compile(r"not implemented for|only supported for|not support|Unsupported", re.I)
 """Messages about a dtype that torch cannot do at all are nobody's fault here."""
 NUMPY = re.compile(r"can't convert meta device type tensor to numpy|convert .* tensor to numpy", re.I)
-MIXED = re.compile(r"not (at|on) the same device|tensors to be on the same device", re.I)
-"""What layers of torch say that look at their devices themselves."""
+MIXED = re.compile(r"(at|on|in|have|with|expected|be the)( the)? same device|(different|two) devices", re.I)
+"""What functions and layers of torch say that look at their devices themselves."""
+ELSEWHERE, RUNS = "another device", "runs"
 DEVICE_HINT = (
     "Create tensors where the input is: torch.arange(n, device=x.device), torch.zeros_like(x), x.new_zeros(...); keep "
     "constants with register_buffer; no .cpu(), .numpy() or device names in forward()."
@@ -63,12 +64,15 @@ def check_portability(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """Run the model on another device and in other dtypes, with everything moved that the model holds.
 
     Codes: ``hardcoded_device``, ``hardcoded_dtype``.
+
+    Raises:
+        Skipped: The model does what could not be tried on another device, or its first pass makes parameters.
     """
     held = hidden_items(adapter.module)
     findings: list[Finding] = []
     tried: dict[str, str] = {}
     moved = run_elsewhere(adapter, held)
-    tried["another device"] = moved.message if moved else "runs"
+    tried[ELSEWHERE] = moved.message if moved else RUNS
     if moved is not None and moved.mixed:
         message = f"on another device than the CPU this raises: {moved.message}"
         reproduction = (
@@ -80,7 +84,7 @@ def check_portability(adapter: ModelAdapter, budget: Budget) -> Outcome:
     for dtype in dtypes(adapter):
         cast = run_cast(adapter, dtype, held)
         name = str(dtype).removeprefix("torch.")
-        tried[name] = cast.message if cast else "runs"
+        tried[name] = cast.message if cast else RUNS
         if cast is not None and cast.mixed:
             message = f"cast to {name} this raises: {cast.message}"
             reproduction = (
@@ -94,10 +98,22 @@ def check_portability(adapter: ModelAdapter, budget: Budget) -> Outcome:
             break
     if findings and _makes_parameters(adapter):
         raise Skipped("its first forward pass makes parameters (see registration); nothing can be moved before")
-    why = f"it runs on another device and in {' and '.join(list(tried)[1:]) or 'its own dtype'}"
+    if not findings and moved is not None:
+        raise Skipped(_in_words(tried))
     return Outcome(
-        "; ".join(f"{key}: {value}" for key, value in tried.items()), "runs", why, findings, {"tried": tried}
+        "; ".join(f"{key}: {value}" for key, value in tried.items()), "runs", _in_words(tried), findings,
+        {"tried": tried},
+    )  # fmt: skip
+
+
+def _in_words(tried: Mapping[str, str]) -> str:
+    """Say where a model runs, and where it could not be tried."""
+    places = {key: f"{'on' if key == ELSEWHERE else 'in'} {key}" for key in tried}
+    runs = " and ".join(places[key] for key, value in tried.items() if value == RUNS)
+    untried = "; ".join(
+        f"{places[key]} it could not be tried: {value}" for key, value in tried.items() if value != RUNS
     )
+    return "; ".join(part for part in (f"it runs {runs}" if runs else "", untried) if part)
 
 
 def _makes_parameters(adapter: ModelAdapter) -> bool:
@@ -131,9 +147,9 @@ def run_elsewhere(adapter: ModelAdapter, moved: Iterable[Hidden] = ()) -> Failur
         elsewhere = Elsewhere()
         inputs = _converted(example(adapter, 0, 1), elsewhere.moved)
         again = _attempt(adapter, inputs, (elsewhere, *disguise), elsewhere.moved, moved)
-        if again is None or not again.mixed:
-            # Nothing is mixed, or only by code that asks for the meta device by name, which no user's device is.
-            return failure if again is not None and failure is not None else again
+        if again is None:
+            # Nothing fails, or only code that asks for the meta device by name, which no user's device is.
+            return None
         failure = failure or again
     return failure
 

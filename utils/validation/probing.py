@@ -1,7 +1,9 @@
 """Running a model under test: crashes with their circumstances, lengths that fit the budget, the first bad module."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,11 +23,18 @@ SHORT_LENGTH = 17
 UNBOUNDED_LENGTH = 512
 """Length that stands for "long" when a model states no maximum."""
 LARGEST_LOGITS = 400e6
+LONG_PASS = 0.05
+"""Seconds of a forward pass from which on what the first pass of all takes beside is small."""
 LONGEST_LENGTH = 4096
+OBSERVERS = ("utils.validation.", "utils.adapters.")
+"""Modules of this package whose hooks and modes watch a model."""
+MODULE_CALL = ("torch.nn.modules.module", "_call_impl")
+"""Where torch starts a module, in a traceback."""
 OFF = -1e4
 """A score that no real class has: models that switch classes off use this, more, or minus infinity."""
 _LIVE: WeakKeyDictionary[ModelAdapter, dict[tuple[str, int], Tensor | None]] = WeakKeyDictionary()
 _LINES: WeakKeyDictionary[ModelAdapter, dict[str, str]] = WeakKeyDictionary()
+_RUN: WeakKeyDictionary[ModelAdapter, set[int]] = WeakKeyDictionary()
 _SECONDS: WeakKeyDictionary[ModelAdapter, dict[tuple[int | None, int], float]] = WeakKeyDictionary()
 
 
@@ -57,6 +66,8 @@ def describe_inputs(inputs: Mapping[str, Any]) -> str:
 def guarded(adapter: ModelAdapter, inputs: Mapping[str, Any], situation: str, call: Callable[[], Any]) -> Any:
     """Run a call of the model; an exception becomes a `ModelCrash` that names the module it came from.
 
+    What an observer raises is no crash of the model and comes through as it is.
+
     Raises:
         ModelCrash: The model raised anything but an out-of-memory error.
     """
@@ -67,28 +78,71 @@ def guarded(adapter: ModelAdapter, inputs: Mapping[str, Any], situation: str, ca
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ModelCrash(error, situation or describe_inputs(inputs), crash_site(adapter, inputs)) from error
+        where = _crashing_module(adapter, inputs)
+        if where is None and _is_own(error):
+            raise
+        raise ModelCrash(error, situation or describe_inputs(inputs), where or adapter.name) from error
 
 
 def crash_site(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> str:
     """Return the name of the innermost module that was running when the model raises on these inputs."""
+    return _crashing_module(adapter, inputs) or adapter.name
+
+
+def _crashing_module(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> str | None:
+    """Run the model by itself, and return what `crash_site` does; None where it does not raise."""
     running: list[str] = []
     handles = []
-    for name, child in adapter.module.named_modules():
-        handles.append(child.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        # A hook that returns anything but None replaces the output, so what pop returns must not get out.
-        handles.append(child.register_forward_hook(lambda *_: (running.pop(), None)[1]))
+    with _unobserved(adapter.module):
+        for name, child in adapter.module.named_modules():
+            handles.append(child.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+            # A hook that returns anything but None replaces the output, so what pop returns must not get out.
+            handles.append(child.register_forward_hook(lambda *_: (running.pop(), None)[1]))
+        try:
+            seed_streams(0, "forward")
+            adapter.forward(inputs)
+        except Exception as error:
+            where = running[-1] if running and running[-1] else adapter.name
+            _LINES.setdefault(adapter, {})[where] = crash_location(adapter.module, error)
+            return where
+        finally:
+            for handle in handles:
+                handle.remove()
+    return None
+
+
+@contextmanager
+def _unobserved(module: torch.nn.Module) -> Iterator[None]:
+    """Lift the hooks of this package, and all modes that see functions or operators, while the block runs."""
+    lifted: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for child in module.modules():
+        for hooks in (child._forward_pre_hooks, child._forward_hooks):
+            if any(_is_observer(hook) for hook in hooks.values()):
+                lifted.append((hooks, dict(hooks)))
     try:
-        seed_streams(0, "forward")
-        adapter.forward(inputs)
-    except Exception as error:
-        where = running[-1] if running and running[-1] else adapter.name
-        _LINES.setdefault(adapter, {})[where] = crash_location(adapter.module, error)
-        return where
+        for hooks, _ in lifted:
+            for key in [key for key, hook in hooks.items() if _is_observer(hook)]:
+                del hooks[key]
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
-    return adapter.name
+        for hooks, before in lifted:
+            hooks.clear()
+            hooks.update(before)
+
+
+def _is_observer(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(OBSERVERS)
+
+
+def _is_own(error: BaseException) -> bool:
+    """Tell whether an error was raised outside the model, or code of this package ran inside the model."""
+    names, trace = [], error.__traceback__
+    while trace is not None:
+        names.append((str(trace.tb_frame.f_globals.get("__name__", "")), trace.tb_frame.f_code.co_name))
+        trace = trace.tb_next
+    called = next((index for index, name in enumerate(names) if name == MODULE_CALL), None)
+    return called is None or any(name.startswith(OBSERVERS) for name, _ in names[called:])
 
 
 def crash_line(adapter: ModelAdapter, where: str) -> str:
@@ -180,17 +234,10 @@ def longest_length(adapter: ModelAdapter, budget: Budget, passes: int, batch_siz
     limit = stated or UNBOUNDED_LENGTH
     width = adapter.vocab_size.value or 1
     length = max(1, min(limit, LONGEST_LENGTH, int(LARGEST_LOGITS / (4 * width * batch_size))))
-    reference = adapter.legal_length(min(32, length))
-    seconds = forward_seconds(adapter, reference, batch_size)
-    if (
-        length >= 512
-        and budget.remaining() / 4 > 8 * seconds
-        and passes * seconds * length / reference > (budget.remaining())
-    ):
-        # A token of a longer text costs less; where the first guess says no, a better one is worth its time.
-        reference *= 4
-        seconds = forward_seconds(adapter, reference, batch_size)
-    while length > 64 and passes * seconds * (length / reference) > budget.remaining():
+    reference, expected = _expected_seconds(adapter, length, batch_size, budget)
+    # Whether a length that nobody stated runs at all takes a pass of its own.
+    passes += stated is None
+    while length > 64 and passes * expected(length) > budget.remaining():
         length //= 2
     length = adapter.legal_length(length)
     if stated is None:
@@ -202,16 +249,42 @@ def longest_length(adapter: ModelAdapter, budget: Budget, passes: int, batch_siz
     return length
 
 
+def _expected_seconds(
+    adapter: ModelAdapter, longest: int, batch_size: int, budget: Budget
+) -> tuple[int, Callable[[int], float]]:
+    """Return a length that runs, and the seconds of a forward pass by its length.
+
+    A token of a longer text costs less where a pass has a fixed price, and more where every pair of tokens is looked
+    at: lengths as long as the budget easily allows are measured, and the growth between the last two is carried on.
+    """
+    known, power = adapter.legal_length(min(32, longest)), 1.0
+    if not budget.remaining():
+        return known, lambda _: math.inf
+    seconds = forward_seconds(adapter, known, batch_size)
+    while (longer := adapter.legal_length(4 * known)) <= longest / 4 and longer > known:
+        if 2 * seconds * (longer / known) ** 2 > budget.remaining() / 8:
+            break
+        try:
+            more = forward_seconds(adapter, longer, batch_size)
+        except ModelCrash:
+            # Whoever runs so long a text next tells of it.
+            break
+        power = min(2.0, max(1.0, math.log(more / seconds) / math.log(longer / known)))
+        known, seconds = longer, more
+    return known, lambda length: seconds * (length / known) ** power
+
+
 def _longest_that_runs(adapter: ModelAdapter, length: int, known: int) -> int:
     """Return a length that runs, at most `length`: where nobody stated a limit, exceeding one is no fault."""
-    while length > known:
+    run = _RUN.setdefault(adapter, set())
+    while length > known and length not in run:
         try:
             logits(adapter, adapter.example_inputs(1, length))
         except ModelCrash:
             length = adapter.legal_length(max(known, length // 2))
         else:
-            return length
-    return min(length, known)
+            run.add(length)
+    return length if length in run else min(length, known)
 
 
 def stand_in(length: int, limit: int) -> str:
@@ -220,7 +293,7 @@ def stand_in(length: int, limit: int) -> str:
 
 
 def forward_seconds(adapter: ModelAdapter, length: int | None, batch_size: int = 1) -> float:
-    """Return the seconds of one forward pass, the faster of two; measured once per adapter and size."""
+    """Return the seconds of one forward pass, the faster of two where that is quick; measured once for each size."""
     measured = _SECONDS.setdefault(adapter, {})
     if (length, batch_size) in measured:
         return measured[length, batch_size]
@@ -230,6 +303,8 @@ def forward_seconds(adapter: ModelAdapter, length: int | None, batch_size: int =
         started = time.perf_counter()
         logits(adapter, inputs)
         best = min(best, time.perf_counter() - started)
+        if best > LONG_PASS:
+            break
     measured[length, batch_size] = best
     return best
 

@@ -136,6 +136,8 @@ class ValidationReport:
         nothing = "no faults" if 1 in self.tiers else "faults were not looked for"
         task = TASK_NAMES.get(self.task or "", (self.task or "").replace("_", " ")) or "task unknown"
         head = f"{self.model}, {task}, {format_count(self.parameters)} parameters"
+        if not self.parameters:
+            head, nothing = f"{self.model}, a module without parameters", f"{nothing}, and nothing to train"
         return f"{head}: {', '.join(parts) or nothing}{self._advice}"
 
     @property

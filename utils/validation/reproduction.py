@@ -204,8 +204,12 @@ def _two_samples(adapter: ModelAdapter, finding: Finding) -> str:
 
 def _later_tokens(adapter: ModelAdapter, finding: Finding) -> str:
     name = content_input(adapter)
-    cut = training_inputs(adapter)[name].shape[1] // 2
-    other = f"torch.cat([(i := x[{name!r}])[:, :{cut}], (i[:, {cut}:] + 1) % {adapter.readable_ids(name)}], 1)"
+    value = training_inputs(adapter)[name]
+    cut = value.shape[1] // 2
+    later = f"(i[:, {cut}:] + 1) % {adapter.readable_ids(name)}"
+    if value.is_floating_point():
+        later = f"torch.randn_like(i[:, {cut}:])"
+    other = f"torch.cat([(i := x[{name!r}])[:, :{cut}], {later}], 1)"
     return f"print((a.logits(x) - a.logits({{**x, {name!r}: {other}}}))[:, :{cut}].abs().max())"
 
 

@@ -10,6 +10,7 @@ import torch
 from utils.adapters.location import code_location
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
+from utils.runtime.garbage import old_objects_aside
 from utils.runtime.isolation import ModelChangedError, preserved
 from utils.runtime.printing import Printed
 from utils.runtime.progress import progress_bar
@@ -26,6 +27,8 @@ CRASHED = "crash on a legal input"
 WITHOUT_LINES = "without_lines"
 """What the details of a result call the errors of lines that could not be made."""
 DEFAULT_SECONDS = {1: 22.0, 2: 150.0}
+OVERRUN_SECONDS = 0.5
+"""How much longer than its share of a stated budget a check may take without saying so."""
 HANGING_SECONDS, HANGING_AGAIN_SECONDS = 60.0, 5.0
 """A check is ended after so long, or after four times its budget if that is more; less once one had to be ended."""
 
@@ -67,7 +70,8 @@ def run_checks(
                     share = weights[index] / sum(weights[index:])
                     ended = any(finding.code == "timed_out" for result in results for finding in result.findings)
                     hanging = HANGING_AGAIN_SECONDS if ended else HANGING_SECONDS
-                    results.append(_told_once(adapter, run_check(adapter, check, left * share, seed, hanging), results))
+                    result = _told_once(adapter, run_check(adapter, check, left * share, seed, hanging), results)
+                    results.append(_overrun(result, left * share) if time_budget is not None else result)
                     bar.update()
         except ModelChangedError as error:
             changed = changed or error
@@ -90,6 +94,7 @@ def _weights(checks: Sequence[Check]) -> list[float]:
     return [DEFAULT_SECONDS[check.tier] * check.share / shares[check.tier] for check in checks]
 
 
+@old_objects_aside()
 def run_check(
     adapter: ModelAdapter, check: Check, seconds: float, seed: int = 0, hanging: float = HANGING_SECONDS
 ) -> CheckResult:
@@ -113,6 +118,9 @@ def run_check(
                 outcome = check.run(adapter, budget)
     except UnusableModel as reason:
         outcome = Outcome("ended", "an answer", "", (reason.finding,))
+        if check.tier > 1 and reason.finding.code == "timed_out":
+            # A diagnostic runs the model many times, so that its time says nothing about a single pass.
+            outcome, skipped, could_not_run = None, f"could not run: {reason.finding.message}", True
     except Skipped as reason:
         skipped = str(reason)
     except ModelChangedError as error:
@@ -127,6 +135,9 @@ def run_check(
         if adapter.failure is not None:
             # Inputs that never ran prove nothing; what they mean is for shape_robustness to say.
             outcome, skipped, could_not_run = None, "could not run: no forward pass succeeded", True
+        elif check.tier > 1:
+            # A description is no verdict; whether this input is legal is for Tier 1 to say.
+            outcome, skipped, could_not_run = None, f"could not run: {crash}", True
     except AdapterError as error:
         skipped, could_not_run = f"could not run: {first_line(error)}", True
     except (Exception, SystemExit, GeneratorExit) as error:
@@ -134,7 +145,7 @@ def run_check(
         kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
         skipped, could_not_run = f"could not run: {kind}: {first_line(error)}", True
     finally:
-        # A full collection takes longer than a check of a small model; only large garbage is worth it.
+        # Only large garbage is worth a collection.
         if could_not_run or adapter.num_parameters > LARGE_MODEL:
             _release()
     output = {"printed": printed.count, "printed_start": printed.start} if printed.count else {}
@@ -188,6 +199,14 @@ def _lines(adapter: ModelAdapter, findings: Sequence[Finding]) -> tuple[list[str
         lost[code] = f"{type(error).__name__}: {first_line(error)}"
         lines[index:] = [on_a_copy(text, possible) for text in lines[index:]]
     return lines, lost
+
+
+def _overrun(result: CheckResult, seconds: float) -> CheckResult:
+    """Say that the least a check does took longer than the time that the caller left for it."""
+    if result.seconds <= seconds + OVERRUN_SECONDS:
+        return result
+    note = f"took {result.seconds:.1f} s, the least it does, where {seconds:.1f} s were left for it"
+    return replace(result, details={**result.details, "reduced": [*result.details.get("reduced", ()), note]})
 
 
 def _changed_finding(adapter: ModelAdapter, error: ModelChangedError) -> Finding:

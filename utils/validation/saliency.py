@@ -4,13 +4,25 @@ Saliency maps look convincing whatever they show (Adebayo et al., 2018), so each
 the most salient tenth of the pixels must move the answer more than replacing as many random ones.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
 from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Budget, Outcome, Skipped
 from utils.validation.pictures import heat_grid
-from utils.validation.responses import affordable_samples, answers, distance, sample_inputs, with_content
+from utils.validation.responses import (
+    affordable_samples,
+    answers,
+    distance,
+    gradient_of,
+    held_fixed,
+    sample_inputs,
+    told_fixed,
+    with_content,
+)
 from utils.validation.statistics import mean_interval
 
 SHARE = 0.1
@@ -19,19 +31,21 @@ DRAWS = 8
 CONTROLS = 4
 
 
-def smooth_gradient(adapter: ModelAdapter, images: torch.Tensor, draws: int = DRAWS, seed: int = 0) -> torch.Tensor:
+def smooth_gradient(
+    adapter: ModelAdapter, inputs: Mapping[str, Any], draws: int = DRAWS, seed: int = 0
+) -> torch.Tensor:
     """Return the mean absolute gradient of the top score over noisy copies (Smilkov et al., 2017).
 
     Args:
         adapter: An image model in eval mode.
-        images: ``(batch, channels, height, width)``.
+        inputs: A batch whose main input is images ``(batch, channels, height, width)``; all else stays as it is.
         draws: Noisy copies per image, with noise of 15% of the image's range.
         seed: Seed of the noise.
 
     Returns:
         ``(batch, height, width)``, largest over channels.
     """
-    inputs = {adapter.main_input: images}
+    images = inputs[adapter.main_input]
     target = answers(adapter, inputs).argmax(-1, keepdim=True)
     spread = NOISE * (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True))
     generator = torch.Generator().manual_seed(seed)
@@ -41,8 +55,7 @@ def smooth_gradient(adapter: ModelAdapter, images: torch.Tensor, draws: int = DR
         point = (images + spread * noise).detach().requires_grad_()
         with torch.enable_grad():
             score = with_content(adapter, inputs, point).gather(1, target).sum()
-            (gradient,) = torch.autograd.grad(score, point)
-        total += gradient.abs()
+        total += gradient_of(score, point).abs()
     return (total / draws).amax(1)
 
 
@@ -53,7 +66,9 @@ def check_saliency(adapter: ModelAdapter, budget: Budget) -> Outcome:
     count = affordable_samples(adapter, budget, passes=3 * DRAWS + CONTROLS + 2)
     inputs = sample_inputs(adapter, count)
     images = inputs[adapter.main_input]
-    maps = smooth_gradient(adapter, images)
+    if not images.is_floating_point():
+        raise Skipped("the image is whole numbers, which cannot be moved by degrees")
+    maps = smooth_gradient(adapter, inputs)
     base = answers(adapter, inputs)
     generator = torch.Generator().manual_seed(1)
     # Other pixels of the same image keep its statistics; black ones would be a signal of their own.
@@ -66,7 +81,7 @@ def check_saliency(adapter: ModelAdapter, budget: Budget) -> Outcome:
         chosen = torch.zeros_like(scores.flatten(1), dtype=torch.bool)
         chosen.scatter_(1, scores.flatten(1).topk(kept).indices, True)
         replaced = torch.where(chosen.view_as(scores)[:, None], shuffled, images)
-        return distance(adapter, base, answers(adapter, {adapter.main_input: replaced}))
+        return distance(adapter, base, answers(adapter, {**inputs, adapter.main_input: replaced}))
 
     salient = moved(maps)
     random = torch.stack([moved(torch.rand(maps.shape, generator=generator).to(maps)) for _ in range(CONTROLS)]).mean(0)
@@ -76,9 +91,11 @@ def check_saliency(adapter: ModelAdapter, budget: Budget) -> Outcome:
     why = (
         f"deleting the most salient {SHARE:.0%} of pixels moves the answer {ratio:.2g} times as much as random ones; "
         + ("the map shows what matters" if better else "no proof that the map shows what matters")
+        + told_fixed(adapter, inputs)
     )
     details = {
         "images": count,
+        "held_fixed": held_fixed(adapter, inputs),
         "moved_by_salient": float(salient.mean()),
         "moved_by_random": float(random.mean()),
         "gain": {"mean": gain.mean, "low": gain.low, "high": gain.high},

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import AdapterError
+from utils.runtime.garbage import old_objects_aside
 from utils.runtime.resources import format_bytes
 from utils.runtime.seeding import seed_streams
 from utils.validation.allocations import Allocations
@@ -44,6 +45,7 @@ QUADRATIC_EXPONENT, QUADRATIC_SHARE = 1.5, 0.1
 has this exponent, or when what autograd keeps has this share of the peak in a term that is quadratic in the length."""
 
 
+@old_objects_aside()
 def check_memory_growth(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """Call the model again and again, in eval and in train mode, and count the bytes that stay.
 
@@ -336,7 +338,7 @@ def _lengths(adapter: ModelAdapter, budget: Budget, top: int) -> list[int]:
         return [top // 16, top // 8, top // 4]
     top = min(top, adapter.max_length.value or top)
     reference = adapter.legal_length(min(32, top))
-    seconds = forward_seconds(adapter, reference)
+    seconds = forward_seconds(adapter, reference) if budget.remaining() else math.inf
     wanted = top
     # Three lengths cost twice the longest, and recording as much again.
     while top > 64 and 4 * seconds * top / reference > budget.remaining():

@@ -11,9 +11,10 @@ from utils.adapters.capture import first_tensor, named_tensors, observe, tensor_
 from utils.adapters.detection import config_number, kind_by_name
 from utils.adapters.lengths import Lengths
 from utils.adapters.model_adapter import ModelAdapter
-from utils.adapters.troubles import UNREADABLE, UNSIZED, moves_to_gpu
+from utils.adapters.troubles import STARVED, UNREADABLE, UNSIZED, moves_to_gpu
 from utils.runtime.errors import AdapterError
 from utils.validation.check import Budget, Finding, Outcome, Skipped
+from utils.validation.containment import HINTS
 from utils.validation.portability import DEVICE_HINT
 from utils.validation.probing import (
     LANGUAGE_MODELS,
@@ -22,6 +23,7 @@ from utils.validation.probing import (
     ModelCrash,
     compares_samples,
     content_input,
+    crash_line,
     crash_site,
     forward_seconds,
     has_length,
@@ -60,7 +62,8 @@ def check_shape_robustness(adapter: ModelAdapter, budget: Budget) -> Outcome:
     """Run legal batch sizes, lengths, image sizes and extreme token ids, and compare the shapes of the logits.
 
     Codes: ``shape_crash`` for a crash or a wrong shape, ``shape_limit`` for lengths that the design cannot take,
-    ``vocab_mismatch`` for logits whose width is not the vocabulary and for a legal id that crashes.
+    ``vocab_mismatch`` for logits whose width is not the vocabulary and for a legal id that crashes, ``out_of_memory``
+    where no call fits into memory, ``hardcoded_device`` where none runs without a GPU.
     """
     if adapter.failure is not None:
         return _no_call(adapter)
@@ -124,6 +127,11 @@ def _no_call(adapter: ModelAdapter) -> Outcome:
     if bad and moves_to_gpu(message):
         where = crash_site(adapter, bad)
         return Outcome("no call", "one call", "", [Finding("hardcoded_device", "fail", where, message, DEVICE_HINT)])
+    if bad and STARVED in message:
+        _insist_on_inputs(adapter, bad, message)
+        where, code = crash_site(adapter, bad), "out_of_memory"
+        starved = Finding(code, "fail", where, message, HINTS[code], location=crash_line(adapter, where))
+        return Outcome("no call", "one call", "", [starved])
     if bad and UNREADABLE in message:
         where, hint = crash_site(adapter, bad), "Give the table that reads the ids as many rows as the vocabulary has."
         return Outcome("no call", "one call", "", [Finding("vocab_mismatch", "fail", where, message, hint)])
@@ -180,7 +188,7 @@ def _insist_on_inputs(adapter: ModelAdapter, inputs: Mapping[str, Tensor], messa
         told = taken = False
     if adapter.modality == "features":
         # Real numbers enter a layer by their last axis alone; how many axes there should be is not known.
-        taken = taken and MISFIT in str(error)
+        taken = taken and (MISFIT in str(error) or STARVED in message)
     if not sized and (told or taken):
         return
     names = dict.fromkeys(name.split(".")[0] for name in adapter.input_names)
@@ -189,6 +197,8 @@ def _insist_on_inputs(adapter: ModelAdapter, inputs: Mapping[str, Tensor], messa
     unclear = f"{what} of one size only, and none tried fits" if sized else f"it is unclear what {what} holds"
     if "RecursionError" in message:
         unclear = f"some inputs end in a RecursionError, as if forward() called itself without end, and {unclear}"
+    if STARVED in message:
+        unclear = f"memory ran out, and {unclear}"
     raise AdapterError(
         f"No forward pass of {adapter.name} succeeded; {unclear}.",
         f"Pass ModelSpec(example_inputs={{{given}}}) with tensors that it accepts.",

@@ -291,7 +291,7 @@ def _by_time(adapter: ModelAdapter, budget: Budget, loss: float) -> list[Finding
         return []
     length = adapter.legal_length(min(RECURRENT_LENGTH, adapter.max_length.value or RECURRENT_LENGTH))
     short = adapter.legal_length(max(1, length // 8))
-    seconds = 4 * forward_seconds(adapter, short) * length / short
+    seconds = 4 * forward_seconds(adapter, short) * length / short if budget.remaining() else math.inf
     if not budget.afford(seconds, f"the gradient over {length} tokens was not followed") or short == length:
         return []
     try:
