@@ -4,6 +4,7 @@
     python benchmarks/validation_quality.py --set holdout          models that no check was tuned on
     python benchmarks/validation_quality.py --set unseen_a         written apart too; checks were mended by it since
     python benchmarks/validation_quality.py --set unseen_b         first run when the checks were done
+    python benchmarks/validation_quality.py --set unseen_c         written after that; no check was tuned on it
     python benchmarks/validation_quality.py --public               bugs of public trackers only
     python benchmarks/validation_quality.py --sound --seeds 3      sound models only, three seeds each
     python benchmarks/validation_quality.py --code future_leakage --json answers.json
@@ -29,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import holdout, unseen_a, unseen_b, zoo
+from benchmarks import holdout, unseen_a, unseen_b, unseen_c, zoo
 from benchmarks.zoo import Entry
 
-SETS = {"zoo": (zoo,), "holdout": (holdout,), "unseen_a": (unseen_a,), "unseen_b": (unseen_b,)}
+SETS = {"zoo": (zoo,), "holdout": (holdout,), "unseen_a": (unseen_a,), "unseen_b": (unseen_b,), "unseen_c": (unseen_c,)}
 SETS["all"] = tuple(source for sources in SETS.values() for source in sources)
 LEVEL = {"warn": 1, "fail": 2}
 
