@@ -4,21 +4,29 @@ Each setting is trained once without interruption. Then sessions of it are kille
 continued, killed again and in the end left to finish; weights, optimizer, schedule, averages and every logged number
 are compared bit by bit. After each kill all files under a final name, in the run and in its second copy, must verify.
 
+Most sessions are forks of a process that has imported what a session needs, and has done nothing else: importing takes
+longer than the training. A share of them are new processes (`--fresh`), and so are always those that train on several
+devices. As many runs as there are processors are killed at the same time.
+
     python benchmarks/kill_and_resume.py                        100 kills over all settings
-    python benchmarks/kill_and_resume.py --kills 20 --settings shuffled,ema
+    python benchmarks/kill_and_resume.py --kills 20 --settings shuffled,average --fresh 1
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,18 +81,43 @@ SETTINGS = {
     "wsd-smoothing": Setting(changes={"schedule": "wsd", "label_smoothing": 0.1}),
     "mirrored": Setting(mirrored=True, changes={"keep_every_steps": 20}),
     "two-processes": Setting(changes={"devices": 2, "accumulate": 2, "log_every_steps": 3, "max_steps": 40}),
+    "two-parts": Setting(
+        changes={"devices": 2, "strategy": "fsdp", "accumulate": 2, "ema_decay": 0.9, "max_steps": 24}
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is to be killed some times; without kills, the one that nobody touches."""
+
+    setting: str
+    directory: Path
+    text: Path
+    kills: int = 0
+    fresh: float = 0.0
+    """Share of the sessions that are new processes."""
+    seed: str = ""
+
+    @property
+    def whole(self) -> Path:
+        """The run that nobody touches."""
+        return self.directory.parent / f"{self.setting}-whole"
 
 
 @dataclass
 class Outcome:
-    """What came of one run that was killed."""
+    """What came of one run."""
 
-    setting: str
+    job: Job
     kills: int = 0
+    fresh: int = 0
+    """Kills of new processes."""
     survived: bool = False
     torn: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
+    log: str = ""
+    seconds: float = 0.0
 
     @property
     def equal(self) -> bool:
@@ -111,9 +144,36 @@ def session(setting: Setting, directory: Path, text: Path) -> None:
         train(model, data, config, directory, mirror=mirror, progress=False)
 
 
-def start(setting: Setting, directory: Path, text: Path) -> Any:
-    """Fork a session: a process like any other, without the seconds that importing torch takes."""
-    process = multiprocessing.get_context("fork").Process(target=session, args=(setting, directory, text))
+class Fresh:
+    """A session in a new process, with what is needed of the interface of `multiprocessing.Process`."""
+
+    def __init__(self, setting: str, directory: Path, text: Path) -> None:
+        """Start it."""
+        command = [sys.executable, __file__, "--session", setting, str(directory), str(text)]
+        self.process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.pid = self.process.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        return self.process.poll()
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self.exitcode is None
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for its end."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+
+def start(job: Job, fresh: bool) -> Any:
+    """Start a session: a new process, or a fork, which is a process like any other, but has imported all it needs."""
+    if fresh:
+        return Fresh(job.setting, job.directory, job.text)
+    arguments = (SETTINGS[job.setting], job.directory, job.text)
+    process = multiprocessing.get_context("fork").Process(target=session, args=arguments)
     process.start()
     return process
 
@@ -126,14 +186,23 @@ def rows(directory: Path) -> int:
         return 0
 
 
-def kill(process: Any, directory: Path, draw: random.Random, total: int) -> bool:
-    """Kill a session at a random moment; return False when it ended before."""
-    # Half of the kills come while training, the others at any moment from the start of the process on.
-    target = rows(directory) + draw.randrange(1, max(2, total // 2)) if draw.random() < 0.7 else 0
+def kill(process: Any, job: Job, draw: random.Random, seconds: float) -> bool:
+    """Kill a session at a random moment; return False when it ended before.
+
+    Args:
+        process: The session.
+        job: What it is a session of.
+        draw: Says when.
+        seconds: What the session of a whole run takes.
+    """
+    # Two thirds of the kills come at a random step, the others at any moment from the start of the process on.
+    total, target = rows(job.whole), 0
+    if draw.random() < 0.67:
+        target = rows(job.directory) + draw.randrange(1, max(3, 2 * total // (job.kills + 1)))
     deadline = time.monotonic() + 200
-    while rows(directory) < target and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(draw.random() * (0.03 if target else 1.5))
+    while rows(job.directory) < target and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.004)
+    time.sleep(draw.random() * (seconds / total if target else 0.8 * seconds))
     alive = process.is_alive()
     with_group(process.pid)
     process.join()
@@ -168,12 +237,12 @@ def torn(directory: Path) -> list[str]:
             problem = manager.problem(path)
             if problem is not None:
                 found.append(f"{place.name}/{path.name}: {problem}")
-        for name in ("run.json", "summary.json"):
-            if (place / name).exists():
+        for path in place.rglob("*.json"):
+            if not any(part.startswith(".") for part in path.relative_to(place).parts):
                 try:
-                    json.loads((place / name).read_text())
+                    json.loads(path.read_text())
                 except ValueError:
-                    found.append(f"{place.name}/{name}")
+                    found.append(f"{place.name}/{path.relative_to(place)}")
     return found
 
 
@@ -209,9 +278,9 @@ def differences(one: Path, two: Path) -> list[str]:
     return found + ["logged numbers"] * (not same(logs[0], logs[1]))
 
 
-def finish(setting: Setting, directory: Path, text: Path) -> bool:
+def finish(job: Job, fresh: bool = False) -> bool:
     """Let a session run to its end."""
-    process = start(setting, directory, text)
+    process = start(job, fresh)
     process.join(400)
     if process.is_alive():
         with_group(process.pid)
@@ -219,25 +288,88 @@ def finish(setting: Setting, directory: Path, text: Path) -> bool:
     return bool(process.exitcode == 0)
 
 
-def survive(name: str, whole: Path, directory: Path, text: Path, kills: int, draw: random.Random) -> Outcome:
-    """Kill a run some times, let it finish, and compare."""
-    setting, outcome = SETTINGS[name], Outcome(name)
-    total = {**BASE, **setting.changes}["max_steps"]
-    for _ in range(3 * kills):
-        if outcome.kills == kills:
-            break
-        if not kill(start(setting, directory, text), directory, draw, total):
+def run(job: Job, seconds: float = 0.0) -> Outcome:
+    """Kill a run some times, let it finish, and compare.
+
+    Args:
+        job: The run.
+        seconds: What the session of a whole run takes.
+    """
+    outcome, draw, started = Outcome(job), random.Random(job.seed), time.monotonic()
+    for _ in range(job.kills):
+        fresh = draw.random() < job.fresh
+        if not kill(start(job, fresh), job, draw, seconds):
             break
         outcome.kills += 1
-        outcome.torn += torn(directory)
-    outcome.survived = finish(setting, directory, text)
-    outcome.torn += torn(directory)
-    if outcome.survived:
+        outcome.fresh += fresh
+        outcome.torn += torn(job.directory)
+    outcome.survived = finish(job, fresh=job.fresh == 1)
+    outcome.seconds = time.monotonic() - started
+    outcome.torn += torn(job.directory)
+    if outcome.survived and job.kills:
         try:
-            outcome.different = differences(whole, directory)
+            outcome.different = differences(job.whole, job.directory)
         except (SeedbedError, OSError) as error:
             outcome.different = [str(error)]
+    if not outcome.survived:
+        outcome.log = job.directory.with_suffix(".log").read_text()[-3000:]
     return outcome
+
+
+def corpus(folder: Path) -> Path:
+    """Write texts to train on: one file, and the same as documents, for what is split by whole ones."""
+    from pydoc_data.topics import topics
+
+    text = folder / "topics.txt"
+    text.write_text("\n\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
+    text.with_suffix("").mkdir(exist_ok=True)
+    for name in sorted(topics)[:40]:
+        (text.with_suffix("") / f"{name}.txt").write_text(topics[name], encoding="utf-8")
+    return text
+
+
+def imported(names: list[str], text: Path, folder: Path, found: Path) -> None:
+    """Train a little of some settings and note the names of all modules that were imported."""
+    for name in names:
+        setting = SETTINGS[name]
+        few = {**setting.changes, "max_steps": 2, "checkpoint_every_steps": 1, "val_every_steps": 1}
+        session(Setting(setting.model, setting.config, setting.data, few), folder / name, text)
+    found.write_text(json.dumps([name for name in sys.modules if not name.startswith(("seedbed_", "__"))]))
+
+
+def warm_up(names: list[str], text: Path, folder: Path) -> None:
+    """Import what sessions import; another process finds out what that is, so that nothing else is done in this one."""
+    folder.mkdir()
+    found = folder / "modules.json"
+    arguments = ([name for name in names if SETTINGS[name].changes.get("devices", 1) == 1], text, folder, found)
+    process = multiprocessing.get_context("fork").Process(target=imported, args=arguments)
+    process.start()
+    process.join()
+    if found.exists():
+        for name in json.loads(found.read_text()):
+            # Some modules exist under names by which they cannot be imported.
+            with suppress(Exception):
+                importlib.import_module(name)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def jobs_for(names: list[str], kills: int, first: int, folder: Path, text: Path, options: Any) -> list[Job]:
+    """Plan runs with so many kills in all, over all settings in turn."""
+    jobs: list[Job] = []
+    while kills:
+        number = first + len(jobs)
+        name, seed = names[number % len(names)], f"{options.seed}-{number}"
+        count = min(kills, random.Random(seed).randint(1, options.kills_per_run))
+        jobs.append(Job(name, folder / f"{name}-{number}", text, count, options.fresh, seed))
+        kills -= count
+    return jobs
+
+
+def show(outcome: Outcome) -> None:
+    """Print what came of one run."""
+    verdict = "equal" if outcome.equal else f"DIFFERENT: {outcome.different or 'did not finish'}"
+    torn_files = "".join(f"  TORN {item}" for item in outcome.torn)
+    print(f"{outcome.job.setting:26} {outcome.kills} kills  {verdict}{torn_files}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -245,61 +377,76 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--settings", default=",".join(SETTINGS))
-    parser.add_argument("--kills-per-run", type=int, default=3, help="at most")
+    parser.add_argument("--kills-per-run", type=int, default=5, help="at most")
+    parser.add_argument("--fresh", type=float, default=0.1, help="share of the sessions that are new processes")
+    parser.add_argument("--lanes", type=int, default=os.cpu_count(), help="runs at the same time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--keep", metavar="DIR", help="leave the runs here")
+    parser.add_argument("--session", nargs=3, metavar=("SETTING", "RUN", "TEXT"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.session:
+        name, directory, source = options.session
+        session(SETTINGS[name], Path(directory), Path(source))
+        return 0
+    started = time.monotonic()
     names = [name.strip() for name in options.settings.split(",")]
-    draw = random.Random(options.seed)
     folder = Path(options.keep or tempfile.mkdtemp(prefix="seedbed-kills-"))
     folder.mkdir(parents=True, exist_ok=True)
-    text = folder / "topics.txt"
-    from pydoc_data.topics import topics
-
-    text.write_text("\n\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
-    # The same as documents, for what is split by whole ones.
-    text.with_suffix("").mkdir(exist_ok=True)
-    for name in sorted(topics)[:40]:
-        (text.with_suffix("") / f"{name}.txt").write_text(topics[name], encoding="utf-8")
+    text = corpus(folder)
+    if options.fresh < 1:
+        warm_up(names, text, folder / "warm-up")
     outcomes: list[Outcome] = []
-    number = 0
-    while sum(outcome.kills for outcome in outcomes) < options.kills:
-        name = names[number % len(names)]
-        whole = folder / f"{name}-whole"
-        if not whole.exists() and not finish(SETTINGS[name], whole, text):
-            print(whole.with_suffix(".log").read_text()[-3000:], file=sys.stderr)
-            return 2
-        left = options.kills - sum(outcome.kills for outcome in outcomes)
-        directory = folder / f"{name}-{number}"
-        outcome = survive(name, whole, directory, text, min(left, draw.randint(1, options.kills_per_run)), draw)
-        outcomes.append(outcome)
-        if not options.json:
-            verdict = "equal" if outcome.equal else f"DIFFERENT: {outcome.different or 'did not finish'}"
-            print(f"{name:26} {outcome.kills} kills  {verdict}  {' '.join(outcome.torn)}", flush=True)
-        if not outcome.survived:
-            print(directory.with_suffix(".log").read_text()[-3000:], file=sys.stderr)
-        if not options.keep:
-            shutil.rmtree(directory, ignore_errors=True)
-        number += 1
+    # Processes, not threads: a process that forks must have no other thread.
+    with ProcessPoolExecutor(options.lanes, multiprocessing.get_context("fork")) as pool:
+        wholes = list(pool.map(run, [Job(name, folder / f"{name}-whole", text) for name in names]))
+        for outcome in wholes:
+            if not outcome.survived:
+                print(outcome.log, file=sys.stderr)
+                return 2
+        seconds = {outcome.job.setting: outcome.seconds for outcome in wholes}
+        number = 0
+        # A session that ends before its kill comes is made up for by other runs.
+        for _ in range(10):
+            left = options.kills - sum(outcome.kills for outcome in outcomes)
+            jobs = jobs_for(names, left, number, folder, text, options)
+            number += len(jobs)
+            futures: list[Future[Outcome]] = [pool.submit(run, job, seconds[job.setting]) for job in jobs]
+            for future in as_completed(futures):
+                outcome = future.result()
+                outcomes.append(outcome)
+                if not options.json:
+                    show(outcome)
+                if outcome.log:
+                    print(outcome.log, file=sys.stderr)
+                if not options.keep:
+                    shutil.rmtree(outcome.job.directory, ignore_errors=True)
     result = {
         "kills": sum(outcome.kills for outcome in outcomes),
+        "of_new_processes": sum(outcome.fresh for outcome in outcomes),
         "runs": len(outcomes),
         "survived": sum(outcome.survived for outcome in outcomes),
         "equal": sum(outcome.equal for outcome in outcomes),
         "torn": [item for outcome in outcomes for item in outcome.torn],
-        "different": {outcome.setting: outcome.different for outcome in outcomes if outcome.different},
+        "different": {outcome.job.setting: outcome.different for outcome in outcomes if outcome.different},
+        "kills_by_setting": {
+            name: sum(outcome.kills for outcome in outcomes if outcome.job.setting == name) for name in names
+        },
+        "minutes": round((time.monotonic() - started) / 60, 1),
     }
     if options.json:
         print(json.dumps(result))
     else:
         print(
-            f"{result['kills']} kills of {result['runs']} runs: {result['survived']} survived, {result['equal']} ended "
-            f"bitwise equal, {len(result['torn'])} torn files under a final name"
+            f"{result['kills']} kills of {result['runs']} runs in {result['minutes']} minutes, "
+            f"{result['of_new_processes']} of them of new processes: {result['survived']} runs survived, "
+            f"{result['equal']} ended bitwise equal, {len(result['torn'])} torn files under a final name"
         )
+        print("kills by setting:", ", ".join(f"{name} {count}" for name, count in result["kills_by_setting"].items()))
     if not options.keep:
         shutil.rmtree(folder, ignore_errors=True)
-    return 0 if result["equal"] == result["runs"] and not result["torn"] else 1
+    whole = result["equal"] == result["runs"] and not result["torn"]
+    return 0 if whole and result["kills"] == options.kills else 1
 
 
 if __name__ == "__main__":
