@@ -3,6 +3,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 # Two threads on two busy cores are slower than one, by far.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# One process per core, each with its own copy of the libraries in memory; timeout and markers are in pyproject.toml.
+PYTEST := $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help environment demo test test-slow lint format types contracts notebooks colab-replica colab-links clean
@@ -17,10 +19,10 @@ demo: environment  ## run both notebooks on the built-in example; results in run
 	@$(RUN) tools/demo.py
 
 test: environment  ## the quick tests, a few minutes
-	@$(TEST_ENV) $(RUN) -m pytest
+	@$(TEST_ENV) $(PYTEST)
 
 test-slow: environment  ## the tests that make test leaves out: slow, package index, Colab replica
-	@$(TEST_ENV) $(RUN) -m pytest -m "slow or network or replica"
+	@$(TEST_ENV) $(PYTEST) -m "slow or network or replica"
 
 lint: environment  ## style of the code and the notebooks
 	@$(RUN) -m ruff check .
