@@ -13,11 +13,19 @@ import pytest
 import torch
 
 import utils
-from utils.runtime.errors import RunError
+from utils.__main__ import main
+from utils.runtime.errors import ConfigError, RunError
 from utils.training import TrainingConfig, clean_stop, processes
 from utils.training.clean_stop import LAUNCHER, STOP_FILE, CleanStop, session_minutes
 from utils.training.parts import LightningPart
-from utils.training.processes import adapted, devices_here, is_started_here, processes_here, rank_and_world
+from utils.training.processes import (
+    adapted,
+    devices_here,
+    is_started_here,
+    processes_here,
+    rank_and_world,
+    wait_for_run,
+)
 from utils.training.resume import open_run, resume, train
 from utils.training.run import PROCESSES_LOCK, session_lock
 
@@ -53,6 +61,10 @@ def test_one_device_needs_no_strategy_and_a_cpu_no_float16(monkeypatch):
     config = TrainingConfig(devices=2, strategy="ddp", precision="16-mixed")
     changed = adapted(config, 1)
     assert (changed.strategy, changed.precision) == ("auto", "32-true")
+    assert adapted(config, 2, "fsdp").strategy == "fsdp"
+    assert adapted(config, 4, "fsdp").strategy == "fsdp"
+    with pytest.raises(ConfigError, match="strategy is 'zero'"):
+        adapted(config, 2, "zero")
     assert devices_here(config) == 2
     assert devices_here(config, 4) == 4
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -92,7 +104,7 @@ def test_another_number_of_devices_goes_on_within_tolerance_and_says_so(tmp_path
     record["config"] |= {"accumulate": 1, "devices": 2}
     record["machine"]["devices"] = 2
     path.write_text(json.dumps(record))
-    with pytest.warns(UserWarning, match="devices 2 became 1.*agree within rounding"):
+    with pytest.warns(UserWarning, match="devices 2 became 1.*agree within rounding.*dropout.*other batches"):
         run = resume(tmp_path / "run", devices=1, time_budget_minutes=60, progress=False)
     assert run.finished
     assert run.last("validation")["loss"] == pytest.approx(whole.last("validation")["loss"], rel=1e-4)
@@ -104,6 +116,65 @@ def test_a_bare_module_cannot_be_spread_over_devices_later(tmp_path, text_file, 
     train(tiny_gpt.module, f"file:{text_file}", short, tmp_path / "run", progress=False)
     with pytest.raises(RunError, match="devices is 2, and the model is a bare GPT"):
         resume(tmp_path / "run", model=tiny_gpt.module, devices=2, progress=False)
+
+
+def test_devices_and_strategy_reach_every_verb(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def caught(*arguments, **named):
+        config = next((value for value in arguments if isinstance(value, TrainingConfig)), None)
+        asked.append((config.devices, config.strategy) if config else (named["devices"], named["strategy"]))
+        raise RunError("Enough.")
+
+    monkeypatch.setattr("utils.training.resume.train", caught)
+    monkeypatch.setattr("utils.training.resume.resume", caught)
+    config = TrainingConfig(devices=8, strategy="fsdp")
+    for verb in (
+        lambda: utils.train("example:gpt", config=config, run_dir=tmp_path),
+        lambda: utils.resume(tmp_path, devices=8, strategy="fsdp"),
+    ):
+        with pytest.raises(RunError, match="Enough"):
+            verb()
+    options = ["--devices", "8", "--strategy", "fsdp"]
+    assert main(["train", "example:gpt", "--run-dir", str(tmp_path), *options]) == 2
+    assert main(["resume", str(tmp_path), *options]) == 2
+    assert asked == [(8, "fsdp")] * 4
+
+
+def test_what_trackers_said_in_another_process_is_told(tmp_path, text_file, quick, monkeypatch):
+    """The first of the processes tracks; what it has to say comes to the one that started it."""
+
+    def ended(directory, devices, arguments):
+        assert arguments[:2] == ["--strategy", "fsdp"]
+        run, _ = open_run(directory)
+        run.notes.append("wandb sync here")
+        run.save_summary()
+        return 1
+
+    monkeypatch.setattr("utils.training.resume.launch", ended)
+    model = utils.load_model("example:gpt", config=TINY)
+    config = quick.with_changes(devices=2, strategy="fsdp")
+    run = train(model, f"file:{text_file}", config, tmp_path / "run", progress=False)
+    assert run.notes == ["wandb sync here"]
+    assert "wandb sync here" in run._repr_html_()
+
+
+def test_other_processes_wait_for_the_first_to_make_the_run(tmp_path, monkeypatch):
+    timer = threading.Timer(0.1, (tmp_path / "run.json").touch)
+    timer.start()
+    wait_for_run(tmp_path / "run.json")
+    monkeypatch.setattr(processes, "PATIENCE", 0.1)
+    with pytest.raises(RunError, match="elsewhere.json has not come.*folder that all machines share"):
+        wait_for_run(tmp_path / "elsewhere.json")
+
+
+def test_only_the_first_process_speaks(tmp_path, text_file, quick, tiny_gpt, monkeypatch, capsys):
+    train(tiny_gpt, f"file:{text_file}", quick.with_changes(max_steps=1), tmp_path / "run", progress=False)
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
+        assert ("finished at step 1 of 1" in capsys.readouterr().out) is speaks
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from utils.runtime import project
 from utils.runtime.errors import RunError
 from utils.training.clean_stop import LAUNCHER, STOP_FILE, CleanStop
 from utils.training.config import TrainingConfig
+
+PATIENCE = 3600.0
+"""Seconds that a process waits for the first one to prepare the data and make the run."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -51,7 +55,17 @@ def devices_here(config: TrainingConfig, devices: int | None = None) -> int:
     return min(config.devices, torch.cuda.device_count()) if torch.cuda.is_available() else config.devices
 
 
-def adapted(config: TrainingConfig, devices: int) -> TrainingConfig:
+def agreed(flag: bool) -> bool:
+    """Return whether any of the processes that train together says yes; all of them ask at the same point."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return flag
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    said = torch.tensor(float(flag), device=torch.cuda.current_device() if on_gpu else "cpu")
+    torch.distributed.all_reduce(said)
+    return bool(said)
+
+
+def adapted(config: TrainingConfig, devices: int, strategy: str | None = None) -> TrainingConfig:
     """Return the settings with which this machine takes the same steps as the one that the run was started on.
 
     A step keeps its samples: fewer devices accumulate more batches, or more devices fewer. Without a GPU float16, which
@@ -60,12 +74,15 @@ def adapted(config: TrainingConfig, devices: int) -> TrainingConfig:
     Args:
         config: The run's settings.
         devices: Number of devices now.
+        strategy: How several devices share the work from now on; None keeps the run's own.
 
     Raises:
         RunError: So many devices cannot share the samples of a step evenly.
     """
     if config.precision == "16-mixed" and not torch.cuda.is_available():
         config = config.with_changes(precision="32-true")
+    if strategy is not None:
+        config = config.with_changes(strategy=strategy)
     if devices == config.devices:
         return config
     samples, rest = divmod(config.samples_per_step, devices) if devices > 0 else (0, 1)
@@ -82,6 +99,26 @@ def adapted(config: TrainingConfig, devices: int) -> TrainingConfig:
         accumulate=samples // batch,
         strategy=config.strategy if devices > 1 else "auto",
     )
+
+
+def wait_for_run(record: Path) -> None:
+    """Wait until the first of the processes that torchrun started has made the run that all of them train.
+
+    Args:
+        record: The file that is written last.
+
+    Raises:
+        RunError: It does not come.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not record.exists():
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{record} has not come within {PATIENCE / 60:.0f} minutes.",
+                "Expected the first process to make the run in a folder that all machines share.",
+                "Name such a folder as the run's directory, and read the first process's messages.",
+            )
+        time.sleep(0.2)
 
 
 def launch(directory: Path, devices: int, arguments: list[str]) -> int:
@@ -107,6 +144,8 @@ def launch(directory: Path, devices: int, arguments: list[str]) -> int:
         asked = Path(folder) / "stop"
         environment = {
             **os.environ, "PYTHONPATH": python_path(), LAUNCHER: str(os.getpid()), STOP_FILE: str(asked),
+            # What torchrun sets too, but with a banner.
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }  # fmt: skip
         try:
             # The caller says how the run stands; the processes only show their progress and their warnings.
