@@ -99,9 +99,22 @@ def test_a_damaged_old_record_is_no_crash(old_run):
 
 def test_the_first_checkpoint_of_layout_1_has_no_counters(tmp_path):
     states = {"memory": {"buffers": {}, "attributes": {}}}
-    assert migrated(states, 1, STATES) == states
+    now = {"memory": {"buffers": {}, "attributes": {}, "objects": {}}}
+    assert migrated(states, 1, STATES) == now
     manager = CheckpointManager(tmp_path)
     manager.save(0, torch.nn.Linear(2, 2), states)
     manifest = tmp_path / "step-00000000" / MANIFEST
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 1}))
-    assert manager.latest().load_into(torch.nn.Linear(2, 2)) == states
+    assert manager.latest().load_into(torch.nn.Linear(2, 2)) == now
+
+
+def test_losses_of_batches_become_losses_of_steps():
+    """Layout 2 kept one loss for each batch; what an earlier session left may be of other batches."""
+    progress = {"step": 4, "batches": 8, "pending": torch.tensor([9.0, 1.0, 3.0, 2.0, 6.0])}
+    states = {"progress": progress, "memory": {"buffers": {}, "attributes": {}}}
+    now = migrated(states, 2, STATES)
+    assert now["progress"]["pending"].tolist() == [9.0, 2.0, 4.0]
+    assert now["memory"]["objects"] == {}
+    empty = migrated({"progress": {**progress, "pending": torch.zeros(0)}}, 2, STATES)
+    assert empty["progress"]["pending"].tolist() == []
+    assert len(progress["pending"]) == 5

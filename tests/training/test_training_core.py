@@ -1,20 +1,27 @@
 import errno
 import math
 import shutil
+import signal
 import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import utils
-from utils.adapters import ModelAdapter
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.runtime.errors import ConfigError, RunError
 from utils.training import TrainingConfig, checkpoint_manager, training_core
+from utils.training.clean_stop import interruptible
 from utils.training.dataset_utilities import load_data
+from utils.training.diagnosis import NotFiniteError
 from utils.training.evaluation import evaluate
 from utils.training.metrics import read_metrics
 from utils.training.resume import train
 from utils.training.schedules import learning_rate_share
+from utils.training.session_callback import SessionCallback
+from utils.training.text_stream import open_stream
+from utils.training.training_module import TrainingModule
 from utils.training.weights import weights_sha256
 
 
@@ -137,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
     loaded.module.train = arm
     with pytest.raises(
         RunError,
-        match="norm is nan in batch 0, which ends step 1 .first in what GPT puts out.*last good state is kept",
+        match="training loss is nan in batch 0 of step 1 .first in what GPT puts out.*last good state is kept",
     ):
         train(loaded, f"file:{text_file}", quick, tmp_path / "run", progress=False)
     assert (tmp_path / "run/checkpoints/step-00000000").is_dir()
@@ -148,10 +155,137 @@ def test_a_gradient_that_is_not_finite_is_kept_out_of_the_checkpoints(tmp_path, 
     tiny_gpt.module.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(
         RunError,
-        match="norm is nan in batch 0.*forward pass is finite; first in the gradient of norm.bias.*last good state",
+        match="norm is nan in batch 0 of step 1.*forward pass is finite; first in the gradient of norm.weight.*last",
     ):
         train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000000"]
+
+
+class Poisoned(nn.Module):
+    """Its numbers stop being finite in one pass of training, forward or backward."""
+
+    def __init__(self, when: int, backward: bool) -> None:
+        super().__init__()
+        self.head, self.embed, self.middle = nn.Linear(8, 300), nn.Embedding(300, 8), nn.Linear(8, 8)
+        self.when, self.backward, self.passes = when, backward, 0
+
+    def forward(self, input_ids):
+        x = self.middle(self.embed(input_ids))
+        if self.training:
+            self.passes += 1
+            if self.passes == self.when and self.backward:
+                x.register_hook(lambda gradient: gradient * float("nan"))
+            elif self.passes == self.when:
+                x = x / 0
+        return self.head(x)
+
+
+SPEC = ModelSpec(task="causal_lm", vocab_size=300, max_length=32)
+
+
+@pytest.mark.parametrize(
+    ("backward", "words"),
+    [
+        (False, "training loss is nan in batch 5 of step 2"),
+        # Of the bad gradients that of the module called last, wherever the model has it.
+        (
+            True,
+            r"norm is nan in batches 4 to 7 of step 2 .the forward pass is finite; first in the gradient of middle.b",
+        ),
+    ],
+)
+def test_one_bad_pass_of_a_step_is_told(tmp_path, text_file, quick, backward, words):
+    config = quick.with_changes(accumulate=4)
+    with pytest.raises(RunError, match=words):
+        train(Poisoned(6, backward), f"file:{text_file}", config, tmp_path / "run", spec=SPEC, progress=False)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_where_nobody_waits_for_the_device_the_weights_still_stop_and_the_batch_is_found(
+    tmp_path, text_file, quick, monkeypatch, backward
+):
+    """As on a GPU: the step is decided on the device, and read when a row is due."""
+    original = TrainingModule.on_train_start
+
+    def as_on_a_gpu(self):
+        original(self)
+        self.on_cpu = False
+
+    monkeypatch.setattr(TrainingModule, "on_train_start", as_on_a_gpu)
+    monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", lambda self, batch, device, index: batch)
+    model = Poisoned(5, backward)
+    config = quick.with_changes(accumulate=2, val_every_steps=24, weight_decay=0.0)
+    seen = []
+    end = SessionCallback.on_train_batch_end
+
+    def noting(self, *arguments):
+        end(self, *arguments)
+        seen.append(model.middle.weight.detach().clone())
+
+    monkeypatch.setattr(SessionCallback, "on_train_batch_end", noting)
+    words = r"gradient's norm is not finite in batches 4 to 5 of step 3"
+    with pytest.raises(RunError, match=words):
+        train(model, f"file:{text_file}", config, tmp_path / "run", spec=SPEC, progress=False)
+    assert len(seen) == 7, "the failure was found when something was due"
+    assert not torch.equal(seen[1], seen[3])
+    assert all(torch.equal(seen[3], later) for later in seen[3:]), "no step after it changed the weights"
+
+
+def test_a_batch_of_the_past_is_run_again_to_find_the_module(tmp_path, text_file, quick, monkeypatch):
+    class Word(nn.Module):
+        """Puts out no numbers for a batch that holds one sample."""
+
+        def forward(self, x, ids):
+            return x * float("nan") if self.training and (ids == chosen).all(1).any() else x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.word, self.head = nn.Embedding(300, 8), Word(), nn.Linear(8, 300)
+
+        def forward(self, input_ids):
+            return self.head(self.word(self.embed(input_ids), input_ids))
+
+    original = TrainingModule.on_train_start
+
+    def as_on_a_gpu(self):
+        original(self)
+        self.on_cpu = False
+
+    monkeypatch.setattr(TrainingModule, "on_train_start", as_on_a_gpu)
+    monkeypatch.setattr(TrainingModule, "transfer_batch_to_device", lambda self, batch, device, index: batch)
+    data = load_data(f"file:{text_file}", task="causal_lm", vocab_size=300, max_length=32)
+    chosen = open_stream(data, quick).batch_at(2 * quick.batch_size)["input_ids"][1]
+    with pytest.raises(RunError, match="not finite in batch 2 of step 3 .first in what word puts out"):
+        train(
+            Model(), data, quick.with_changes(checkpoint_every_steps=100), tmp_path / "run", spec=SPEC, progress=False
+        )
+
+
+def test_a_scaler_that_leaves_out_every_step_is_no_training(text_file, tiny_gpt, quick):
+    adapter = ModelAdapter(tiny_gpt)
+    data = load_data(f"file:{text_file}", task="causal_lm", vocab_size=300, max_length=32)
+    module = TrainingModule(adapter, data, quick, 100)
+    module.failed, module.left_out, module.batch_number = torch.tensor(-1), torch.tensor(31), 40
+    module.check_finite()
+    module.left_out += 1
+    with pytest.raises(NotFiniteError, match=r"not been finite in 32 steps in a row, up to step 40.*of head\).*bf16"):
+        module.check_finite(lambda numbers: " (of head)" if list(numbers) == [39] else "")
+
+
+def test_a_second_interrupt_is_an_interrupt(tmp_path, text_file, quick):
+    class Interrupted(Poisoned):
+        def forward(self, input_ids):
+            if self.training and self.passes == 2:
+                raise KeyboardInterrupt
+            return super().forward(input_ids)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(Interrupted(0, False), f"file:{text_file}", quick, tmp_path / "run", spec=SPEC, progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(SystemExit), interruptible():
+        raise SystemExit(3)
 
 
 def test_lightning_says_nothing(tmp_path, text_file, tiny_gpt, quick, capfd):
@@ -163,14 +297,45 @@ def test_lightning_says_nothing(tmp_path, text_file, tiny_gpt, quick, capfd):
     assert captured.err == ""
 
 
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
-    config = TrainingConfig(warmup_share=0.1, final_learning_rate_share=0.2)
-    shares = [learning_rate_share(step, 100, config) for step in range(101)]
-    assert shares[0] == pytest.approx(0.1)
-    assert shares[9] == shares[10] == 1.0
-    assert shares[55] == pytest.approx(0.6)
-    assert shares[100] == pytest.approx(0.2)
-    assert learning_rate_share(0, 5, TrainingConfig(warmup_share=0.0)) == 1.0
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize(("total", "warmup"), [(100, 0.1), (7, 0.0), (2, 0.0), (10, 0.9), (1, 0.0)])
+def test_every_schedule_is_its_closed_form_and_ends_at_the_final_share(schedule, total, warmup):
+    decay = min(0.3, round(1 - warmup, 6))
+    config = TrainingConfig(
+        schedule=schedule, warmup_share=warmup, final_learning_rate_share=0.2, decay_share=decay, max_steps=total
+    )
+    shares = [learning_rate_share(step, total, config) for step in range(total)]
+    rising = round(warmup * total)
+    start = max(rising, total - max(1, round(decay * total))) if schedule == "wsd" else rising
+    for step, share in enumerate(shares):
+        if step < rising:
+            assert share == (step + 1) / rising
+        elif schedule == "constant" or total == 1 or step < start:
+            assert share == 1.0
+        elif step < total - 1:
+            progress = (step - start) / (total - 1 - start)
+            left = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
+            assert share == pytest.approx(0.2 + 0.8 * left)
+    assert max(shares) == 1.0
+    assert shares[-1] == (1.0 if schedule == "constant" or total == 1 else 0.2)
+
+
+def test_the_logged_rate_is_the_one_that_was_used(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
+    used = []
+    original = torch.optim.AdamW.step
+
+    def noting(self, *arguments, **named):
+        used.append(self.param_groups[0]["lr"])
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    config = quick.with_changes(
+        max_steps=5, log_every_steps=1, warmup_share=0.0, schedule="linear", final_learning_rate_share=0.0,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    run = train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False)
+    logged = [row["learning_rate"] for row in run.metrics if row["split"] == "train"]
+    assert logged == used == pytest.approx([0.01, 0.0075, 0.005, 0.0025, 0.0])
 
 
 def test_precision_on_this_machine():

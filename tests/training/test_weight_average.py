@@ -84,3 +84,47 @@ def test_the_average_is_what_is_measured_and_survives_a_stop(tmp_path, text_file
     with pytest.warns(UserWarning, match="does not verify"):
         again = resume(tmp_path / "whole", progress=False)
     assert again.last("validation")["loss"] == whole.last("validation")["loss"]
+
+
+def test_masks_stay_and_what_is_computed_anew_is_copied():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+            self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+            self.register_buffer("running", torch.zeros(2))
+            self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+    module = Model()
+    average = WeightAverage(module, 0.5)
+    with torch.no_grad():
+        module.weight += 1
+        module.running += 1
+        module.cache += 1
+    average.update()
+    share = 2 / 11
+    assert average.average["weight"].tolist() == average.average["running"].tolist()
+    assert average.average["weight"][0] == pytest.approx(1 - share)
+    assert average.average["cache"].tolist() == [1, 1]
+    assert average.average["mask"].tolist() == [0, float("-inf")]
+    module.running[0] = float("nan")
+    average.update()
+    module.running[0] = 3.0
+    average.update()
+    assert average.average["running"].tolist()[0] == 3.0, "what was no number is forgotten"
+    # Made, and made larger, while training; a fresh model has none of it yet.
+    with average.applied():
+        module.register_buffer("rope", torch.ones(3), persistent=False)
+    average.update()
+    module.rope = torch.ones(5)
+    with average.applied():
+        assert module.rope.tolist() == [1] * 5
+    average.update()
+    assert average.average["rope"].shape == (5,)
+    fresh = Model()
+    other = WeightAverage(fresh, 0.5)
+    other.load_state_dict(average.state_dict())
+    with other.applied():
+        assert fresh.weight.tolist() == average.average["weight"].tolist()
+    other.update()
+    assert other.updates == average.updates + 1

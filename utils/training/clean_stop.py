@@ -71,6 +71,17 @@ class CleanStop:
         self.reason = "interrupted" if number == signal.SIGINT else "terminated"
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let an interrupt that Lightning has caught inside the block go on as one: it leaves by ``sys.exit(1)``."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
 def session_minutes() -> float:
     """Return for how many minutes this session has been running.
 

@@ -1,14 +1,13 @@
 """Measuring a model on held-out data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import MeanMetric
 
 from utils.adapters import ModelAdapter
 from utils.adapters.objectives import IGNORED, REAL_VALUED
@@ -25,8 +24,22 @@ CLASSIFIERS = ("text_classification", "image_classification", "audio_classificat
 """Tasks whose answer is one class per sample."""
 
 
+def masking_seed(seed: int, batch_number: int, rank: int) -> int:
+    """Return the seed of what is masked in a training batch of a process."""
+    return derive_seed(seed, "masking", batch_number, rank)
+
+
+def held_out_seeds(seed: int, samples: Tensor) -> list[int]:
+    """Return the seeds of what is masked in held-out samples, given their numbers: the same in batches of any size."""
+    return [derive_seed(seed, "validation", number) for number in samples.tolist()]
+
+
 def objective(
-    adapter: ModelAdapter, data: PreparedData, batch: dict[str, Tensor], seed: int, label_smoothing: float = 0.0
+    adapter: ModelAdapter,
+    data: PreparedData,
+    batch: dict[str, Tensor],
+    seed: int | Sequence[int],
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a batch and return loss, logits and labels; masked language models are masked anew from `seed`.
 
@@ -34,7 +47,7 @@ def objective(
         adapter: The model.
         data: What the batch is from.
         batch: What `utils.training.batching.collate` returns, on the model's device.
-        seed: Seed of the masking.
+        seed: Seed of the masking, or one for each sample, so that batches of any size mask a sample alike.
         label_smoothing: Share of each label spread over all classes (Szegedy et al., arXiv:1512.00567, section 7).
 
     Returns:
@@ -44,8 +57,14 @@ def objective(
         tokenizer = data.tokenizer
         assert tokenizer is not None
         assert tokenizer.mask_id is not None
-        special = [i for i in (tokenizer.eos_id, tokenizer.pad_id) if i is not None]
-        inputs, labels = mask_tokens(batch["input_ids"], tokenizer.mask_id, tokenizer.vocab_size, special, seed=seed)
+        # Only what texts are made of is hidden, or put in the place of something hidden.
+        special = {i for i in (*tokenizer.special_ids, tokenizer.eos_id, tokenizer.pad_id) if i is not None}
+        rows, seeds = ((batch["input_ids"],), (seed,)) if isinstance(seed, int) else (batch["input_ids"].split(1), seed)
+        masked = [
+            mask_tokens(row, tokenizer.mask_id, tokenizer.vocab_size, special, seed=own)
+            for row, own in zip(rows, seeds, strict=True)
+        ]
+        inputs, labels = (torch.cat(parts) for parts in zip(*masked, strict=True))
         # What fills up the last window counts for no one.
         batch = {"input_ids": inputs, "labels": torch.where(batch["labels"] == IGNORED, IGNORED, labels)}
     logits = adapter.logits(model_inputs(adapter, batch, data))
@@ -59,7 +78,13 @@ def objective(
             "Expected one row of scores for each label.",
             "Check the model's task: " + adapter.task.reason + ". If it is wrong, say ModelSpec(task=...).",
         )
-    if label_smoothing and classes > 1:
+    if label_smoothing and classes == 1:
+        # One score is a choice of two classes: the share goes to both alike.
+        kept = labels.reshape(-1) != IGNORED
+        wanted = labels.reshape(-1)[kept].float() * (1 - label_smoothing) + label_smoothing / 2
+        scores = logits.reshape(-1).float()[kept]
+        return functional.binary_cross_entropy_with_logits(scores, wanted), logits, labels
+    if label_smoothing:
         flat = logits.reshape(-1, classes).float()
         smoothed = functional.cross_entropy(
             flat, labels.reshape(-1), ignore_index=IGNORED, label_smoothing=label_smoothing
@@ -92,7 +117,8 @@ def evaluate(
         has no id of its own, so that the loss does not cover it.
     """
     device = adapter.device
-    mean = MeanMetric().to(device)
+    # Kept on the device, in 64 bits: the sum over a large set would lose digits, and to read it would wait.
+    total = torch.zeros((), dtype=torch.float64, device=device)
     correct, counted = 0, 0
     fit = Fit()
     with preserved(adapter.module, seed, "validation"):
@@ -101,18 +127,18 @@ def evaluate(
             chosen = torch.arange(start, min(start + batch_size, data.validation_samples))
             batch = {name: tensor.to(device) for name, tensor in collate(data.validation, chosen).items()}
             with context():
-                loss, logits, labels = objective(adapter, data, batch, derive_seed(seed, "validation", start))
+                loss, logits, labels = objective(adapter, data, batch, held_out_seeds(seed, chosen))
             real = data.task in REAL_VALUED
             weight = labels.numel() if real else int((labels != IGNORED).sum())
             if weight == 0:
                 continue
             counted += weight
-            mean.update(loss.double(), weight)
+            total += loss.double() * weight
             if real:
                 fit.update(logits, labels)
             elif data.task in CLASSIFIERS:
                 correct += int((predicted_classes(logits).reshape(-1) == labels.reshape(-1)).sum())
-    result = {"loss": float(mean.compute())}
+    result = {"loss": float(total) / counted if counted else math.nan}
     if data.task in CLASSIFIERS:
         result["accuracy"] = correct / max(1, counted)
     if data.task in REAL_VALUED:

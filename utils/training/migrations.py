@@ -5,13 +5,17 @@ and the checkpoints written from now on are of the present version. Each table h
 makes the next one of it; a change of the layout raises `FORMAT_VERSION` and adds one function.
 
 Version 2: settings for schedules, averages, retention, workers and several devices; the best held-out loss is counted.
+Version 3: losses that wait for their row of metrics are kept by step, not by batch; a model's generators and containers
+are kept too.
 """
 
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-FORMAT_VERSION = 2
+import torch
+
+FORMAT_VERSION = 3
 """Version of the layout that is written; all from 1 on are read."""
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -44,9 +48,28 @@ def _counters_of_version_2(states: dict[str, Any]) -> dict[str, Any]:
     return {**states, "progress": {**counted, **states["progress"]}}
 
 
-RECORDS: Mapping[int, Migration] = {1: _settings_of_version_2}
+def _same(record: dict[str, Any]) -> dict[str, Any]:
+    return record
+
+
+def _losses_of_version_3(states: dict[str, Any]) -> dict[str, Any]:
+    """Take the mean of the batches of each step."""
+    if "memory" in states:
+        states = {**states, "memory": {"objects": {}, **states["memory"]}}
+    if "progress" not in states:
+        return states
+    progress = states["progress"]
+    # What a session on other devices left before may be of steps cut otherwise: the newest are of these batches.
+    passes = max(1, progress["batches"] // max(1, progress["step"]))
+    pieces = progress["pending"].flip(0).split(passes)
+    means = [piece.mean() for piece in reversed(pieces) if len(piece)]
+    pending = torch.stack(means) if means else torch.zeros(0)
+    return {**states, "progress": {**progress, "pending": pending}}
+
+
+RECORDS: Mapping[int, Migration] = {1: _settings_of_version_2, 2: _same}
 """Functions from the contents of a version's ``run.json`` to those of the next."""
-STATES: Mapping[int, Migration] = {1: _counters_of_version_2}
+STATES: Mapping[int, Migration] = {1: _counters_of_version_2, 2: _losses_of_version_3}
 """Functions from the states in a version's checkpoint to those of the next."""
 
 

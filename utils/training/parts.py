@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.training.sharding import divided_state
 from utils.training.state import MigrationError, ModelChange
 
 KERNELS = ("fused", "foreach", "capturable")
@@ -25,9 +26,10 @@ class LightningPart:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a state over; how an optimizer computes is of this machine, not of the one that wrote the state."""
         if isinstance(self.target, torch.optim.Optimizer):
+            state = _regrouped(state, self.target)
             pairs = zip(state["param_groups"], self.target.param_groups, strict=True)
             groups = [{**saved, **{n: own[n] for n in KERNELS if n in own}} for saved, own in pairs]
-            state = {**state, "param_groups": groups}
+            state = divided_state({**state, "param_groups": groups}, self.target)
         self.target.load_state_dict(state)
 
     def migrate(self, change: ModelChange) -> None:
@@ -35,15 +37,46 @@ class LightningPart:
         raise MigrationError(f"the {self.name} cannot follow a changed model in this version")
 
 
+def _regrouped(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state in the groups of another that holds the same parameters by name.
+
+    Which parameters decay may be decided otherwise now than by the version that wrote the state.
+    """
+    own = [group.get("param_names") for group in optimizer.param_groups]
+    saved = [group.get("param_names") for group in state["param_groups"]]
+    if own == saved or None in own or None in saved:
+        return state
+    numbers = {
+        name: number
+        for group in state["param_groups"]
+        for name, number in zip(group["param_names"], group["params"], strict=True)
+    }
+    if sorted(numbers) != sorted(name for names in own for name in names or ()):
+        return state
+    groups: list[dict[str, Any]] = []
+    moved: dict[int, Any] = {}
+    for group in optimizer.param_groups:
+        names: list[str] = group["param_names"]
+        first = sum(len(earlier["params"]) for earlier in groups)
+        # The rate and what else changes is the same in all groups; only the decay is a group's own.
+        kept = {**state["param_groups"][0], "weight_decay": group["weight_decay"], "param_names": names}
+        groups.append({**kept, "params": list(range(first, first + len(names)))})
+        moved |= {first + i: state["state"][numbers[n]] for i, n in enumerate(names) if numbers[n] in state["state"]}
+    return {**state, "state": moved, "param_groups": groups}
+
+
 class Progress:
     """The counters of a run: steps, batches, sessions, the losses since the last row of metrics, the best loss.
+
+    Losses are kept by step, not by batch: a step is the same samples whatever a session cuts it into.
+
 
     Attributes:
         step: Optimizer steps done.
         batches: Batches of this process done.
         sessions: How often the run was started or continued.
         seconds: Time spent, over all sessions.
-        pending: Losses of the batches since the last row of metrics.
+        pending: Mean losses of the steps since the last row of metrics.
         measured: Held-out loss at `measured_step`, nan before the first.
         measured_step: Step of the last measurement.
         best: The lowest held-out loss so far.

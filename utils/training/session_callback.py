@@ -5,6 +5,9 @@ Nothing is logged from inside ``training_step``: losses stay tensors and are rea
 
 import math
 import time
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,16 +15,18 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from utils.runtime.errors import RunError
 from utils.runtime.progress import ProgressBar
 from utils.training.background import CheckpointWriter
 from utils.training.checkpoint_manager import take_snapshot
 from utils.training.clean_stop import MARGIN_MINUTES, CleanStop, session_minutes
+from utils.training.diagnosis import culprit, held_out_culprit, not_finite
 from utils.training.evaluation import evaluate
 from utils.training.metrics import MetricsLog
 from utils.training.module_memory import ModuleMemory
 from utils.training.parts import LightningPart, Progress
+from utils.training.processes import agreed
 from utils.training.run import METRICS, Run
+from utils.training.sharding import whole
 from utils.training.state import RunState, StatefulPart
 from utils.training.stream import SampleStream
 from utils.training.training_module import TrainingModule
@@ -70,7 +75,9 @@ class SessionCallback(pl.Callback):
         self.progress = Progress()
         first = stream.rank == 0
         self.history = MetricsLog(run.directory / METRICS if first else None)
-        memory = ModuleMemory(run.model)
+        self.memory = memory = ModuleMemory(run.model)
+        self.prints: dict[str, Any] | None = None
+        self.looked = 0
         self.parts = RunState({"progress": self.progress, "stream": stream, "metrics": self.history, "memory": memory})
         for name, part in (extra_parts or {}).items():
             self.parts.add(name, part)
@@ -83,6 +90,7 @@ class SessionCallback(pl.Callback):
         self.minutes_before, self.seconds_before = 0.0, 0.0
         self.row_samples = 0
         self.begun_step = 0
+        self.explained = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the state of a checkpoint, before the first batch is fetched."""
@@ -109,6 +117,8 @@ class SessionCallback(pl.Callback):
             self.begun_step = self.progress.step
             if self.writer is not None:
                 self.writer.saved_step = self.progress.step
+        device = self.module.adapter.device
+        self.progress.pending = [loss.to(device) for loss in self.progress.pending]
         # A checkpoint ends a step; on another number of devices a step may have another number of batches.
         self.progress.batches = self.progress.step * self.config.accumulate
         self.progress.sessions += 1
@@ -122,21 +132,20 @@ class SessionCallback(pl.Callback):
     ) -> None:
         """Count the batch; at the end of an optimizer step log, measure, save and stop as the settings say."""
         progress, config = self.progress, self.config
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if trainer.world_size > 1:
-            # At once, not when a row is due: the first process alone remembers what is pending over a kill.
-            loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        progress.pending.append(loss)
         progress.batches += 1
         self.row_samples += config.batch_size * self.stream.world
         self.stream.advance()
         if not self.module.stepped:
             return
         progress.step += 1
+        assert self.module.mean.loss is not None
+        progress.pending.append(self.module.mean.loss)
         step, total = progress.step, self.run.total_steps
         self.run.step = step
         if self.average is not None:
             self.average.update()
+        if self.looked < 2:
+            self._look_at_memory()
         assert self.bar is not None
         self.bar.update(1)
         last = step == total
@@ -145,7 +154,7 @@ class SessionCallback(pl.Callback):
         if last or step % config.val_every_steps == 0:
             self._measure(trainer)
         self.stopped = not last and self._must_stop(trainer)
-        if last or self.stopped or self._save_is_due():
+        if last or self.stopped or self._is_agreed(self._save_is_due()):
             self.save(wait=last or self.stopped)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -153,12 +162,31 @@ class SessionCallback(pl.Callback):
         if self.writer is not None:
             self.writer.finish(copy=False)
 
+    def _look_at_memory(self) -> None:
+        """Say, after the second step of a session, what the model changes in every step and no checkpoint holds."""
+        self.looked += 1
+        if self.looked == 1:
+            self.prints = self.memory.prints()
+            return
+        assert self.prints is not None
+        names, self.prints = self.memory.changing(self.prints), None
+        if names and self.writer is not None:
+            warnings.warn(
+                f"{self.run.adapter.name} keeps in {', '.join(names[:5])} something that changes while it trains and "
+                "that no checkpoint holds. If what it computes depends on that, a run that is resumed does not repeat "
+                "one that is not. Keep tensors in buffers, numbers and lists of numbers in attributes, and draw from a "
+                "torch.Generator or torch's own stream.",
+                stacklevel=2,
+            )
+
     def _must_stop(self, trainer: pl.Trainer) -> bool:
         """Tell whether the session ends after this step, the same in all processes."""
         self.stop.look()
         config, reason = self.config, self.stop.reason or self.run.stop_requested
         patience = config.early_stopping_patience
-        if reason is None and patience is not None and self.progress.since_best >= patience:
+        # What the first process has measured counts: buffers, and with them losses, may differ between processes.
+        first = self.stream.rank == 0
+        if reason is None and first and patience is not None and self.progress.since_best >= patience:
             reason = "finished early"
         minutes = (time.monotonic() - self.session_start) / 60
         limit = config.session_limit_minutes
@@ -173,23 +201,26 @@ class SessionCallback(pl.Callback):
         self.stop.reason = reason
         return reason is not None
 
+    def _is_agreed(self, flag: bool) -> bool:
+        """Return what the first process says about saving, for which parts of weights need all of them."""
+        return flag if self.module.sharding is None else agreed(flag)
+
     def _save_is_due(self) -> bool:
         """Tell whether a checkpoint should be begun now; while one is being written, a few steps later."""
         step, config = self.progress.step, self.config
         if self.writer is None:
             return False
-        if config.keep_every_steps is not None and step % config.keep_every_steps == 0:
+        better = config.keep_best > 0 and self.progress.loss_now is not None and self.progress.since_best == 0
+        if better or (config.keep_every_steps is not None and step % config.keep_every_steps == 0):
             return True
         if self.writer.busy:
             return False
         every = config.checkpoint_every_steps
-        better = config.keep_best > 0 and self.progress.loss_now is not None and self.progress.since_best == 0
         late = (time.monotonic() - self.last_save) / 60 >= config.checkpoint_every_minutes
-        return better or late or step // every > self.begun_step // every
+        return late or step // every > self.begun_step // every
 
     def _log_training(self, trainer: pl.Trainer, batch: dict[str, Tensor]) -> None:
         """Write one row: the mean loss since the last row, as it was during these steps."""
-        self.module.check_gradient()
         loss = self._mean_loss()
         self.progress.pending.clear()
         now = time.monotonic()
@@ -199,7 +230,7 @@ class SessionCallback(pl.Callback):
             {
                 "split": "train",
                 "loss": loss,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "learning_rate": self.module.learning_rate,
                 "gradient_norm": float(norm) if norm is not None else math.nan,
                 "samples_per_second": self.row_samples / seconds,
             }
@@ -209,19 +240,39 @@ class SessionCallback(pl.Callback):
         self.bar.set_postfix_str(f"loss {loss:.3f}")
 
     def _mean_loss(self) -> float:
-        """Return the mean loss since the last row, over all processes.
+        """Return the mean of the steps' losses since the last row.
 
         Raises:
-            RunError: It is not finite; nothing that came after the last good checkpoint is saved.
+            NotFiniteError: It is not finite; nothing that came after the last good checkpoint is saved.
         """
-        loss = float(torch.stack([value.float() for value in self.progress.pending]).mean())
-        if not math.isfinite(loss):
-            raise RunError(
-                f"The training loss is {loss} in the steps up to {self.progress.step}.",
-                f"Expected a finite number; the last good state is kept in {self.run.checkpoints.directory}.",
-                "Lower the learning rate, and run utils.validate on the model.",
-            )
-        return loss
+        self._check_finite()
+        return float(torch.stack([value.float() for value in self.progress.pending]).mean())
+
+    def _check_finite(self) -> None:
+        """Stop when a gradient or a loss since the last row is not finite; on a GPU this waits for the device."""
+        module, pending = self.module, self.progress.pending
+        module.check_finite(self._blame)
+        losses = torch.stack([value.float() for value in pending]).tolist() if pending else []
+        for number, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self.progress.step - len(losses) + 1 + number
+                batches = module.batches_of(step * self.config.accumulate - 1)
+                raise not_finite(module, "training loss", loss, batches, self._blame(batches))
+
+    def _blame(self, numbers: Iterable[int]) -> str:
+        """Say which module is to blame for what batches of the past gave; empty where they cannot be made again."""
+        stream, module = self.stream, self.module
+        for number in () if stream.sequential else numbers:
+            back = (self.progress.batches - number) * stream.world - stream.rank
+            place = stream.consumed - back * stream.batch_size
+            if place < 0:
+                continue
+            batch = {name: value.to(module.adapter.device) for name, value in stream.batch_at(place).items()}
+            with module.trainer.precision_plugin.forward_context():
+                said = culprit(module, batch, number)
+            if said:
+                return said
+        return ""
 
     def _measure(self, trainer: pl.Trainer) -> None:
         """Write one row of held-out metrics, of the averaged weights when there are some."""
@@ -234,8 +285,27 @@ class SessionCallback(pl.Callback):
         else:
             measured = evaluate(*arguments)
         self.progress.note_measurement(measured["loss"])
+        if not self.explained and self._is_agreed(not math.isfinite(measured["loss"])):
+            self.explained = True
+            self._explain(measured["loss"], arguments)
         self._row({"split": "validation", **measured})
         self.row_start += time.monotonic() - started
+
+    def _explain(self, loss: float, arguments: tuple[Any, Any, int, int, Any]) -> None:
+        """Say, once in a session, why the held-out loss is not finite although that of training is."""
+        # When training has failed too, that is the fault to tell.
+        self._check_finite()
+        if self.writer is None and self.module.sharding is None:
+            return
+        why = held_out_culprit(*arguments, nullcontext if self.average is None else self.average.applied)
+        if self.writer is not None:
+            said = f"The held-out loss is {loss} at step {self.progress.step}, and training goes on: {why}."
+            self.run.notes.append(said)
+            warnings.warn(
+                f"{said} A checkpoint with such a loss never counts as the best. Look at what differs between training "
+                "and eval mode there (running statistics, branches on self.training), and run utils.validate.",
+                stacklevel=2,
+            )
 
     def _row(self, values: dict[str, Any]) -> None:
         self.progress.seconds = self.seconds_before + time.monotonic() - self.session_start
@@ -255,17 +325,26 @@ class SessionCallback(pl.Callback):
         Args:
             wait: Return when everything is written, the second copy included.
         """
+        sharding = self.module.sharding
+        if self.writer is None and sharding is None:
+            return
+        if wait and self.writer is not None:
+            self.writer.finish(copy=False)
+        if self._is_agreed(self.begun_step != self.progress.step or (wait and not self.saved)):
+            if self.writer is not None:
+                self.writer.make_room(self.progress.loss_now)
+            self._check_finite()
+            self.progress.seconds = self.seconds_before + time.monotonic() - self.session_start
+            weights: Any = self.run.model
+            states = self.parts.state_dict()
+            if sharding is not None:
+                first = self.writer is not None
+                weights, states = sharding.weights(keep=first), whole(states, keep=first)
+            if self.writer is not None:
+                self.writer.write(take_snapshot(self.progress.step, weights, states, self.progress.loss_now))
+            self.begun_step, self.last_save = self.progress.step, time.monotonic()
         if self.writer is None:
             return
-        if wait:
-            self.writer.finish(copy=False)
-        if self.begun_step != self.progress.step or (wait and not self.saved):
-            self.writer.make_room()
-            self.module.check_gradient()
-            self.progress.seconds = self.seconds_before + time.monotonic() - self.session_start
-            states = self.parts.state_dict()
-            self.writer.write(take_snapshot(self.progress.step, self.run.model, states, self.progress.loss_now))
-            self.begun_step, self.last_save = self.progress.step, time.monotonic()
         if wait:
             self.writer.copy()
             self.writer.finish()

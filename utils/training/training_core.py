@@ -25,17 +25,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.runtime.errors import RunError
 from utils.runtime.progress import progress_bar
+from utils.runtime.resources import is_out_of_memory
 from utils.runtime.seeding import isolated_streams
+from utils.training.clean_stop import interruptible
+from utils.training.out_of_memory import lost_worker, out_of_memory
 from utils.training.processes import processes_here, rank_and_world
 from utils.training.recomputation import recomputed_blocks
 from utils.training.run import Run
 from utils.training.session_callback import Observer, SessionCallback
+from utils.training.sharding import Sharding, explained, is_sharded
 from utils.training.shielding import Shielded
 from utils.training.state import StatefulPart
 from utils.training.stream import SampleStream
 from utils.training.text_stream import open_stream
 from utils.training.training_module import TrainingModule
+from utils.training.unused_parameters import leaves_some_out, unused_explained
 
+LIGHTNING = ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")
 QUIET_WARNINGS = (
     ".*does not have many workers.*",
     ".*no `?val_dataloader`?.*",
@@ -49,7 +55,7 @@ QUIET_WARNINGS = (
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's advice and device list out of the notebook; real warnings of the model pass."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning", "lightning.pytorch")]
+    loggers = [logging.getLogger(name) for name in LIGHTNING]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
@@ -85,7 +91,7 @@ def fit(
         The same run.
 
     Raises:
-        RunError: The loss is not finite.
+        RunError: The loss is not finite, or memory ran out.
     """
     config = run.config
     rank, world = rank_and_world()
@@ -95,7 +101,9 @@ def fit(
     if resumed and "progress" in resumed:
         done = resumed["progress"]["step"]
         stream.load_state_dict(resumed["stream"])
-    module = TrainingModule(run.adapter, run.data, config, run.total_steps)
+    sharding = Sharding(run.adapter, config) if world > 1 and is_sharded(config) else None
+    spare = world > 1 and sharding is None and leaves_some_out(run.adapter, run.data, config)
+    module = TrainingModule(run.adapter, run.data, config, run.total_steps, sharding)
     watching: list[Observer] = [Shielded(observer) for observer in observers or []] if rank == 0 else []
     callback = SessionCallback(run, module, stream, resumed, watching, mirror, extra_parts)
     remaining = (run.total_steps - done) * config.accumulate
@@ -104,16 +112,21 @@ def fit(
         stack.enter_context(isolated_streams(config.seed, "fit"))
         stack.enter_context(quiet_lightning())
         stack.enter_context(callback.stop.listening())
+        stack.enter_context(interruptible())
         if config.gradient_checkpointing:
             stack.enter_context(recomputed_blocks(run.model))
         if config.compile:
             stack.enter_context(compiled(run.model))
+        if sharding is not None:
+            stack.enter_context(explained(run.adapter))
+        elif world > 1:
+            stack.enter_context(unused_explained(run.adapter))
         trainer = pl.Trainer(
             max_epochs=1,
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
             devices=processes_here(),
             num_nodes=world // processes_here(),
-            strategy="ddp" if world > 1 else "auto",
+            strategy=_strategy(sharding, world, spare),
             precision=config.resolved_precision,  # type: ignore[arg-type]
             callbacks=[callback],
             logger=False,
@@ -129,8 +142,20 @@ def fit(
         shown = progress and rank == 0
         with progress_bar(run.total_steps, f"Training {run.adapter.name}", shown, initial=done) as bar:
             callback.bar = bar
-            trainer.fit(module, batches(stream, remaining, callback))
+            trouble = None
+            try:
+                trainer.fit(module, batches(stream, remaining, callback))
+            except Exception as error:
+                if (lost := lost_worker(callback, error)) is not None:
+                    raise lost from error
+                if not is_out_of_memory(error):
+                    raise
+                trouble = next(iter(str(error).splitlines()), type(error).__name__)
+            if trouble is not None:
+                raise out_of_memory(callback, trouble)
             callback.save(wait=True)
+            if sharding is not None:
+                sharding.undo()
     run.adapter.module.eval()
     run.status = "finished" if run.step == run.total_steps else callback.stop.reason or "stopped"
     if not callback.saved:
@@ -138,6 +163,18 @@ def fit(
     for observer in watching:
         observer.close(run.metrics)
     return run
+
+
+def _strategy(sharding: Sharding | None, world: int, spare: bool) -> Any:
+    """Return how Lightning connects the processes; `spare` says that a step may leave parameters out."""
+    if world == 1:
+        return "auto"
+    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+
+    if sharding is not None:
+        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+    # Looking for them in every step takes time, and DDP, which waits for each gradient, fails without.
+    return DDPStrategy(find_unused_parameters=spare)
 
 
 @contextmanager

@@ -4,22 +4,33 @@ Optimization is manual: Lightning's automatic loop wraps each step in closures a
 step of a small model, and a gradient that is not finite must be noticed before it reaches the weights.
 """
 
+import inspect
 import math
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
-from utils.runtime.errors import RunError
-from utils.runtime.seeding import derive_seed, seed_streams
+from utils.adapters.objectives import IGNORED, REAL_VALUED
+from utils.runtime.seeding import seed_streams
 from utils.training.config import TrainingConfig
-from utils.training.diagnosis import culprit
-from utils.training.evaluation import objective
+from utils.training.diagnosis import NotFiniteError, culprit, not_finite
+from utils.training.evaluation import CLASSIFIERS, masking_seed, objective
+from utils.training.gradients import StepMean, clip, gradient_norm, gradients_of
 from utils.training.prepared_data import PreparedData
 from utils.training.schedules import make_optimizer, make_schedule
+from utils.training.sharding import Sharding
+
+PLAIN = frozenset(
+    ("_current_fx_name", "batch_number", "stepped", "phase", "gradient_norm", "learning_rate", "failed", "left_out")
+)
+"""Attributes that are neither parameters nor modules; Lightning sets the first before and after each hook."""
+MOST_LEFT_OUT = 32
+"""A gradient scaler halves its scale with every step that it leaves out: after so many in a row it is not the scale."""
 
 
 class TrainingModule(pl.LightningModule):
@@ -28,19 +39,51 @@ class TrainingModule(pl.LightningModule):
     Attributes:
         batch_number: Number of the batch that comes next, over all sessions; seeds what the batch may draw.
         stepped: Whether the last batch ended an optimizer step.
+        phase: Where it stands: ``between`` batches, in the ``passes`` of one, or in the ``update`` of the weights.
+        mean: The mean loss of the last step, and how the passes of a step add up to it.
+        learning_rate: The rate of the last step.
         gradient_norm: Norm of the last gradient before clipping.
+        failed: On a GPU the number of the batch that ended the first step whose gradient is not finite, on the device;
+            -1 when there is none.
+        left_out: With a gradient scaler the steps that it has left out in a row, on the device.
     """
 
-    def __init__(self, adapter: ModelAdapter, data: PreparedData, config: TrainingConfig, total_steps: int) -> None:
-        """Wrap a model; see `utils.training.config.TrainingConfig` for the settings."""
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        data: PreparedData,
+        config: TrainingConfig,
+        total_steps: int,
+        sharding: Sharding | None = None,
+    ) -> None:
+        """Wrap a model; see `utils.training.config.TrainingConfig` for the settings, `sharding` cuts it in parts."""
         super().__init__()
         self.automatic_optimization = False
         self.model = adapter.module
         self.adapter, self.data, self.config, self.total_steps = adapter, data, config, total_steps
+        self.sharding = sharding
         self.batch_number = 0
         self.stepped = False
+        self.phase = "between"
+        self.learning_rate = math.nan
         self.gradient_norm: Tensor | None = None
+        self.failed: Tensor | None = None
+        self.left_out: Tensor | None = None
+        self.mean = StepMean(config.accumulate)
         self.trained: list[nn.Parameter] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what changes in every step without torch's search for parameters, which costs as much as a hook."""
+        if name in PLAIN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def configure_model(self) -> None:
+        """Cut the model in parts, if it is to be; Lightning has just connected the processes."""
+        if self.sharding is not None:
+            assert self.device_mesh is not None
+            self.sharding.apply(self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule; `training_step` drives both."""
@@ -53,7 +96,32 @@ class TrainingModule(pl.LightningModule):
         self.optimizer: Any = self.trainer.optimizers[0]
         self.schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
         self.scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        self.on_cpu = self.trained[0].device.type == "cpu"
+        # One process without a scaler needs nothing of what Lightning does around a backward pass.
+        self.alone = self.scaler is None and self.trainer.world_size == 1 and self.sharding is None
+        device = self.trained[0].device
+        self.on_cpu = device.type == "cpu"
+        self.failed = torch.full((), -1, device=device)
+        self.left_out = torch.zeros((), dtype=torch.long, device=device)
+        self.mean = StepMean(
+            self.config.accumulate,
+            self.trainer.world_size,
+            # Of these tasks every sample has as many answers as any other.
+            even=self.data.task in (*CLASSIFIERS, *REAL_VALUED),
+            summed=self._summed,
+        )
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """Add a tensor up over all processes."""
+        if self.trainer.world_size == 1:
+            return value
+        strategy: Any = self.trainer.strategy
+        return cast(Tensor, strategy.reduce(value, reduce_op="sum"))
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Tensor]:
+        """Move a batch; on a CPU it is there already."""
+        return batch if self.on_cpu else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Run one batch forward and backward, with an optimizer step at the end of an accumulation.
@@ -62,62 +130,108 @@ class TrainingModule(pl.LightningModule):
             The mean loss of the batch in nats, detached.
 
         Raises:
-            RunError: Loss or gradient is not finite; the weights are as they were before this step.
+            NotFiniteError: Loss or gradient is not finite; the weights are as they were before this step. On a GPU
+                `check_finite` tells, which waits for the device.
         """
         # Whatever a batch draws depends on its number alone: nothing random has to be remembered over a kill.
         seed_streams(self.config.seed, "batch", self.batch_number, self.global_rank)
-        self.stepped = (self.batch_number + 1) % self.config.accumulate == 0
-        if self.stepped:
+        self.stepped, self.phase = (self.batch_number + 1) % self.config.accumulate == 0, "passes"
+        if self.sharding is not None:
+            self.sharding.share_buffers()
+        # Gradients in parts are exchanged after every pass: to wait with it would keep them whole on each device.
+        if self.stepped or self.sharding is not None:
             loss = self._backward(batch)
-            self._step(batch)
+            if self.stepped:
+                self._step(batch)
         else:
             strategy: Any = self.trainer.strategy
             with strategy.block_backward_sync() if self.trainer.world_size > 1 else nullcontext():
                 loss = self._backward(batch)
         self.batch_number += 1
+        self.phase = "between"
         return loss
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        seed = derive_seed(self.config.seed, "masking", self.batch_number, self.global_rank)
-        loss = objective(self.adapter, self.data, batch, seed, self.config.label_smoothing)[0]
-        self.manual_backward(loss / self.config.accumulate)
+        seed = masking_seed(self.config.seed, self.batch_number, self.global_rank)
+        loss, _, labels = objective(self.adapter, self.data, batch, seed, self.config.label_smoothing)
+        if self.on_cpu and self.alone and not math.isfinite(float(loss.detach())):
+            # Now, because after the last pass of the step nobody could tell which one it was.
+            raise not_finite(self, "training loss", float(loss.detach()), (self.batch_number,), culprit(self, batch))
+        part = self.mean.add(loss, lambda: (labels != IGNORED).sum())
+        if self.alone:
+            part.backward()
+        else:
+            self.manual_backward(part)
         return loss.detach()
 
     def _step(self, batch: dict[str, Tensor]) -> None:
-        """Clip, look, and step."""
+        """Look, clip and step."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained, self.config.clip_norm)
-        self.gradient_norm = norm
+        gradients = gradients_of(self.trained)
+        self.mean.end(gradients)
+        norm = gradient_norm(self.trained)
+        self.gradient_norm, self.phase = norm, "update"
+        self.learning_rate = self.optimizer.param_groups[0]["lr"]
         if self.scaler is not None:
-            # The scaler leaves out a step whose gradient overflowed, and lowers its scale: no fault.
+            # The scaler leaves out a step whose gradient overflowed, and lowers its scale: a fault only if it goes on.
+            assert self.left_out is not None
+            self.left_out = torch.where(torch.isfinite(norm), 0, self.left_out + 1)
+            clip(gradients, norm, self.config.clip_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             if self.on_cpu:
-                self.check_gradient(batch)
+                self._check_now(float(norm), batch)
             else:
-                # Decided on the device, without waiting for it: the fused AdamW leaves such a step out.
-                self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+                self._note(norm)
+            clip(gradients, norm, self.config.clip_norm)
             self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def check_gradient(self, batch: dict[str, Tensor] | None = None) -> None:
-        """Stop when the last gradient is not finite; on a GPU this waits for the device.
+    def _check_now(self, norm: float, batch: dict[str, Tensor]) -> None:
+        """Stop before the weights change when the gradient is not finite."""
+        if not math.isfinite(norm):
+            raise not_finite(self, "gradient's norm", norm, self.batches_of(self.batch_number), culprit(self, batch))
+
+    def _note(self, norm: Tensor) -> None:
+        """Decide on the device, without waiting for it, whether this step and all that follow are left out."""
+        assert self.failed is not None
+        bad = ~torch.isfinite(norm) & (self.failed < 0)
+        self.failed = torch.where(bad, self.batch_number, self.failed)
+        # The fused AdamW leaves a step out when this says so; the weights stay those that made the gradient.
+        self.optimizer.found_inf = (self.failed >= 0).float()
+
+    def batches_of(self, last: int) -> range:
+        """Return the numbers of the batches of the step that a batch ends."""
+        return range(last + 1 - self.config.accumulate, last + 1)
+
+    def check_finite(self, blame: Callable[[Iterable[int]], str] = lambda numbers: "") -> None:
+        """Stop when the gradient of a step was not finite; on a GPU this waits for the device.
+
+        Args:
+            blame: Says which module is to blame, given the numbers of the batches that made such a gradient.
 
         Raises:
-            RunError: It is not; the weights are as they were before the step.
+            NotFiniteError: It was not; no step has changed the weights since.
         """
-        if self.scaler is not None or self.gradient_norm is None:
+        if self.failed is None or self.left_out is None:
             return
-        norm = float(self.gradient_norm)
-        if math.isfinite(norm):
-            return
-        where = culprit(self, batch) if batch is not None else ""
-        raise RunError(
-            f"The gradient's norm is {norm} in batch {self.batch_number}, which ends step "
-            f"{(self.batch_number + 1) // self.config.accumulate}{where}.",
-            "Expected a finite number; the weights were not changed, and the last good state is kept.",
-            "Lower the learning rate, and run utils.validate on the model.",
-        )
+        last = int(self.failed)
+        if last >= 0:
+            numbers = self.batches_of(last)
+            raise not_finite(self, "gradient's norm", None, numbers, blame(numbers))
+        skipped = int(self.left_out)
+        if skipped >= MOST_LEFT_OUT:
+            raise NotFiniteError(
+                f"The gradient has not been finite in {skipped} steps in a row, up to step "
+                f"{self.batch_number // self.config.accumulate}, whatever its scale"
+                f"{blame(self.batches_of(self.batch_number - 1))}.",
+                "Expected float16 gradients that are finite at a smaller scale; the last good state is kept.",
+                "Set precision to bf16-mixed or 32-true, lower the learning rate, and run utils.validate on the model.",
+            )
+
+
+# Lightning reads the signature before every step; found here, it is not worked out anew.
+TrainingModule.training_step.__signature__ = inspect.signature(TrainingModule.training_step)  # type: ignore[attr-defined]

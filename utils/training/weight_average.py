@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.training.sharding import divided, local
 from utils.training.state import MigrationError, ModelChange
 
 
@@ -15,7 +16,8 @@ class WeightAverage:
 
     After step t the average is ``a = d a + (1 - d) w`` with ``d = min(decay, (1 + t) / (10 + t))``: early on it follows
     the weights closely, so that the random start is soon forgotten (as in TensorFlow's ExponentialMovingAverage).
-    Buffers are averaged like weights when they are floating-point, and copied when they are not.
+    Averaged are the parameters and the finite numbers of persistent buffers, such as running statistics. All else is
+    copied: counts, masks of minus infinity, what the model computes anew, and what it has only made since.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -32,24 +34,46 @@ class WeightAverage:
         """Return each tensor of the model once, by its first name."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
+    def _persistent(self) -> set[str]:
+        """Return the names of the buffers that belong to the model's state."""
+        return {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, child in self.module.named_modules()
+            for name in child._buffers.keys() - child._non_persistent_buffers_set
+        }
+
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after a step."""
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        present = self._present()
-        names = [name for name, tensor in present.items() if tensor.is_floating_point()]
-        if names:
-            torch._foreach_lerp_([self.average[name] for name in names], [present[name] for name in names], weight)
-        for name, tensor in present.items():
-            if not tensor.is_floating_point():
-                self.average[name].copy_(tensor)
+        parameters = {name: p for name, p in self.module.named_parameters() if p.is_floating_point()}
+        if parameters:
+            averages = [local(self.average[name]) for name in parameters]
+            torch._foreach_lerp_(averages, [local(parameter) for parameter in parameters.values()], weight)
+        persistent = self._persistent()
+        for name, tensor in self._present().items():
+            if name in parameters:
+                continue
+            known = self.average.get(name)
+            if known is None or not _alike(known, tensor):
+                self.average[name] = tensor.detach().clone()
+            elif tensor.is_floating_point() and name in persistent:
+                # The average between two equal infinities is no number; the present one is.
+                finite = torch.isfinite(tensor) & torch.isfinite(known)
+                known.copy_(torch.where(finite, torch.lerp(known, tensor, weight), tensor))
+            else:
+                known.copy_(tensor)
 
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Put the average into the model while the block runs."""
-        present = self._present()
+        """Put the average into the model while the block runs; what it does not cover stays."""
+        present = {
+            name: tensor
+            for name, tensor in self._present().items()
+            if name in self.average and _alike(self.average[name], tensor)
+        }
         kept = {name: tensor.detach().clone() for name, tensor in present.items()}
         for name, tensor in present.items():
             tensor.copy_(self.average[name])
@@ -65,11 +89,21 @@ class WeightAverage:
         return {"updates": self.updates, "average": dict(self.average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from an average."""
+        """Continue from an average; buffers that the model has not made again yet are kept for when it has."""
         self.updates = state["updates"]
-        for name, tensor in self.average.items():
-            tensor.copy_(state["average"][name])
+        parameters = dict(self.module.named_parameters())
+        device = next(iter(self.average.values())).device
+        for name, value in state["average"].items():
+            known = self.average.get(name)
+            if known is not None and (name in parameters or _alike(known, value)):
+                known.copy_(divided(value, known))
+            else:
+                self.average[name] = value.detach().clone().to(device)
 
     def migrate(self, change: ModelChange) -> None:
         """Refuse: this version knows no operator that changes a model."""
         raise MigrationError("the average of the weights cannot follow a changed model in this version")
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.dtype == second.dtype
