@@ -1,4 +1,5 @@
 import errno
+import sys
 import threading
 import time
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from utils.runtime.errors import RunError
-from utils.training import background, checkpoint_manager, mirror
+from utils.training import background, checkpoint_manager, mirror, session_callback
 from utils.training.background import CheckpointWriter, Worker, copy_at_the_end, within
 from utils.training.checkpoint_manager import CheckpointManager, take_snapshot
 from utils.training.resume import open_run, train
@@ -41,7 +42,10 @@ def test_a_snapshot_does_not_follow_what_changes_later(model):
 def test_a_slow_disk_delays_no_step_and_the_next_checkpoint_comes_later(
     tmp_path, text_file, tiny_gpt, quick, monkeypatch
 ):
-    """While one checkpoint is being written, and that takes until training is over, all steps are done."""
+    """While one checkpoint is being written, and that takes until training is over, all steps are done.
+
+    Only the best state of these steps waits for its turn.
+    """
     training_is_over, written = threading.Event(), []
     original = CheckpointManager.write
 
@@ -65,7 +69,7 @@ def test_a_slow_disk_delays_no_step_and_the_next_checkpoint_comes_later(
     monkeypatch.setattr(CheckpointManager, "write", slow)
     run = train(tiny_gpt, f"file:{text_file}", quick, tmp_path / "run", progress=False, observers=[Watch()])
     assert run.finished
-    assert written == [0, 4, 24]
+    assert written == [0, 4, 18, 24]
     assert [path.name for path in sorted(run.checkpoints.directory.iterdir())][-1] == "step-00000024"
 
 
@@ -97,6 +101,120 @@ def test_the_worker_replaces_what_waits_and_says_when_it_is_full():
     assert worker.wait(10)
     assert done == [1, 3]
     assert not worker.busy
+
+
+def test_a_worker_outlives_what_its_work_raises():
+    worker, done = Worker("test"), []
+    worker.submit(lambda: sys.exit(1))
+    assert worker.wait(10)
+    assert [type(error) for error in worker.failures()] == [SystemExit]
+    assert worker.failures() == []
+    worker.submit(lambda: done.append(1))
+    assert worker.wait(10)
+    assert done == [1]
+
+
+def test_work_that_has_not_begun_can_be_withdrawn():
+    worker, go, done = Worker("test"), threading.Event(), []
+    worker.submit(lambda: go.wait(10))
+    worker.wait_for_room()
+    worker.submit(lambda: done.append(1))
+    assert worker.withdraw()
+    assert not worker.withdraw()
+    go.set()
+    assert worker.wait(10)
+    assert done == []
+
+
+def test_a_machine_without_room_for_a_thread_saves_all_the_same(tmp_path, model, monkeypatch):
+    def full(thread):
+        raise RuntimeError("can't start new thread")
+
+    writer = CheckpointWriter(CheckpointManager(tmp_path / "checkpoints"), tmp_path, tmp_path / "drive")
+    monkeypatch.setattr(writer.checkpoints, "write", lambda snapshot: written.append(snapshot.step))
+    written = []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        writer.write(take_snapshot(1, model, {}))
+        with pytest.warns(UserWarning, match="drive cannot be written .RuntimeError: can't start new thread"):
+            writer.finish()
+        worker = Worker("test")
+        with pytest.raises(RuntimeError, match="can't start"):
+            worker.submit(lambda: None)
+        assert worker.wait(0)
+    assert (written, writer.saved_step) == ([1], 1)
+    worker.submit(lambda: written.append(2))
+    assert worker.wait(10)
+    assert written == [1, 2]
+
+
+def test_what_ends_a_thread_is_told(tmp_path, model, monkeypatch):
+    writer = CheckpointWriter(CheckpointManager(tmp_path / "checkpoints"), tmp_path, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.checkpoints, "write", lambda snapshot: sys.exit("gone"))
+        writer.write(take_snapshot(1, model, {}))
+        with pytest.warns(UserWarning, match="thread for the checkpoints met SystemExit: gone. Training goes on"):
+            writer.finish()
+    assert writer.saved_step == 0
+    writer.write(take_snapshot(2, model, {}))
+    writer.finish()
+    assert writer.saved_step == 2
+
+
+def test_the_best_waits_for_its_turn_and_makes_way_for_a_better_one_only(tmp_path, model, monkeypatch):
+    """While step 1 is written: 2 waits, 3 is better and takes its place, 4 stays for ever and is taken after 3."""
+    go, written = threading.Event(), []
+    writer = CheckpointWriter(CheckpointManager(tmp_path, 1, 1, keep_every_steps=4), tmp_path, None)
+    monkeypatch.setattr(writer.checkpoints, "write", lambda snapshot: (go.wait(10), written.append(snapshot.step)))
+    writer.write(take_snapshot(1, model, {}, 5.0))
+    writer._writer.wait_for_room()
+    for step, loss in ((2, 4.0), (3, 3.0)):
+        writer.make_room(loss)
+        writer.write(take_snapshot(step, model, {}, loss))
+    waits = threading.Thread(target=writer.make_room, args=(3.5,))
+    waits.start()
+    waits.join(0.05)
+    assert waits.is_alive(), "the better one is not given up"
+    go.set()
+    waits.join(10)
+    go.clear()
+    writer.write(take_snapshot(4, model, {}, 3.5))
+    waits = threading.Thread(target=writer.make_room, args=(2.0,))
+    waits.start()
+    waits.join(0.05)
+    go.set()
+    waits.join(10)
+    writer.write(take_snapshot(5, model, {}, 2.0))
+    writer.finish()
+    assert written == [1, 3, 4, 5]
+
+
+def test_the_best_of_a_run_is_saved_while_the_disk_is_busy(tmp_path, text_file, tiny_gpt, quick, monkeypatch):
+    losses = iter([3.0, 2.0, 1.0, 4.0, 5.0, 6.0])
+    rows, last = threading.Event(), "validation"
+    original = CheckpointManager.write
+
+    def slow(self, snapshot):
+        assert not snapshot.step or rows.wait(30)
+        return original(self, snapshot)
+
+    class Watch:
+        def start(self, run):
+            pass
+
+        def update(self, seen):
+            if sum(row["split"] == last for row in seen) == 4:
+                rows.set()
+
+        def close(self, seen):
+            pass
+
+    monkeypatch.setattr(CheckpointManager, "write", slow)
+    monkeypatch.setattr(session_callback, "evaluate", lambda *arguments: {"loss": next(losses)})
+    config = quick.with_changes(max_steps=6, val_every_steps=1, keep_checkpoints=1)
+    run = train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False, observers=[Watch()])
+    assert run.checkpoints.best().step == 3
+    assert sorted(path.name for path in run.checkpoints.directory.iterdir()) == ["step-00000003", "step-00000006"]
 
 
 def test_a_disk_that_fails_is_told_once_until_it_has_worked_again(tmp_path, model, monkeypatch):

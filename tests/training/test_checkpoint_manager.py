@@ -1,6 +1,10 @@
 import errno
 import fractions
 import json
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from utils.runtime.errors import CheckpointError
 from utils.runtime.files import sha256_file
 from utils.training import checkpoint_manager
 from utils.training.checkpoint_manager import MANIFEST, STATE, WEIGHTS, CheckpointManager
+from utils.training.migrations import FORMAT_VERSION
 from utils.training.weights import weights_sha256
 
 
@@ -80,8 +85,8 @@ def test_saving_a_step_again_keeps_the_good_one_and_replaces_a_damaged_one(manag
         (lambda d: (d / MANIFEST).write_text("{"), "manifest.json cannot be read"),
         (lambda d: (d / MANIFEST).write_text("[1]"), "manifest.json cannot be read"),
         (
-            lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text().replace(": 2,", ": 9,", 1)),
-            "format version 9",
+            lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text().replace(f": {FORMAT_VERSION},", ": 99,", 1)),
+            "format version 99",
         ),
         (
             lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text().replace('"step": 2', '"step": 5')),
@@ -173,6 +178,21 @@ def test_the_best_and_those_of_every_so_many_steps_stay_beside_the_newest(tmp_pa
     assert CheckpointManager(tmp_path / "none").best() is None
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_orders_nothing(tmp_path, model, bad):
+    manager = CheckpointManager(tmp_path / "checkpoints", keep=1, keep_best=1)
+    for step, loss in {1: bad, 2: 1.0, 3: 2.0, 4: bad}.items():
+        target = manager.save(step, model, {}, loss)
+    assert names(manager) == ["step-00000002", "step-00000004"]
+    assert manager.best().step == 2
+    manifest = target / MANIFEST
+    assert json.loads(manifest.read_text())["validation_loss"] is None
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "validation_loss": bad}))
+    assert manager.best().step == 2, "an earlier version wrote the number as it was"
+    shutil.rmtree(manager.directory / "step-00000002")
+    assert manager.best() is None
+
+
 def test_the_first_state_does_not_stay_for_ever(tmp_path, model):
     manager = CheckpointManager(tmp_path / "checkpoints", keep=1, keep_every_steps=2)
     for step in range(4):
@@ -240,3 +260,46 @@ def test_disks_that_are_gone_altogether(manager, model, monkeypatch):
     monkeypatch.setattr(manager, "_directories", gone)
     with pytest.raises(CheckpointError, match="step 2 could not be written.*Earlier checkpoints cannot be seen either"):
         manager.save(2, model, {})
+
+
+def test_checksums_that_nothing_reads_are_left_out_of_this_file_only(manager, model, monkeypatch):
+    from torch.serialization import get_crc32_options
+
+    seen, original = [], torch.save
+
+    def watched(*arguments):
+        with ThreadPoolExecutor(1) as pool:
+            seen.append((get_crc32_options(), pool.submit(get_crc32_options).result()))
+        original(*arguments)
+
+    monkeypatch.setattr(torch, "save", watched)
+    manager.save(1, model, {"a": torch.ones(2)})
+    assert seen == [(False, True)]
+    assert get_crc32_options()
+    assert torch.equal(manager.latest().load_into(model)["a"], torch.ones(2))
+
+
+def test_a_pytorch_without_the_setting_writes_checksums(manager, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.serialization", None)
+    with checkpoint_manager._without_checksums():
+        pass
+
+
+def test_weights_that_cannot_be_written_wait_for_the_state(manager, model, monkeypatch):
+    """The file of the state is still on its way to the disk when that of the weights fails."""
+    manager.save(1, model, {"a": 1})
+    forced = []
+
+    def slow(file):
+        time.sleep(0.2)
+        forced.append(file.path.name)
+
+    def broken(*arguments):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(checkpoint_manager.HashedFile, "_force", slow)
+    monkeypatch.setattr(checkpoint_manager, "write_tensors", broken)
+    with pytest.raises(CheckpointError, match="disk is full: the checkpoint of step 2"):
+        manager.save(2, model, {"a": torch.zeros(1000)})
+    assert forced == [STATE]
+    assert names(manager) == ["step-00000001"]

@@ -18,7 +18,7 @@ from torch import nn
 
 from utils.runtime.errors import CheckpointError, RunError
 from utils.training.checkpoint_manager import CheckpointManager
-from utils.training.mirror import mirror_run, newest_step
+from utils.training.mirror import is_at_work, mirror_run, newest_step
 from utils.training.resume import open_run, resume, train
 from utils.training.weights import weights_sha256
 
@@ -44,6 +44,8 @@ class Mount:
         self.resting = False
         for name in OPERATIONS:
             monkeypatch.setattr(os, name, self.failing(name, getattr(os, name)))
+        for name in ("writev", "fsync"):
+            monkeypatch.setattr(os, name, self.failing_on_descriptor(getattr(os, name)))
         opened = self.failing("open", builtins.open)
         monkeypatch.setattr(builtins, "open", opened)
         monkeypatch.setattr(io, "open", opened)
@@ -75,6 +77,23 @@ class Mount:
                     shutil.rmtree(other) if os.path.isdir(other) else os.unlink(other)
             mode = (arguments[0] if arguments else named.get("mode", "r")) if name == "open" else "r"
             return Written(result, self) if isinstance(mode, str) and set(mode) & set("wxa") else result
+
+        return operation
+
+    def failing_on_descriptor(self, original):
+        def operation(descriptor, *pieces):
+            if self.resting or not self.is_here(os.readlink(f"/proc/self/fd/{descriptor}")):
+                return original(descriptor, *pieces)
+            self.step()
+            if not pieces:
+                return original(descriptor)
+            time.sleep(self.seconds)
+            data = b"".join(pieces[0])
+            if "truncate" in self.armed and len(data) > 1:
+                self.armed.discard("truncate")
+                original(descriptor, [data[: len(data) // 2]])
+                return len(data)
+            return original(descriptor, *pieces)
 
         return operation
 
@@ -214,6 +233,9 @@ class FailsFrom:
 
     def update(self, rows):
         if rows[-1]["step"] == self.step_number and not self.mount.faults:
+            # Between two copies: what fails while one removes the old is not missed.
+            while is_at_work(Path(self.mount.folder)):
+                time.sleep(0.005)
             first = self.mount.count
             self.mount.faults = dict.fromkeys(range(first, first + self.operations), self.kind)
 

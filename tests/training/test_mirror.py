@@ -99,17 +99,17 @@ def test_a_copy_that_was_cut_short_leaves_the_older_checkpoint(tmp_path, text_fi
     shutil.move(kept, newest)
     original = mirror._copy_file
 
-    def fails_on_the_manifest(path, target):
+    def fails_on_the_manifest(path, target, known):
         if path.parent.name == newest.name and path.name == "manifest.json":
             raise OSError(errno.EIO, "Input/output error")
-        original(path, target)
+        original(path, target, known)
 
     monkeypatch.setattr(mirror, "_copy_file", fails_on_the_manifest)
     with pytest.raises(OSError, match="Input/output error"):
         mirror_run(tmp_path / "run", tmp_path / "drive")
     names = [path.name for path in (tmp_path / "drive/checkpoints").iterdir()]
     assert sorted(names) == older
-    assert open_run(tmp_path / "drive")[0].step == 20
+    assert open_run(tmp_path / "drive")[0].step == int(older[-1].split("-")[1])
 
 
 def test_the_copy_of_another_run_is_never_mixed_with_this_one(tmp_path, text_file, tiny_gpt, quick):
@@ -175,10 +175,27 @@ def test_a_copy_that_reads_back_differently_is_no_copy(tmp_path, text_file, tiny
             content = target.read_bytes()
             target.write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
 
+    read, real = [], mirror.sha256_file
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", flips)
         with pytest.raises(OSError, match="model.safetensors reads back differently"):
             mirror_run(run.directory, tmp_path / "drive")
     assert not (tmp_path / "drive/run.json").exists()
+    monkeypatch.setattr(mirror, "sha256_file", lambda path: (read.append(path), real(path))[1])
+    mirror_run(run.directory, tmp_path / "drive")
+    assert files(tmp_path / "drive") == files(tmp_path / "run")
+    hashed = {path.name for path in read if path.is_relative_to(run.directory)}
+    assert "manifest.json" in hashed
+    assert not hashed & {"model.safetensors", "state.pt", "data.safetensors"}, "their manifests hold their hashes"
+
+
+def test_a_checkpoint_that_was_damaged_since_keeps_nothing_from_being_copied(tmp_path, text_file, tiny_gpt, quick):
+    run = train(tiny_gpt, f"file:{text_file}", quick.with_changes(max_steps=2), tmp_path / "run", progress=False)
+    first, last = sorted((run.directory / "checkpoints").iterdir())
+    content = (first / "state.pt").read_bytes()
+    (first / "state.pt").write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+    (first / "manifest.json").write_text("{")
+    content = (last / "model.safetensors").read_bytes()
+    (last / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
     mirror_run(run.directory, tmp_path / "drive")
     assert files(tmp_path / "drive") == files(tmp_path / "run")

@@ -32,6 +32,12 @@ class SilentBar:
         """Ignore."""
 
 
+def say(text: str, enabled: bool = True) -> None:
+    """Tell something that was found out, where bars are shown; nothing when disabled."""
+    if enabled:
+        print(text, file=sys.stderr)
+
+
 @contextmanager
 def progress_bar(total: int, description: str, enabled: bool = True, initial: int = 0) -> Iterator[ProgressBar]:
     """Show progress of `total` units while the block runs; silent when disabled or tqdm is absent."""

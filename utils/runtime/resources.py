@@ -155,4 +155,5 @@ def device_name(device: torch.device) -> str:
     """Return what a person calls the device, for example ``NVIDIA T4`` or ``CPU, 2 threads``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"CPU ({platform.machine()}, {threads} thread{'s' * (threads > 1)})"

@@ -1,10 +1,10 @@
 """Work beside training: one thread that writes checkpoints, one that copies them away.
 
 A step waits only for the copy of the state into main memory. While a checkpoint is still being written no second one is
-begun: the next becomes due a few steps later, so memory holds one snapshot. Only one that is to stay for ever, which no
-other step can stand for, waits in memory for its turn, and a step waits only when one waits already. A copy on a slow
-or vanished mount delays neither steps nor checkpoints: it has a thread of its own, and that thread always copies the
-newest state.
+begun: the next becomes due a few steps later, so memory holds one snapshot. Only one that no other step can stand for
+waits in memory for its turn: one that is to stay for ever, and the best so far, which makes way for a better one. A
+step waits only when a state is waiting that must not be lost. A copy on a slow or vanished mount delays neither steps
+nor checkpoints: it has a thread of its own, and that thread always copies the newest state.
 """
 
 import threading
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.runtime.errors import CheckpointError, RunError
-from utils.training.checkpoint_manager import CheckpointManager, Snapshot
+from utils.training.checkpoint_manager import CheckpointManager, Snapshot, is_finite
 from utils.training.mirror import is_at_work, mirror_run
 
 
@@ -27,6 +27,7 @@ class Worker:
         self._work: Callable[[], None] | None = None
         self._running = False
         self._thread: threading.Thread | None = None
+        self._failures: list[BaseException] = []
 
     @property
     def busy(self) -> bool:
@@ -41,13 +42,31 @@ class Worker:
             return self._work is not None
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Do a piece of work next; one that was waiting is replaced. `work` must not raise."""
+        """Do a piece of work next; one that was waiting is replaced. What it raises is kept for `failures`.
+
+        Raises:
+            RuntimeError: The system has no room for a thread; nothing was taken on.
+        """
         with self._changed:
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._loop, name=self.name, daemon=True)
+                thread.start()
+                self._thread = thread
             self._work = work
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name=self.name, daemon=True)
-                self._thread.start()
             self._changed.notify_all()
+
+    def withdraw(self) -> bool:
+        """Drop the work that waits, if it has not begun; return whether there was any."""
+        with self._changed:
+            waited, self._work = self._work is not None, None
+            self._changed.notify_all()
+            return waited
+
+    def failures(self) -> list[BaseException]:
+        """Return, once, what work has raised since the last call."""
+        with self._changed:
+            failures, self._failures = self._failures, []
+            return failures
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until all work is done; return whether it is."""
@@ -68,6 +87,9 @@ class Worker:
             try:
                 assert work is not None
                 work()
+            except BaseException as error:  # A thread that dies would leave all who wait for it waiting.
+                with self._changed:
+                    self._failures.append(error.with_traceback(None))
             finally:
                 # What was worked on may be large, and the next piece may be long in coming.
                 work = None
@@ -100,6 +122,7 @@ class CheckpointWriter:
         self._writer, self._copier = Worker("checkpoints"), Worker("second copy")
         self._messages: list[str] = []
         self._write_fails, self._copy_fails = False, False
+        self._last: tuple[int, float | None] | None = None
 
     @property
     def busy(self) -> bool:
@@ -108,10 +131,22 @@ class CheckpointWriter:
 
     def write(self, snapshot: Snapshot) -> None:
         """Begin to write a checkpoint; `report` says later what became of it."""
-        self._writer.submit(lambda: self._write(snapshot))
+        self._last = snapshot.step, snapshot.loss
+        try:
+            self._writer.submit(lambda: self._write(snapshot))
+        except RuntimeError:  # No room for a thread: the step waits for the disk, and nothing is lost.
+            self._write(snapshot)
 
-    def make_room(self) -> None:
-        """Wait until one more snapshot may be held in memory; at once unless one waits already."""
+    def make_room(self, loss: float | None = None) -> None:
+        """Wait until one more snapshot may be held in memory; at once unless one waits already.
+
+        Args:
+            loss: Held-out loss of that snapshot; what waits and is worse makes way, unless it is to stay for ever.
+        """
+        if self._last is not None and is_finite(loss):
+            step, waiting = self._last
+            if is_finite(waiting) and loss < waiting and not self.checkpoints.stays(step):
+                self._writer.withdraw()
         self._writer.wait_for_room()
 
     def finish(self, copy: bool = True) -> None:
@@ -124,10 +159,17 @@ class CheckpointWriter:
     def copy(self) -> None:
         """Bring the second copy up to date, in its own thread."""
         if self.mirror is not None:
-            self._copier.submit(self._copy)
+            try:
+                self._copier.submit(self._copy)
+            except RuntimeError as error:  # Not here instead: a copy that hangs would end all saving.
+                self._note_copy(error)
 
     def report(self) -> None:
         """Warn, in the thread of the caller, of what went wrong since the last report."""
+        for worker in (self._writer, self._copier):
+            for error in worker.failures():
+                kind = type(error).__name__
+                self._messages.append(f"The thread for the {worker.name} met {kind}: {error}. Training goes on.")
         while self._messages:
             warnings.warn(self._messages.pop(0), stacklevel=3)
 
@@ -156,14 +198,18 @@ class CheckpointWriter:
             mirror_run(self.directory, self.mirror, self.checkpoints)
             self._copy_fails = False
         except Exception as error:  # Mounts fail in many ways, and none may end the training.
-            if not self._copy_fails:
-                reason = getattr(error, "strerror", None) or error
-                kind = "" if isinstance(error, (OSError, RunError)) else f"{type(error).__name__}: "
-                self._messages.append(
-                    f"The copy in {self.mirror} cannot be written ({kind}{reason}). Training goes on with "
-                    f"the run in {self.directory}; the copy is tried again after each checkpoint."
-                )
-            self._copy_fails = True
+            self._note_copy(error)
+
+    def _note_copy(self, error: Exception) -> None:
+        """Have it said once that the copy cannot be written, until it has worked again."""
+        if not self._copy_fails:
+            reason = getattr(error, "strerror", None) or error
+            kind = "" if isinstance(error, (OSError, RunError)) else f"{type(error).__name__}: "
+            self._messages.append(
+                f"The copy in {self.mirror} cannot be written ({kind}{reason}). Training goes on with "
+                f"the run in {self.directory}; the copy is tried again after each checkpoint."
+            )
+        self._copy_fails = True
 
 
 def within(seconds: float, work: Callable[[], object]) -> bool:

@@ -12,17 +12,18 @@ warning, and the next older one is used.
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from utils.training.migrations import FORMAT_VERSION, STATES, is_known, migrated
 from utils.training.weights import distinct_tensors, load_weights, write_tensors
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+FILES = (WEIGHTS, STATE)
 STEP_NAME = re.compile(r"^step-(\d{8,})$")
 SPARE_BYTES = 16 << 20
 """Space that stays free beside a checkpoint, for the metrics and the manifest."""
@@ -52,7 +54,7 @@ class Snapshot:
     state: dict[str, Any]
     """The states of all other parts, with all tensors on the CPU."""
     loss: float | None = None
-    """Held-out loss at this step, if it was measured."""
+    """Held-out loss at this step, if it was measured; one that is not finite counts as none."""
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +62,10 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in (*self.tensors.values(), *_tensors(self.state)))
 
 
-def take_snapshot(step: int, module: nn.Module, state: dict[str, Any], loss: float | None = None) -> Snapshot:
-    """Copy everything that a checkpoint holds into main memory."""
+def take_snapshot(
+    step: int, module: nn.Module | Mapping[str, Any], state: dict[str, Any], loss: float | None = None
+) -> Snapshot:
+    """Copy everything that a checkpoint holds into main memory; instead of a model its ``state_dict`` will do."""
     tensors, aliases = distinct_tensors(module, copy=True)
     return Snapshot(step, tensors, aliases, _copied(state), loss)
 
@@ -157,10 +161,10 @@ class CheckpointManager:
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
-                "validation_loss": snapshot.loss,
+                "validation_loss": snapshot.loss if is_finite(snapshot.loss) else None,
                 "files": _write_files(snapshot, temporary),
             }
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             sync_file(temporary / MANIFEST)
             sync_file(temporary)
             self._replace(temporary, target)
@@ -218,21 +222,15 @@ class CheckpointManager:
             return f"{MANIFEST} is missing"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return f"{MANIFEST} cannot be read"
-        for name in (WEIGHTS, STATE):
+        for name in FILES:
             if name not in expected_files:
                 return f"{name} is not in the manifest"
-            expected, digest = expected_files[name]
-            try:
-                found = (directory / name).stat().st_size
-                if found != expected:
-                    return f"{name} has {found} bytes, the manifest says {expected}"
-                if hashes and sha256_file(directory / name) != digest:
-                    return f"{name} does not match its SHA-256"
-            except FileNotFoundError:
-                return f"{name} is missing"
-            except OSError as error:
-                return f"{name} cannot be read ({error.strerror})"
-        return None
+        problems = [_size_problem(directory / name, expected_files[name][0]) for name in FILES]
+        if hashes and not any(problems):
+            # Hashing lets other threads run: the files are read side by side.
+            with ThreadPoolExecutor(len(FILES), "verify") as pool:
+                problems = list(pool.map(lambda name: _hash_problem(directory / name, expected_files[name][1]), FILES))
+        return next(filter(None, problems), None)
 
     def _directories(self) -> list[Path]:
         """Return the directories of finished checkpoints, the newest first."""
@@ -253,11 +251,15 @@ class CheckpointManager:
                 self._held.remove(directory)
 
     def best(self) -> Checkpoint | None:
-        """Return the checkpoint with the lowest held-out loss that verifies; None when no loss was measured."""
+        """Return the checkpoint with the lowest held-out loss that verifies; None when no finite one was measured."""
         for directory in self._by_loss():
             if self.problem(directory) is None:
                 return Checkpoint(directory, _step(directory))
         return None
+
+    def stays(self, step: int) -> bool:
+        """Tell whether the checkpoint of a step stays for ever; the very first state does not."""
+        return self.keep_every_steps is not None and step > 0 and step % self.keep_every_steps == 0
 
     def _by_loss(self) -> list[Path]:
         """Return the checkpoints whose held-out loss is known, the lowest first, the earlier of equal ones first."""
@@ -278,8 +280,7 @@ class CheckpointManager:
         with self._lock:
             kept = {*newest, *self._held, *(self._by_loss()[: self.keep_best] if self.keep_best else ())}
             for path in self._directories():
-                forever = self.keep_every_steps is not None and _step(path) % self.keep_every_steps == 0
-                if path not in kept and _step(path) < oldest and not (forever and _step(path)):
+                if path not in kept and _step(path) < oldest and not self.stays(_step(path)):
                     discard(path)
 
     def _remove_leftovers(self) -> None:
@@ -328,33 +329,64 @@ class CheckpointManager:
         )
 
 
+def _size_problem(path: Path, expected: int) -> str | None:
+    """Say how the size of a file differs from what the manifest says, or None when it does not."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None if found == expected else f"{path.name} has {found} bytes, the manifest says {expected}"
+
+
+def _hash_problem(path: Path, expected: str) -> str | None:
+    """Say that the contents of a file differ from what the manifest says, or None when they do not."""
+    try:
+        return None if sha256_file(path) == expected else f"{path.name} does not match its SHA-256"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+
+
 def _step(directory: Path) -> int:
     """Return the step in a checkpoint's name."""
     return int(directory.name.split("-")[1])
 
 
 def _loss(directory: Path) -> float | None:
-    """Return the held-out loss in a checkpoint's manifest."""
+    """Return the held-out loss in a checkpoint's manifest; None for one that is not finite: it orders nothing."""
     try:
         loss = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("validation_loss")
     except (OSError, ValueError, AttributeError):
         return None
-    return float(loss) if isinstance(loss, (int, float)) else None
+    return float(loss) if is_finite(loss) else None
+
+
+def is_finite(loss: Any) -> TypeGuard[float]:
+    """Tell whether a held-out loss was measured and can be compared with others."""
+    return isinstance(loss, (int, float)) and math.isfinite(loss)
 
 
 def _write_files(snapshot: Snapshot, folder: Path) -> dict[str, dict[str, Any]]:
     """Write a snapshot's files to disk and return what the manifest says about them."""
-    with ThreadPoolExecutor(1, "sync") as pool:
-        with HashedFile(folder / WEIGHTS, lasting=True) as weights:
+    with HashedFile(folder / STATE, _tensors(snapshot.state)) as state, _without_checksums():
+        torch.save(snapshot.state, state)  # type: ignore[arg-type]
+    # The larger file is first: it is hashed and brought to the disk while the other is written.
+    try:
+        with HashedFile(folder / WEIGHTS, snapshot.tensors.values()) as weights:
             write_tensors(snapshot.tensors, snapshot.aliases, weights)
-        # Waiting for the disk takes no processor: the state is written meanwhile.
-        synced = pool.submit(weights.sync)
-        with HashedFile(folder / STATE) as state:
-            torch.save(snapshot.state, state)  # type: ignore[arg-type]
-        state.sync()
-        synced.result()
-    files = ((WEIGHTS, weights), (STATE, state))
-    return {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in files}
+    finally:
+        of_state = state.finish()
+    return {WEIGHTS: weights.finish(), STATE: of_state}
+
+
+def _without_checksums() -> AbstractContextManager[Any]:
+    """Spare `torch.save` the CRC-32 of each record in this thread: nothing reads them, and the SHA-256 says more."""
+    try:
+        from torch.utils.serialization import config
+    except ImportError:  # An older PyTorch always writes them.
+        return nullcontext()
+    return cast("AbstractContextManager[Any]", config.patch({"save.compute_crc32": False}))  # type: ignore[attr-defined]
 
 
 def discard(directory: Path) -> None:

@@ -5,6 +5,7 @@ brings it back onto a new machine's disk.
 """
 
 import errno
+import json
 import os
 import shutil
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from utils.runtime.errors import RunError
 from utils.runtime.files import sha256_file, sync_file, write_atomic
 from utils.training.checkpoint_manager import MANIFEST, STEP_NAME, CheckpointManager, discard, require_space
+from utils.training.prepared_data import MANIFEST as DATA
 from utils.training.run import FIGURE, METRICS, RECORD, REPORT, SUMMARY, UNFINISHED, make_empty
 
 SMALL_FILES = (METRICS, SUMMARY, FIGURE, REPORT)
@@ -77,10 +79,12 @@ def _alone(target: Path) -> Iterator[None]:
 def _mirror(directory: Path, target: Path, checkpoints: CheckpointManager | None) -> None:
     manager = checkpoints or CheckpointManager(directory / "checkpoints")
     claim(directory, target)
+    known = _known_hashes(directory / "data" / DATA)
     for part in ("model", "data"):
         for path in sorted((directory / part).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
-                _copy_if_new(path, target / path.relative_to(directory))
+                hashed = known.get(path.name) if path.parent == directory / "data" else None
+                _copy_if_new(path, target / path.relative_to(directory), hashed)
     steps = _checkpoints(directory)
     if newest_step(target) > newest_step(directory):
         # The copy is farther than this run, which was brought back from an older state: it catches up by itself.
@@ -171,26 +175,46 @@ def _is_copied(directory: Path, target: Path) -> bool:
     )
 
 
-def _copy_if_new(path: Path, target: Path) -> None:
-    """Copy a file that never changes once it is written, unless it is there."""
+def _copy_if_new(path: Path, target: Path, known: str | None = None) -> None:
+    """Copy a file that never changes once it is written, unless it is there; see `_copy_file`."""
     if not target.exists() or target.stat().st_size != path.stat().st_size:
-        _copy_file(path, target)
+        _copy_file(path, target, known)
 
 
-def _copy_file(path: Path, target: Path) -> None:
-    """Copy a file through a temporary name beside the target."""
+def _copy_file(path: Path, target: Path, known: str | None = None) -> None:
+    """Copy a file through a temporary name beside the target.
+
+    Args:
+        path: The file.
+        target: Its copy.
+        known: Its SHA-256 as it was when it was written; the file is not hashed again when the copy matches it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         shutil.copyfile(path, temporary)
         sync_file(temporary)
         # A mount that is full or gone may take the bytes without a word.
-        if temporary.stat().st_size != path.stat().st_size or sha256_file(temporary) != sha256_file(path):
+        same = temporary.stat().st_size == path.stat().st_size
+        if same:
+            found = sha256_file(temporary)
+            # A file that was damaged since it was written is copied as it is: the original does not verify either.
+            same = found == known or found == sha256_file(path)
+        if not same:
             raise OSError(errno.EIO, f"{path.name} reads back differently from how it was written")
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _known_hashes(manifest: Path) -> dict[str, str]:
+    """Return the SHA-256 of the files that a manifest describes; empty when it is missing or cannot be understood."""
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        return {name: str(entry["sha256"]) for name, entry in files.items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _copy_checkpoint(directory: Path, target: Path) -> None:
@@ -201,8 +225,9 @@ def _copy_checkpoint(directory: Path, target: Path) -> None:
         temporary.mkdir(parents=True)
         require_space(temporary, sum(path.stat().st_size for path in directory.iterdir()))
         names = sorted((path.name for path in directory.iterdir()), key=lambda name: name == MANIFEST)
+        known = _known_hashes(directory / MANIFEST)
         for name in names:
-            _copy_file(directory / name, temporary / name)
+            _copy_file(directory / name, temporary / name, known.get(name))
         if target.exists():
             discard(target)
         os.rename(temporary, target)
