@@ -230,7 +230,7 @@ def test_an_interrupt_before_there_is_a_run_is_one_line(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("utils.__main__._load", interrupted)
+    monkeypatch.setattr("utils.__main__.load", interrupted)
     assert main(["validate", "example:gpt"]) == 130
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -258,7 +258,8 @@ def test_an_interrupt_saves_and_says_how_to_continue(tmp_path, root, tiny, text)
 
 
 def test_help_explains_every_verb_and_every_setting(capsys):
-    for verb in ("validate", "train", "resume", "search", "benchmark", "export", "report", "link"):
+    for verb in ("validate", "train", "resume", "search", "benchmark", "export", "bundle", "publish", "generate",
+                 "report", "link"):  # fmt: skip
         with pytest.raises(SystemExit) as left:
             build_parser().parse_args([verb, "--help"])
         assert left.value.code == 0

@@ -1,4 +1,4 @@
-"""The same verbs without a notebook: ``python -m utils validate|train|resume|search|benchmark|export|report|link``.
+"""The same verbs without a notebook: ``python -m utils validate|train|resume|search|benchmark|export|...``.
 
 ``--config run.yaml`` says everything about a run in one file (`utils.training.run_file`); options override it.
 
@@ -8,28 +8,25 @@ the input cannot be used, 130 after an interrupt that no run could turn into a c
 
 import argparse
 import json
-import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
-from utils.adapters.spec import TASKS, ModelSpec
+from utils.adapters.spec import ModelSpec
 from utils.runtime.errors import ConfigError, SeedbedError
 from utils.runtime.files import write_atomic
 from utils.runtime.project import VERSION
 from utils.runtime.settings import field_help
 from utils.training.config import NOT_YET, TrainingConfig
-from utils.training.run_file import RunFile, read_run_file
+from utils.training.run_file import RunFile
+from utils.ui.command_options import REFERENCE_HELP, add_loading_options, in_options, load, needed, run_file, spec_of
+from utils.ui.shipping_verbs import add_shipping_verbs, run_bundle, run_export, run_generate, run_publish
 
 INTERRUPTED = 130
-REFERENCE_HELP = (
-    "the model: a Gist id or URL, a GitHub, raw or Colab URL, a file or folder, hub:owner/name, or example:gpt|bert|vit"
-)
-
-DATA, FORMATS = "builtin:python-docs", "safetensors,onnx,torch_export"
+DATA = "builtin:python-docs"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,24 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="show no progress")
         return sub
 
-    def loading(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--model-config", metavar="FILE", help="JSON file with settings that replace the model's own")
-        sub.add_argument("--revision", help="revision of a Gist or repository; the newest otherwise")
-        sub.add_argument(
-            "--trust", action="store_true", help="run the model's code even if the audit finds something in it"
-        )
-        sub.add_argument("--task", choices=TASKS, help="what the model is for, when detection is wrong")
-        sub.add_argument(
-            "--example-inputs", metavar="FILE",
-            help="arguments of forward() by name, batch first: .safetensors, .npz, or .json with lists of numbers",
-        )  # fmt: skip
-        sub.add_argument(
-            "--load-time-limit", type=float, metavar="SECONDS", help="limit for running the model's code while it loads"
-        )
-
     def training(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("model", nargs="?", help=REFERENCE_HELP)
-        loading(sub)
+        add_loading_options(sub)
         sub.add_argument(
             "--data", help="builtin:python-docs, builtin:python-code, builtin:digits, file:PATH or hub:OWNER/NAME "
             "(default: builtin:python-docs)",
@@ -91,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         "validate example:gpt --html report.html",
     )
     validate.add_argument("model", help=REFERENCE_HELP)
-    loading(validate)
+    add_loading_options(validate)
     validate.add_argument("--time-budget", type=float, metavar="SECONDS", help="sample less to stay within this time")
     validate.add_argument("--html", metavar="FILE", help="also write the report as one HTML file")
     validate.add_argument("--badge", metavar="FILE", help="also write the verdict as a small SVG picture")
@@ -117,6 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "--time-budget-minutes", type=float, metavar="MINUTES", help="stop cleanly after so many minutes"
     )
+    resume.add_argument("--devices", type=int, help="number of devices, when not as the run was started")
+    resume.add_argument("--batch-size", type=int, help="samples per forward pass from now on; the steps stay the same")
+    resume.add_argument("--strategy", help="how they share the work from now on: auto, ddp or fsdp")
     resume.add_argument("--mirror", metavar="DIR", help="keep a second copy of the run here")
 
     search = verb(
@@ -146,12 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--seeds", default="0,1,2", help="separated by commas (default: %(default)s)")
     benchmark.add_argument("--html", metavar="FILE", help="also write the comparison as one HTML file")
 
-    export = verb("export", "Write a model in formats that others can run, each checked", "export runs/first exported")
-    export.add_argument("model", nargs="?", help=f"the directory of a run, or {REFERENCE_HELP}")
-    export.add_argument("directory", nargs="?", help="where the files go")
-    export.add_argument("--config", metavar="FILE", help="run file that names the run and the directory")
-    loading(export)
-    export.add_argument("--formats", help="separated by commas (default: safetensors,onnx,torch_export)")
+    add_shipping_verbs(verb)
 
     report = verb("report", "Say how a run or a search stands", "report runs/first")
     report.add_argument("directory", metavar="DIR", nargs="?", help="the directory of a run or the folder of a search")
@@ -182,19 +162,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verbs = {
             "validate": _validate, "train": _train, "resume": _resume, "search": _search, "benchmark": _benchmark,
-            "export": _export, "report": _report, "link": _link,
+            "export": _printed(run_export), "bundle": _printed(run_bundle), "publish": _printed(run_publish),
+            "generate": _printed(run_generate), "report": _report, "link": _link,
         }  # fmt: skip
         return verbs[options.verb](options)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     except (SeedbedError, OSError) as error:
-        said = _in_options(str(error))
+        said = in_options(str(error))
         if options.json:
             print(json.dumps({"error": said, "kind": type(error).__name__}))
         else:
             print(f"{type(error).__name__}: {said}", file=sys.stderr)
         return 2
+
+
+def _printed(verb: Callable[[argparse.Namespace], tuple[str, int]]) -> Callable[[argparse.Namespace], int]:
+    """Return a verb that prints what it has to say and gives the exit status."""
+
+    def run(options: argparse.Namespace) -> int:
+        said, status = verb(options)
+        print(said)
+        return status
+
+    return run
 
 
 def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
@@ -206,16 +198,14 @@ def _validate(options: argparse.Namespace) -> int:
     from utils.tier1_critical_validation import validate
 
     tiers = [_value(part) for part in options.tiers.split(",")]
-    model = _load(options)
-    spec = _spec(options, model)
+    model = load(options)
+    spec = spec_of(options, model)
     report = validate(model, tiers, spec, None, options.time_budget, progress=not options.quiet)
     told = tuple(
         replace(
             result,
-            why=_in_options(result.why),
-            findings=tuple(
-                replace(f, message=_in_options(f.message), hint=_in_options(f.hint)) for f in result.findings
-            ),
+            why=in_options(result.why),
+            findings=tuple(replace(f, message=in_options(f.message), hint=in_options(f.hint)) for f in result.findings),
         )
         for result in report.results
     )
@@ -232,16 +222,16 @@ def _validate(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from utils.training.resume import train
 
-    file = _run_file(options)
+    file = run_file(options)
     config = _config(options, file)
-    run_dir = _needed(options.run_dir or file.run_dir, "run_dir", "--run-dir DIR", options)
-    model = _load(options, file)
+    run_dir = needed(options.run_dir or file.run_dir, "run_dir", "--run-dir DIR", options)
+    model = load(options, file)
     run = train(
         model,
         options.data or file.data or DATA,
         config,
         run_dir,
-        spec=_spec(options, model, file.task),
+        spec=spec_of(options, model, file.task),
         mirror=options.mirror or file.mirror,
         progress=not options.quiet,
     )
@@ -251,11 +241,14 @@ def _train(options: argparse.Namespace) -> int:
 def _resume(options: argparse.Namespace) -> int:
     from utils.training.resume import resume
 
-    file = _run_file(options)
+    file = run_file(options)
     run = resume(
-        _needed(options.run_dir or file.run_dir, "run_dir", "DIR", options),
+        needed(options.run_dir or file.run_dir, "run_dir", "DIR", options),
         trust=options.trust,
         time_budget_minutes=options.time_budget_minutes,
+        devices=options.devices,
+        strategy=options.strategy,
+        batch_size=options.batch_size,
         mirror=options.mirror or file.mirror,
         progress=not options.quiet,
     )
@@ -265,7 +258,7 @@ def _resume(options: argparse.Namespace) -> int:
 def _search(options: argparse.Namespace) -> int:
     from utils.training.search import hyperparameter_search
 
-    file = _run_file(options)
+    file = run_file(options)
     said = dict(file.search)
     given = {
         "folder": options.folder, "trials": options.trials, "pruner": options.pruner, "seed": options.search_seed,
@@ -273,9 +266,9 @@ def _search(options: argparse.Namespace) -> int:
         "space": _space(options.space) if options.space else None,
     }  # fmt: skip
     said |= {name: value for name, value in given.items() if value is not None}
-    folder = _needed(said.pop("folder", None), "search.folder", "--folder DIR", options)
+    folder = needed(said.pop("folder", None), "search.folder", "--folder DIR", options)
     best_dir = said.pop("best_dir", None)
-    config, model, data = _config(options, file), _load(options, file), options.data or file.data or DATA
+    config, model, data = _config(options, file), load(options, file), options.data or file.data or DATA
     result = hyperparameter_search(
         model, data, folder=folder, config=config, spec=ModelSpec(task=options.task or file.task),
         progress=not options.quiet, **said,
@@ -294,10 +287,10 @@ def _search(options: argparse.Namespace) -> int:
 def _benchmark(options: argparse.Namespace) -> int:
     from utils.training.baseline import benchmark
 
-    file = _run_file(options)
+    file = run_file(options)
     seeds = [_value(part) for part in options.seeds.split(",")]
     comparison = benchmark(
-        _load(options, file), options.data or file.data or DATA, _config(options, file), options.folder,
+        load(options, file), options.data or file.data or DATA, _config(options, file), options.folder,
         seeds=seeds, spec=ModelSpec(task=options.task or file.task), progress=not options.quiet,
     )  # fmt: skip
     if options.html:
@@ -306,33 +299,11 @@ def _benchmark(options: argparse.Namespace) -> int:
     return 0
 
 
-def _export(options: argparse.Namespace) -> int:
-    from utils.training.export_utilities import export
-
-    file = _run_file(options)
-    reference = _needed(options.model or file.run_dir, "run_dir", "MODEL", options)
-    directory = _needed(options.directory or file.export.get("directory"), "export.directory", "DIRECTORY", options)
-    if (Path(reference) / "run.json").exists():
-        from utils.training.resume import open_run
-
-        model: Any = open_run(reference, trust=options.trust)[0]
-    else:
-        options.model = reference
-        model = _load(options, file)
-    said = options.formats or file.export.get("formats") or FORMATS
-    formats = tuple(said) if isinstance(said, list) else tuple(n.strip() for n in str(said).split(",") if n.strip())
-    task = options.task or file.task
-    spec = _spec(options, model, task) if task or options.example_inputs else None
-    report = export(model, directory, formats, spec=spec, progress=not options.quiet)
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report.text())
-    return 0 if report.passed else 1
-
-
 def _report(options: argparse.Namespace) -> int:
     from utils.training.search_result import SEARCH, read_search
 
-    file = _run_file(options)
-    directory = Path(_needed(options.directory or file.run_dir, "run_dir", "DIR", options))
+    file = run_file(options)
+    directory = Path(needed(options.directory or file.run_dir, "run_dir", "DIR", options))
     if (directory / SEARCH).exists():
         result = read_search(directory)
         text, facts, fragment = result.text(), result.to_dict(), result._repr_html_()
@@ -361,29 +332,19 @@ def _link(options: argparse.Namespace) -> int:
 
 
 def _show_run(run: Any, as_json: bool) -> int:
-    if as_json:
+    from utils.training.processes import is_started_here, rank_and_world
+
+    rank, world = rank_and_world()
+    if rank or is_started_here():
+        pass  # The first of several processes speaks for all, or the one that started them.
+    elif as_json:
         print(json.dumps({**run.to_dict(), "notes": run.notes}, indent=2))
     else:
         print("\n".join([str(run), str(run.directory), *run.notes]))
         if not run.finished:
             print(f"continue with: python -m utils resume {run.directory}", file=sys.stderr)
-    return 0 if run.finished else 1
-
-
-def _run_file(options: argparse.Namespace) -> RunFile:
-    """Read the run file, if one was given."""
-    return read_run_file(options.config) if options.config else RunFile()
-
-
-def _needed(value: Any, name: str, option: str, options: argparse.Namespace) -> str:
-    """Return a value that the run file or an option must give."""
-    if value is None:
-        place = f"{options.config} has no {name}" if options.config else "there is no --config"
-        raise ConfigError(
-            f"python -m utils {options.verb} was called without {option}, and {place}.",
-            f"Expected {option}, or a run file with {name}.",
-        )
-    return str(value)
+    # To torchrun a clean stop is a failure when the status says anything else: it would tell so, or start again.
+    return 0 if run.finished or world > 1 else 1
 
 
 def _config(options: argparse.Namespace, file: RunFile) -> TrainingConfig:
@@ -420,60 +381,12 @@ def _space(texts: Sequence[str]) -> dict[str, Any]:
     return space
 
 
-def _load(options: argparse.Namespace, file: RunFile | None = None) -> Any:
-    from utils.loading import load_model
-
-    file = file or RunFile()
-    reference = _needed(options.model or file.model, "model", "MODEL", options)
-    # Another model than the file's does not take the settings of that one.
-    own = file if options.model in (None, file.model) else RunFile()
-    config = _read_json(options.model_config) if options.model_config else own.model_config
-    limit = {} if options.load_time_limit is None else {"time_limit": options.load_time_limit}
-    return load_model(reference, config=config, revision=options.revision or own.revision, trust=options.trust, **limit)
-
-
-def _spec(options: argparse.Namespace, model: Any, task: str | None = None) -> ModelSpec:
-    """Return what the options say about a model; `task` is what a run file says."""
-    from utils.loading.example_files import read_examples
-
-    examples = read_examples(options.example_inputs, model) if options.example_inputs else None
-    return ModelSpec(task=options.task or task, example_inputs=examples)
-
-
 def _lines_to_load(options: argparse.Namespace) -> str:
     """Return the lines of Python after which a report's lines run as they are."""
     given = {"config": options.model_config, "revision": options.revision, "trust": options.trust}
     said = "".join(f", {name}={value!r}" for name, value in given.items() if value)
     lines = f"import utils\nmodel = utils.load_model({options.model!r}{said}).module"
     return lines + (f"\nspec = utils.ModelSpec(task={options.task!r})" if options.task else "")
-
-
-def _in_options(text: str) -> str:
-    """Return a message with the command line's options for the arguments of Python functions that it names."""
-
-    def examples(match: re.Match[str]) -> str:
-        names = ", ".join(re.findall(r"'(\w+)'", match[1]))
-        return "--example-inputs FILE (.safetensors, .npz or .json" + (f" with {names})" if names else ")")
-
-    text = re.sub(r"ModelSpec\(example_inputs=\{([^}]*)\}\)", examples, text)
-    text = re.sub(r"ModelSpec\.example_inputs|\bexample_inputs(?=[ ,.])", "--example-inputs", text)
-    text = re.sub(r"ModelSpec\(task='?([\w.]+?)'?\)", lambda m: f"--task {m[1].strip('.') or 'NAME'}", text)
-    text = re.sub(r"\bconfig=\{'(\w+)': \.\.\.\}", r'--model-config FILE with {"\1": ...}', text)
-    text = re.sub(r"\bconfig=(?=[ .])", "--model-config", text)
-    return text.replace("trust=True", "--trust").replace("time_limit=", "--load-time-limit")
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    """Read a JSON object from a file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as JSON: {error}.", "Expected a file with one JSON object."
-        ) from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds {type(value).__name__}.", "Expected one JSON object of names and values.")
-    return value
 
 
 def _value(text: str) -> Any:
