@@ -9,12 +9,13 @@ from torch import nn
 import utils
 from utils.adapters import ModelAdapter
 from utils.runtime.errors import ConfigError
+from utils.training import batch_size_finder
 from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import load_data
 from utils.training.resume import train
 from utils.training.weights import weights_sha256
 from utils.ui import estimates
-from utils.ui.estimates import duration, estimate_run
+from utils.ui.estimates import duration, estimate_run, tokens_per_sample
 
 SMALL = {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "num_layers": 1, "dropout": 0.1}
 CONFIG = TrainingConfig(max_steps=40, batch_size=4, context_length=16, val_every_steps=20, checkpoint_every_steps=10)
@@ -83,7 +84,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_it_is_tried(gpt, data, tmp_
     estimate = estimate_run(gpt, data, CONFIG.with_changes(batch_size=100_000), tmp_path)
     assert estimate.measured_steps == 0
     assert "batches of 100000 (counted on one sample), and there are 30.0 MB" in estimate.problems[0]
-    assert "the same training, in more passes" in estimate.problems[0]
+    assert "as many samples in each step, in more passes" in estimate.problems[0]
     with pytest.raises(ConfigError, match=r"A step keeps about .* estimate again"):
         estimate.check()
     assert "This run cannot work here." in estimate.text() and "<li>" in estimate._repr_html_()
@@ -131,8 +132,8 @@ def test_sessions_are_counted(gpt, data, tmp_path):
 
 
 def test_what_is_not_measured_is_said(gpt, data, tmp_path, monkeypatch):
-    notes = estimates._notes(CONFIG.with_changes(compile=True, gradient_checkpointing=True, devices=2))
-    assert [word in " ".join(notes) for word in ("torch.compile", "recomputing", "one of the 2 devices")] == [True] * 3
+    notes = estimates._notes(CONFIG.with_changes(compile=True, devices=2))
+    assert [word in " ".join(notes) for word in ("torch.compile", "one of the 2 devices")] == [True] * 2
     from contextlib import contextmanager
 
     @contextmanager
@@ -141,6 +142,30 @@ def test_what_is_not_measured_is_said(gpt, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(estimates, "peak_of_block", unknown)
     assert "counted, not measured" in estimate_run(gpt, data, CONFIG, tmp_path, seconds=0.1).memory_reason
+
+
+def test_what_is_found_at_the_start_is_found_for_the_estimate_too(gpt, data, tmp_path, monkeypatch):
+    config = CONFIG.with_changes(batch_size="auto", step_samples=6, learning_rate="auto")
+    estimate = estimate_run(gpt, data, config, tmp_path, seconds=0.1)
+    assert estimate.possible
+    assert estimate.samples_per_second == pytest.approx(6 / estimate.seconds_per_step)
+    assert estimate.total_seconds > 140 * estimate.seconds_per_step
+    assert "batch size 6: it is a step of 6 samples" in estimate.text()
+    assert "about 100 steps that are counted here" in estimate.text()
+    monkeypatch.setattr(batch_size_finder, "room", lambda device: 1000)
+    refused = estimate_run(gpt, data, config, tmp_path)
+    assert refused.problems[0].startswith("No batch fits: one sample ruled out by counting, with 1.0 kB free")
+
+
+def test_only_tokens_that_are_there_are_counted(tmp_path):
+    (tmp_path / "few.csv").write_text("text,label\n" + "".join(f"a{i},{'xy'[i % 2]}\n" for i in range(40)))
+    data = load_data(f"file:{tmp_path / 'few.csv'}", task="text_classification", vocab_size=300, num_labels=2)
+    mean = data.train["lengths"].float().mean().item()
+    assert tokens_per_sample(data) == pytest.approx(mean) and mean < 8 < data.facts["length"]
+    (tmp_path / "pairs.csv").write_text("source,target\n" + "".join(f"a{i},bb{i} c\n" for i in range(40)))
+    data = load_data(f"file:{tmp_path / 'pairs.csv'}", task="seq2seq", vocab_size=300, max_length=64)
+    both = data.train["lengths"] + data.train["target_lengths"]
+    assert tokens_per_sample(data) == pytest.approx(both.float().mean().item())
 
 
 def test_images_and_batch_normalization(tmp_path):

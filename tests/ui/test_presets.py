@@ -7,7 +7,7 @@ from utils.runtime.errors import ConfigError
 from utils.training.config import TrainingConfig
 from utils.training.resume import train
 from utils.ui import presets
-from utils.ui.presets import ORDER, preset, preset_about, preset_names, read_preset
+from utils.ui.presets import ORDER, merged, preset, preset_about, preset_names, read_preset
 
 MINIATURE = {
     "max_steps": 4, "batch_size": 2, "context_length": 16, "val_every_steps": 2, "log_every_steps": 2,
@@ -48,6 +48,20 @@ def test_a_change_replaces_the_other_way_to_say_how_long():
     assert preset("fast", batch_size=3).batch_size == 3
     with pytest.raises(ConfigError, match=r"max_steps is 5 and max_epochs is 1\..*exactly one"):
         preset("fast", max_steps=5, max_epochs=1)
+
+
+def test_a_batch_size_of_auto_keeps_the_samples_of_a_step():
+    found = preset("tiny-gpu", batch_size="auto")
+    assert (found.accumulate, found.step_samples) == (1, 32)
+    assert found.samples_per_step == preset("tiny-gpu").samples_per_step
+    assert preset("tiny-gpu", batch_size="auto", step_samples=64).samples_per_step == 64
+    assert preset("quality", batch_size="auto").step_samples == 128
+    assert merged({"batch_size": "auto", "step_samples": 64}, {"batch_size": 8}) == {
+        "batch_size": 8, "step_samples": None,
+    }  # fmt: skip
+    assert merged({}, {"batch_size": "auto"})["step_samples"] is None
+    with pytest.raises(ConfigError, match=r"accumulate is 'x'"):
+        TrainingConfig.from_dict(merged({"accumulate": "x"}, {"batch_size": "auto"}))
 
 
 def test_unknown_presets_and_settings_are_refused():

@@ -6,7 +6,7 @@ from torch import nn
 import utils
 from utils.adapters import ModelAdapter
 from utils.runtime.errors import ConfigError
-from utils.ui.session import run_folder, session_settings
+from utils.ui.session import keep_upload, run_folder, session_settings
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +62,16 @@ def test_equal_settings_give_the_same_folder_and_others_another(adapter, loaded)
 def test_a_run_name_is_no_path(adapter, loaded):
     with pytest.raises(ConfigError, match="'../../etc' is a path"):
         run_folder("../../etc", loaded, session_settings(adapter))
+
+
+def test_an_upload_never_takes_the_place_of_another(tmp_path):
+    folder = tmp_path / "uploads"
+    assert keep_upload("a.tar.gz", b"first", folder) == folder / "a.tar.gz"
+    assert keep_upload("a.tar.gz", b"second", folder) == folder / "a-2.tar.gz"
+    assert keep_upload("a.tar.gz", b"third", folder) == folder / "a-3.tar.gz"
+    assert keep_upload("a.tar.gz", b"second", folder) == folder / "a-2.tar.gz", "the same file again"
+    assert (folder / "a.tar.gz").read_bytes() == b"first"
+    assert keep_upload("../../evil", b"x", folder) == folder / "evil"
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FileExistsError):
+        keep_upload("a", b"x", tmp_path / "file")

@@ -101,9 +101,7 @@ def test_a_preset_fills_the_form_and_keeps_what_the_caller_changed(wizard):
 
 def test_bad_values_are_told_beside_the_field_and_do_not_raise(wizard):
     put(wizard, "learning_rate", "fast")
-    assert wizard.faults == {
-        "learning_rate": "TrainingConfig.learning_rate is 'fast'. Expected a number, or nothing for none."
-    }
+    assert wizard.faults == {"learning_rate": "TrainingConfig.learning_rate is 'fast'. Expected a number, or auto."}
     assert "1 field(s) to correct" in wizard._status.value
     put(wizard, "learning_rate", "1e9")
     assert "Expected at most 1" in wizard.rows["learning_rate"]._error.value
@@ -112,6 +110,25 @@ def test_bad_values_are_told_beside_the_field_and_do_not_raise(wizard):
     put(wizard, "learning_rate", "0.001")
     assert wizard.faults == {}
     assert wizard.settings.config.learning_rate == 0.001
+
+
+def test_auto_is_a_value_and_keeps_the_samples_of_a_step(wizard):
+    put(wizard, "accumulate", "3")
+    put(wizard, "batch_size", "auto")
+    put(wizard, "learning_rate", " Auto ")
+    assert wizard.faults == {}
+    config = wizard.settings.config
+    assert (config.batch_size, config.accumulate, config.step_samples, config.learning_rate) == ("auto", 1, 6, "auto")
+    wizard.rows["learning_rate"].put(config.learning_rate)
+    assert wizard.rows["learning_rate"].widget.value == "auto"
+    put(wizard, "batch_size", "4")
+    assert wizard.faults == {}
+    assert wizard.settings.config.step_samples is None
+    put(wizard, "batch_size", "x")
+    put(wizard, "batch_size", "auto")
+    assert wizard.settings.config.step_samples is None
+    put(wizard, "accumulate", "auto")
+    assert "or nothing for none" in wizard.faults["accumulate"]
 
 
 def test_two_fields_that_contradict_are_both_marked_and_shown(wizard):
@@ -147,6 +164,22 @@ def test_the_button_tells_what_is_wrong_with_the_data(wizard):
     put(wizard, "batch_size", "x")
     wizard._button.click()
     assert wizard._shown.value == ""
+
+
+def test_a_model_that_fails_is_told_and_raises_only_in_a_cell(wizard, place, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes <differ>")
+
+    monkeypatch.setattr(wizard.adapter.module.mixer, "forward", fail)
+    wizard._button.click()
+    assert "RuntimeError: mat1 and mat2 shapes &lt;differ&gt; (wizard.estimate() in a cell" in wizard._shown.value
+    assert not wizard._button.disabled
+    assert "parameters" in wizard._status.value, "no longer measuring"
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        wizard.estimate()
+    monkeypatch.setattr(setup_wizard, "load_model", fail)
+    put(wizard, "model", "example:vit")
+    assert wizard.faults == {"model": "RuntimeError: mat1 and mat2 shapes <differ>"}
 
 
 def test_data_is_prepared_once_for_equal_settings(wizard, monkeypatch):
@@ -185,7 +218,11 @@ def test_an_uploaded_file_becomes_the_data(wizard, place):
         wizard._upload(value)
         assert (place / "uploads" / "mine.txt").read_bytes() == content
         assert wizard.settings.data == "file:uploads/mine.txt"
+    wizard._upload({"mine.txt": {"content": content + b"more"}})
+    assert wizard.settings.data == "file:uploads/mine-2.txt", "a run may have been made from the first"
+    assert (place / "uploads" / "mine.txt").read_bytes() == content
     wizard._upload(())
+    (place / "uploads" / "mine-2.txt").unlink()
     (place / "uploads" / "mine.txt").unlink()
     (place / "uploads").rmdir()
     (place / "uploads").write_text("in the way")

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ from utils.runtime.errors import RunError
 from utils.tier3_training_utilities import train_or_resume
 from utils.training.config import TrainingConfig
 from utils.training.resume import train
+from utils.training.unfinished import unfinished_runs
 from utils.ui.setup_wizard import SetupWizard, set_up
 from utils.ui.unfinished_view import ContinuedRun, UnfinishedRuns
 
@@ -99,3 +101,38 @@ def test_it_is_shown(runs, monkeypatch):
     UnfinishedRuns([runs / "none"])._ipython_display_()
     assert found.choice in shown[0].children and "1 unfinished run." in shown[0].children[0].value
     assert "No unfinished run" in shown[1].data
+
+
+def other(runs, name):
+    """Make a run another one of the same name."""
+    record = json.loads((runs / name / "run.json").read_text())
+    (runs / name / "run.json").write_text(json.dumps({**record, "id": "0123456789abcdef"}))
+
+
+def test_two_runs_of_the_same_name_can_both_be_chosen(runs, tmp_path):
+    drive = tmp_path / "drive"
+    shutil.copytree(runs, drive)
+    other(drive, "one")
+    found = UnfinishedRuns([runs, drive])
+    assert {run.directory for run in found.runs} == {runs / "one", drive / "one"}
+    chosen = {}
+    for number, run in enumerate(found.runs):
+        found.choice.value = number
+        chosen[run.directory] = (found.chosen, found.mirror)
+    assert chosen == {
+        runs / "one": (runs / "one", None),
+        drive / "one": (runs / "one-01234567", drive / "one"),
+    }
+    again = UnfinishedRuns([runs, drive])
+    assert len(again.runs) == 2, "the one that was brought back and its copy are one"
+    again.choice.value = next(n for n, run in enumerate(again.runs) if run.id.startswith("0123"))
+    assert (again.chosen, again.mirror) == (runs / "one-01234567", drive / "one")
+
+
+def test_a_finished_copy_is_the_copy_of_a_run_that_is_behind(runs, tmp_path, monkeypatch):
+    drive = tmp_path / "drive"
+    shutil.copytree(runs, drive)
+    monkeypatch.setattr(UnfinishedRuns, "_look", lambda self, folder: unfinished_runs(runs) if folder == runs else [])
+    found = UnfinishedRuns([runs, drive, None])
+    found.choice.value = 0
+    assert (found.chosen, found.mirror) == (runs / "one", drive / "one")

@@ -1,4 +1,6 @@
+import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,3 +182,11 @@ def test_only_causal_language_models_write(gpt, data):
     other = type(data)(data.reference, "masked_lm", data.train, data.validation, data.tokenizer, data.facts)
     assert generate(ModelAdapter(gpt), other) is None
     assert generations.SECONDS <= 5
+
+
+def test_without_matplotlib_the_numbers_are_still_shown(gpt, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    curve = LiveCurve()
+    curve._run = SimpleNamespace(step=3, total_steps=6, data=data, config=CONFIG)
+    page = curve.html([{"step": 3, "split": "train", "loss": 1.5, "samples_per_second": 2.0}])
+    assert "pip install matplotlib" in page and "1.500" in page

@@ -134,8 +134,8 @@ class Estimate:
         colour = "#1a7f37" if self.possible else "#c0392b"
         problems = "".join(f"<li>{escape(problem)}</li>" for problem in self.problems)
         cells = "".join(
-            f"<tr><th style='text-align:left;vertical-align:top;white-space:nowrap'>{escape(name)}</th>"
-            f"<td style='text-align:left'>{escape(value)}</td></tr>"
+            f"<tr><th style='text-align:left;vertical-align:top;white-space:nowrap;padding-right:14px'>"
+            f"{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
             for name, value in self.rows()
         )
         listed = f"<ul style='margin:4px 0'>{problems}</ul>" if problems else ""

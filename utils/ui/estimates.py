@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
-from utils.runtime.isolation import preserved
+from utils.runtime.errors import RunError
 from utils.runtime.resources import (
     allocation_limit,
     available_memory,
@@ -31,21 +31,24 @@ from utils.runtime.resources import (
     resident_memory,
 )
 from utils.runtime.seeding import isolated_streams
+from utils.training.batch_size_finder import find_batch_size
+from utils.training.batching import LENGTHS
 from utils.training.clean_stop import MARGIN_MINUTES
-from utils.training.config import TrainingConfig
+from utils.training.config import AUTO, TrainingConfig
 from utils.training.evaluation import evaluate, objective
+from utils.training.learning_rate_finder import STEPS as RANGE_STEPS
 from utils.training.prepared_data import PreparedData
+from utils.training.recomputation import recomputed_blocks
 from utils.training.schedules import make_optimizer
+from utils.training.step_memory import SPARE, activation_bytes, checkpoint_bytes, tensor_bytes
 from utils.training.text_stream import open_stream
 from utils.ui.estimate_view import Estimate, duration
 
-__all__ = ["Estimate", "duration", "estimate_run"]
+__all__ = ["Estimate", "duration", "estimate_run", "tokens_per_sample"]
 
 MEASURED_SECONDS = 4.0
 """About how long is measured; at least `LEAST_STEPS` steps are."""
 LEAST_STEPS, MOST_STEPS = 2, 30
-SPARE = 1.15
-"""What a run needs is taken this much larger than measured before it is called possible."""
 HELD_OUT_BATCHES = 4
 """Batches of the held-out data that are measured; the rest is taken to be like them."""
 
@@ -74,15 +77,16 @@ def estimate_run(
         seconds: How long to measure.
     """
     adapter = model if isinstance(model, ModelAdapter) else ModelAdapter(model)
+    device, rate_steps = best_device(), RANGE_STEPS if config.learning_rate == AUTO else 0
+    config, failure, found = _without_auto(adapter, data, config)
+    measured = None
+    if not failure:
+        measured, failure = _measure(adapter, data, config, device, seconds)
     planned = config.total_steps(data.train_samples)
     steps = max(0, planned - done)
-    weights = _tensor_bytes(adapter.module)
-    trained = sum(p.nbytes for p in adapter.module.parameters() if p.requires_grad)
-    checkpoint = weights + 2 * trained + (weights if config.ema_decay is not None else 0)
+    weights, checkpoint = tensor_bytes(adapter.module), checkpoint_bytes(adapter, config)
     place, there = _room(Path(run_dir))
     disk = _disk(config, planned, weights, checkpoint, data)
-    device = best_device()
-    measured, failure = _measure(adapter, data, config, device, seconds)
     problems: list[str] = []
     if disk > there:
         problems.append(
@@ -101,9 +105,9 @@ def estimate_run(
     assert measured is not None
     step = statistics.median(measured.steps)
     measurements = steps // config.val_every_steps + (steps % config.val_every_steps > 0)
-    total = steps * step + measurements * measured.evaluation
+    total = (steps + (0 if done else rate_steps)) * step + measurements * measured.evaluation
     per_step = config.batch_size * config.accumulate
-    length = data.facts.get("length")
+    tokens = tokens_per_sample(data)
     if measured.memory * SPARE > measured.memory_there:
         problems.append(
             f"The run holds {format_bytes(measured.memory)} of memory at its peak, and there are "
@@ -125,7 +129,7 @@ def estimate_run(
         max(measured.steps),
         total,
         per_step / step,
-        per_step / step * length if length else None,
+        per_step / step * tokens if tokens is not None else None,
         measured.memory,
         measured.memory_there,
         measured.memory_reason,
@@ -134,8 +138,36 @@ def estimate_run(
         there,
         math.ceil(total / session) if session else 1,
         tuple(problems),
-        _notes(config),
+        (*found, *_notes(config)),
     )
+
+
+def tokens_per_sample(data: PreparedData) -> float | None:
+    """Return the tokens of a training sample, what fills up shorter texts not included; None where there are none."""
+    if "input_ids" not in data.train:
+        return None
+    counted = [data.train[name].double().mean() for name in LENGTHS if name in data.train]
+    return float(sum(counted)) if counted else float(data.train["input_ids"].shape[1])
+
+
+def _without_auto(
+    adapter: ModelAdapter, data: PreparedData, config: TrainingConfig
+) -> tuple[TrainingConfig, str, tuple[str, ...]]:
+    """Return settings in numbers, why there are none, and what was found; any learning rate costs the same."""
+    notes, failure = [], ""
+    if config.batch_size == AUTO:
+        try:
+            batch = find_batch_size(adapter, data, config)
+            config = batch.applied(config)
+            notes.append(batch.text())
+        except RunError as error:
+            failure = str(error)
+            samples = config.samples_per_step // config.devices
+            config = config.with_changes(batch_size=1, accumulate=samples, step_samples=None)
+    if config.learning_rate == AUTO:
+        config = config.with_changes(learning_rate=TrainingConfig.learning_rate)
+        notes.append(f"the learning rate is found at the start, in about {RANGE_STEPS} steps that are counted here")
+    return config, failure, tuple(notes)
 
 
 @dataclass
@@ -153,7 +185,7 @@ def _measure(
     adapter: ModelAdapter, data: PreparedData, config: TrainingConfig, device: torch.device, seconds: float
 ) -> tuple[_Measured | None, str]:
     """Run some steps; return what they showed, or why there is none."""
-    weights = _tensor_bytes(adapter.module)
+    weights = tensor_bytes(adapter.module)
     trained = sum(p.nbytes for p in adapter.module.parameters() if p.requires_grad)
     least = weights + 3 * trained
     there = _memory_there(device)
@@ -164,7 +196,7 @@ def _measure(
         )
     try:
         with isolated_streams(config.seed, "estimate"):
-            kept = least + _activations(adapter, data, config)
+            kept = least + config.batch_size * activation_bytes(adapter, data, config)
             if kept > there:
                 return None, (
                     f"A step keeps about {format_bytes(kept)} in memory with batches of {config.batch_size} (counted "
@@ -195,7 +227,7 @@ def _measure_on_gpu(
     finally:
         torch.cuda.empty_cache()
     if config.ema_decay is not None:
-        peak += _tensor_bytes(adapter.module)
+        peak += tensor_bytes(adapter.module)
     return _Measured(steps, evaluation, peak, there, "measured by the GPU")
 
 
@@ -223,39 +255,20 @@ def _measure_on_cpu(
     return _Measured(steps, evaluation, max(memory, before + extra), there, reason)
 
 
-def _activations(adapter: ModelAdapter, data: PreparedData, config: TrainingConfig) -> int:
-    """Return the bytes that a batch keeps for its backward pass, counted on one sample where the model is."""
-    own = {p.untyped_storage().data_ptr() for p in adapter.module.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    one = next(open_stream(data, config.with_changes(batch_size=1)).batches(1))
-    batch = {name: tensor.to(adapter.device) for name, tensor in one.items()}
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with preserved(adapter.module, config.seed, "estimate"), hooks:
-        adapter.module.train()
-        try:
-            held = objective(adapter, data, batch, 0)[0]
-        except ValueError as error:
-            # Batch normalization over one value cannot train; the whole batch is measured without this look ahead.
-            if "more than 1 value per channel" not in str(error):
-                raise
-            return 0
-        del held
-    return sum(kept.values()) * config.batch_size
-
-
 def _run_steps(
     adapter: ModelAdapter, data: PreparedData, config: TrainingConfig, device: torch.device, seconds: float
 ) -> tuple[list[float], float]:
     """Train a copy of the model for a few steps; return the seconds of each, and of one look at the held-out data."""
     trial = copy.copy(adapter)
     trial.module = copy.deepcopy(adapter.module).to(device)
+    with recomputed_blocks(trial.module) if config.gradient_checkpointing else nullcontext():
+        return _timed(trial, data, config, device, seconds)
+
+
+def _timed(
+    trial: ModelAdapter, data: PreparedData, config: TrainingConfig, device: torch.device, seconds: float
+) -> tuple[list[float], float]:
+    """Train a model for a few steps; return the seconds of each, and of one look at the held-out data."""
     optimizer = make_optimizer(trial.module, config)
     parameters = [p for p in trial.module.parameters() if p.requires_grad]
     context = _precision(config, device)
@@ -298,11 +311,6 @@ def _precision(config: TrainingConfig, device: torch.device) -> Callable[[], Abs
     return lambda: torch.autocast(device.type, dtype)
 
 
-def _tensor_bytes(module: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers, shared ones once."""
-    return sum(tensor.nbytes for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
-
-
 def _room(path: Path) -> tuple[Path, int]:
     """Return the nearest folder that exists and the bytes that are free there."""
     path = path.absolute()
@@ -339,8 +347,8 @@ def _smaller(config: TrainingConfig, excess: float = 2.0) -> str:
     parts = min(2 ** max(1, math.ceil(math.log2(max(excess, 1.0)))), config.batch_size)
     part, passes = math.ceil(config.batch_size / parts), config.accumulate * parts
     return (
-        f"Less takes batch_size={part} with accumulate={passes} (the same training, in more passes), a shorter "
-        "context_length, or gradient_checkpointing=true."
+        f"Less takes batch_size={part} with accumulate={passes} (as many samples in each step, in more passes), a "
+        "shorter context_length, or gradient_checkpointing=true."
     )
 
 
@@ -361,8 +369,6 @@ def _notes(config: TrainingConfig) -> tuple[str, ...]:
     notes = ["measured here and now; another machine, or other work on this one, makes it faster or slower"]
     if config.compile:
         notes.append("measured without torch.compile, which takes minutes at first and then makes steps faster")
-    if config.gradient_checkpointing:
-        notes.append("measured without recomputing activations, which takes a third more time and less memory")
     if config.devices > 1:
         notes.append(f"measured on one of the {config.devices} devices; exchanging gradients comes on top")
     return tuple(notes)

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from utils.runtime.errors import ConfigError
 from utils.runtime.settings import field_help
-from utils.training.config import NOT_YET, PRECISIONS, SCHEDULES, STRATEGIES, TRACKERS, TrainingConfig
+from utils.training.config import AUTO, AUTOMATIC, NOT_YET, PRECISIONS, SCHEDULES, STRATEGIES, TRACKERS, TrainingConfig
 from utils.ui.compat import widgets, with_tooltip
 
 NOTHING = ""
@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 GROUPS = {
     "How long": ("max_steps", "max_epochs", "time_budget_minutes", "session_limit_minutes", "early_stopping_patience"),
-    "Steps": ("batch_size", "accumulate", "context_length", "seed", "augment", "validation_share"),
+    "Steps": ("batch_size", "accumulate", "step_samples", "context_length", "seed", "augment", "validation_share"),
     "Learning rate and optimizer": (
         "learning_rate", "schedule", "warmup_share", "decay_share", "final_learning_rate_share", "weight_decay",
         "beta2", "clip_norm", "label_smoothing", "ema_decay",
@@ -115,7 +115,7 @@ class SettingRow(Row):
     def put(self, value: Any) -> None:
         """Show a value."""
         if self.typed:
-            self.widget.value = "" if value is None else f"{value!r}"
+            self.widget.value = "" if value is None else value if value == AUTO else f"{value!r}"
         else:
             self.widget.value = NOTHING if value is None else value
 
@@ -131,12 +131,13 @@ class SettingRow(Row):
         text = held.strip().replace("_", "")
         if text.lower() in ("", "none"):
             return None
+        if self.name in AUTOMATIC and text.lower() == AUTO:
+            return AUTO
         try:
             return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
         except ValueError:
-            raise ConfigError(
-                f"TrainingConfig.{self.name} is {held!r}.", "Expected a number, or nothing for none."
-            ) from None
+            other = "auto" if self.name in AUTOMATIC else "nothing for none"
+            raise ConfigError(f"TrainingConfig.{self.name} is {held!r}.", f"Expected a number, or {other}.") from None
 
 
 def fields_in(text: str) -> list[str]:

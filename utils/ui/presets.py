@@ -1,12 +1,13 @@
 """Settings under a name: one YAML file each in ``presets/``, with a sentence that says what it is for."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from utils.runtime.errors import ConfigError
 from utils.runtime.optional import require
-from utils.training.config import TrainingConfig
+from utils.training.config import AUTO, TrainingConfig
 
 FOLDER = Path(__file__).with_name("presets")
 ORDER = ("fast", "balanced", "quality", "tiny-gpu", "long-run")
@@ -58,12 +59,31 @@ def read_preset(path: str | Path) -> TrainingConfig:
 
 
 def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with some replaced; the two ways to say how long to train replace each other."""
-    result = {**settings, **changes}
+    """Return settings with some replaced; two ways to say the same replace each other.
+
+    These are the length in steps and in epochs, and the samples of a step: as a batch size with passes, or in all.
+    """
+    batch = changes.get("batch_size")
+    begun = batch == AUTO and settings.get("batch_size") != AUTO
+    result = {**settings, **(in_samples(settings) if begun else {}), **changes}
+    if batch not in (None, AUTO) and "step_samples" not in changes:
+        result["step_samples"] = None
     for one, other in (("max_steps", "max_epochs"), ("max_epochs", "max_steps")):
         if changes.get(one) is not None and changes.get(other) is None:
             result[other] = None
     return result
+
+
+def in_samples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what says the samples of the same steps when the batch size is to be found."""
+    accumulate, batch = settings.get("accumulate", 1), settings.get("batch_size", TrainingConfig.batch_size)
+    if not (isinstance(accumulate, int) and isinstance(batch, int)):
+        # What is no number is told by TrainingConfig.
+        return {}
+    return {
+        "accumulate": 1,
+        "step_samples": batch * accumulate if accumulate != 1 or "batch_size" in settings else None,
+    }
 
 
 def _known(name: str) -> str:

@@ -9,15 +9,19 @@ import json
 import os
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from utils.adapters import ModelAdapter
 from utils.loading import LoadedModel
 from utils.runtime.errors import ConfigError
+from utils.runtime.files import write_atomic
 from utils.training.config import TrainingConfig
 
 DETECT = "detect"
+UPLOADS = Path("uploads")
+"""Where uploaded files stay, beside the notebook."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,26 @@ def run_folder(name: str, loaded: LoadedModel, settings: SessionSettings) -> Pat
     elif Path(name.strip()).name != name.strip() or name.strip() == "..":
         raise ConfigError(f"The run name {name!r} is a path.", "Expected a plain name.", "Leave out slashes.")
     return Path("runs") / name.strip()
+
+
+def keep_upload(name: str, content: bytes, folder: Path = UPLOADS) -> Path:
+    """Write an uploaded file into a folder and return where it is.
+
+    A file of that name with another content stays as it is, because a run may have been made from it: the new one gets
+    a number. The same file uploaded twice is kept once.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    plain = folder / (Path(name).name or "data")
+    suffixes = "".join(plain.suffixes)
+    stem = plain.name.removesuffix(suffixes)
+    for number in count(1):
+        path = plain if number == 1 else folder / f"{stem}-{number}{suffixes}"
+        if not path.exists():
+            write_atomic(path, content)
+            return path
+        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+            return path
+    raise AssertionError("count() does not end")

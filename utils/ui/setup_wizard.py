@@ -20,19 +20,18 @@ from utils.adapters import ModelAdapter
 from utils.loading import LoadedModel, load_model
 from utils.runtime.errors import ConfigError, SeedbedError
 from utils.runtime.resources import format_count
-from utils.training.config import TrainingConfig
+from utils.training.config import AUTO, TrainingConfig
 from utils.training.dataset_utilities import PreparedData, prepare_data
 from utils.training.references import IMAGE_BUILTINS, TABLE_BUILTINS, TEXT_BUILTINS
 from utils.ui.compat import clear_upload, folded, uploaded_files, widgets
 from utils.ui.estimates import Estimate, estimate_run
 from utils.ui.fields import ERROR, HELP, UP_FRONT, Row, SettingRow, fields_in, grouped, shown_fields
-from utils.ui.presets import merged, preset, preset_about, preset_names
-from utils.ui.session import DETECT, SessionSettings, run_folder, session_settings
+from utils.ui.presets import in_samples, merged, preset, preset_about, preset_names
+from utils.ui.session import DETECT, SessionSettings, keep_upload, run_folder, session_settings
 from utils.ui.unfinished_view import ContinuedRun, UnfinishedRuns
 
 DATA_FIELDS = ("context_length", "validation_share", "seed")
 """Settings that decide how data is prepared."""
-UPLOADS = Path("uploads")
 
 
 def set_up(
@@ -140,12 +139,14 @@ class SetupWizard:
             self.rows[name] = SettingRow(name, self._changed)
         for name in ("data", "run_name", "mirror", "limit_minutes"):
             self.rows[name].widget.observe(lambda change: self._changed(), names="value")
+        self.rows["batch_size"].widget.observe(self._rebatch, names="value")
         self.rows["model"].widget.observe(lambda change: self._load(change["new"]), names="value")
         self.rows["preset"].widget.observe(lambda change: self._choose(change["new"]), names="value")
         self.rows["upload"].widget.observe(lambda change: self._upload(change["new"]), names="value")
         self._button = kit.Button(description="Estimate", button_style="primary")
         self._button.on_click(lambda button: self._show_estimate())
         self._status, self._shown = kit.HTML(""), kit.HTML("")
+        self._status.layout.margin = "0 0 0 10px"
         groups = [(title, kit.VBox([self.rows[name].box for name in names])) for title, names in grouped().items()]
         front = [self.rows[name].box for name in (*(name for name, *_ in top), *UP_FRONT)]
         intro = kit.HTML(
@@ -178,13 +179,29 @@ class SetupWizard:
             return
         self._changed()
 
+    def _rebatch(self, change: dict[str, Any]) -> None:
+        """Keep the samples of a step when the batch size becomes auto, and forget them when it is a number again."""
+        automatic = [str(change[name]).strip().lower() == AUTO for name in ("old", "new")]
+        if self._filling or automatic[0] == automatic[1]:
+            return
+        said: dict[str, Any] = {"step_samples": None}
+        if automatic[1]:
+            texts = {"batch_size": change["old"], "accumulate": self.rows["accumulate"].widget.value}
+            said |= in_samples({name: int(text) if text.strip().isdigit() else text for name, text in texts.items()})
+        with self._quietly():
+            for name, value in said.items():
+                row = self.rows[name]
+                assert isinstance(row, SettingRow)
+                row.put(value)
+        self._changed()
+
     def _load(self, reference: str) -> None:
         """Take another model; the present one stays when it cannot be loaded."""
         try:
             loaded = load_model(reference.strip(), trust=self.trust)
             adapter = ModelAdapter(loaded)
-        except SeedbedError as error:
-            self.rows["model"].complain(str(error))
+        except Exception as error:
+            self.rows["model"].complain(_told(error))
             self._say()
             return
         self.loaded, self.adapter, self._data = loaded, adapter, None
@@ -198,9 +215,7 @@ class SetupWizard:
             return
         name, content = files[-1]
         try:
-            UPLOADS.mkdir(exist_ok=True)
-            path = UPLOADS / (Path(name).name or "data")
-            path.write_bytes(content)
+            path = keep_upload(name, content)
         except OSError as error:
             self.rows["upload"].complain(f"{name} cannot be kept ({error.strerror or error}).")
             return
@@ -390,8 +405,10 @@ class SetupWizard:
         try:
             self._shown.value = self.estimate()._repr_html_()
             self._say()
-        except SeedbedError as error:
-            self._shown.value = f'<div style="{ERROR}">{escape(str(error))}</div>'
+        except Exception as error:
+            # The model's own code runs here, and may raise anything.
+            where = "" if isinstance(error, SeedbedError) else " (wizard.estimate() in a cell shows where)"
+            self._shown.value = f'<div style="{ERROR}">{escape(_told(error) + where)}</div>'
             self._say()
         finally:
             self._button.disabled = False
@@ -409,3 +426,8 @@ class SetupWizard:
         from IPython.display import display
 
         display(self.form)
+
+
+def _told(error: Exception) -> str:
+    """Return what a handler shows of an error; one that is not Seedbed's own is named with its kind."""
+    return str(error) if isinstance(error, SeedbedError) else f"{type(error).__name__}: {error}"

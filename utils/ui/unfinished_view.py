@@ -20,6 +20,9 @@ from utils.ui.estimates import Estimate, estimate_run
 from utils.ui.fields import ERROR, HELP
 from utils.ui.session import SessionSettings
 
+MARK = 8
+"""Letters of a run's id behind its name, where another run has the same name."""
+Key = tuple[str, str]
 NEW = "start, or continue what the form below describes"
 
 
@@ -29,6 +32,7 @@ class UnfinishedRuns:
     Attributes:
         runs: What was found, the one saved last first; of a run that is there twice, the copy that is farther.
         problems: Folders that could not be read, and why.
+        copies: The second copy of a run, by the run's id and name.
         choice: The widget; None when there is nothing to choose.
     """
 
@@ -40,21 +44,27 @@ class UnfinishedRuns:
         """
         self.local = Path(folders[0] or "runs")
         self.problems: list[str] = []
-        found: dict[str, UnfinishedRun] = {}
+        self.copies: dict[Key, Path] = {}
+        self._here: dict[Key, Path] = {}
+        found: dict[Key, UnfinishedRun] = {}
         for folder in folders:
             if folder is None:
                 continue
             for run in self._look(Path(folder)):
-                known = found.get(run.directory.name)
+                key = _key(run)
+                known = found.get(key)
                 if known is None or run.step > known.step:
-                    found[run.directory.name] = run
-        self.copies = {
-            name: Path(folder) / name
-            for folder in folders[1:]
-            if folder is not None
-            for name in found
-            if (Path(folder) / name / "run.json").is_file()
-        }
+                    found[key] = run
+                if Path(folder) == self.local:
+                    self._here[key] = run.directory
+                else:
+                    self.copies[key] = run.directory
+        for key in found.keys() - self.copies.keys():
+            number, name = key
+            # A copy that is finished is on no list.
+            for copy in (Path(folder) / name for folder in folders[1:] if folder is not None):
+                if _id_of(copy) == number:
+                    self.copies[key] = copy
         self.runs = sorted(found.values(), key=lambda run: run.saved, reverse=True)
         self.choice: Any = None
         if self.runs:
@@ -88,16 +98,22 @@ class UnfinishedRuns:
         run = self._selected
         if run is None:
             return None
-        directory = self.local / run.directory.name
-        if (copy := self.copies.get(run.directory.name)) is not None:
+        directory = self._here.get(_key(run)) or self._place(run)
+        if (copy := self.copies.get(_key(run))) is not None:
             restore_run(copy, directory)
         return directory
+
+    def _place(self, run: UnfinishedRun) -> Path:
+        """Return where a run is or comes to be on this machine's disk: under its name, or that and its number."""
+        name = _key(run)[1]
+        plain = self.local / name
+        return plain if _id_of(plain) in (None, run.id) else self.local / f"{name}-{run.id[:MARK]}"
 
     @property
     def mirror(self) -> Path | None:
         """The second copy of the chosen run; None when it has none."""
         run = self._selected
-        return self.copies.get(run.directory.name) if run is not None else None
+        return self.copies.get(_key(run)) if run is not None else None
 
     def __str__(self) -> str:
         """List the runs."""
@@ -121,6 +137,19 @@ class UnfinishedRuns:
             f"settings are those of the form continues by itself.</span>{troubles}"
         )
         display(kit.VBox([head, self.choice]))
+
+
+def _id_of(directory: Path) -> str | None:
+    """Return the id of the run in a directory; None when there is none that can be read."""
+    try:
+        return str(read_record(directory)["id"])
+    except (SeedbedError, OSError):
+        return None
+
+
+def _key(run: UnfinishedRun) -> Key:
+    """Return a run's id, and its name without what was added because another run had the same."""
+    return run.id, run.directory.name.removesuffix(f"-{run.id[:MARK]}")
 
 
 class ContinuedRun:

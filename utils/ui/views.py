@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from utils.runtime.errors import MissingPackageError
 from utils.runtime.resources import format_bytes, resident_memory
 from utils.training.figures import figure_png
-from utils.ui.estimates import duration
+from utils.ui.estimates import duration, tokens_per_sample
 from utils.ui.generations import Generation, generate
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class LiveCurve:
             if key in row:
                 shown.append((name, form.format(row[key])))
         if "samples_per_second" in train:
-            unit, each = ("tokens", run.data.facts["length"]) if "length" in run.data.facts else ("samples", 1)
+            tokens = tokens_per_sample(run.data)
+            unit, each = ("tokens", tokens) if tokens is not None else ("samples", 1)
             shown.append((f"{unit} per second", f"{train['samples_per_second'] * each:,.0f}"))
         if torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory
@@ -129,8 +131,15 @@ class LiveCurve:
             f'<span style="{block}"><span style="{label}">{escape(name)}</span>{escape(text)}</span>'
             for name, text in self.numbers(rows)
         )
-        png = figure_png(rows, run.data.facts.get("zlib_bits_per_byte"), dpi=100)
-        picture = base64.b64encode(png).decode("ascii")
+        try:
+            png = figure_png(rows, run.data.facts.get("zlib_bits_per_byte"), dpi=100)
+        except MissingPackageError as error:
+            drawn = f"<p>{escape(str(error))}</p>"
+        else:
+            picture = base64.b64encode(png).decode("ascii")
+            drawn = (
+                f'<img alt="training curves" style="width:100%;max-width:1100px" src="data:image/png;base64,{picture}">'
+            )
         texts = "".join(
             f'<div style="margin:6px 0"><span style="{label}">written at step {step:,}'
             f"{'' if one.complete else ', cut off: it took too long'}</span>"
@@ -138,11 +147,7 @@ class LiveCurve:
             f'<span style="color:gray">{escape(one.prompt)}</span>{escape(closer(one.text))}</span></div>'
             for step, one in reversed(self.generations)
         )
-        return (
-            f'<div style="max-width:1100px"><div>{numbers}</div>'
-            f'<img alt="training curves" style="width:100%;max-width:1100px" src="data:image/png;base64,{picture}">'
-            f"{texts}</div>"
-        )
+        return f'<div style="max-width:1100px"><div>{numbers}</div>{drawn}{texts}</div>'
 
     def _draw(self, rows: list[dict[str, Any]]) -> None:
         """Redraw; a notebook keeps only the newest state."""
