@@ -1,8 +1,8 @@
 """Seedbed: know whether a PyTorch model is sound, train it where machines vanish, ship it.
 
 The public surface, loaded on first use: `load_model`, `read_code`, `validate`, `show`, `train`, `resume`, `export`,
-`bundle`, `publish`, `generate`, `ModelSpec`, `ModelAdapter`, `LoadedModel`, `TrainingConfig`. Importing this package
-imports only the standard library.
+`unfinished_runs`, `bundle`, `publish`, `generate`, `ModelSpec`, `ModelAdapter`, `LoadedModel`, `TrainingConfig`.
+Importing this package imports only the standard library.
 """
 
 from importlib import import_module
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from utils.training.bundle import bundle
     from utils.training.generation import generate
     from utils.training.publish import publish
+    from utils.training.unfinished import unfinished_runs
 
 _HOMES = {
     "load_model": "utils.loading",
@@ -34,6 +35,7 @@ _HOMES = {
     "bundle": "utils.training.bundle",
     "publish": "utils.training.publish",
     "generate": "utils.training.generation",
+    "unfinished_runs": "utils.training.unfinished",
     "TrainingConfig": "utils.training",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "resume",
     "show",
     "train",
+    "unfinished_runs",
     "validate",
 ]
 

@@ -12,8 +12,10 @@ from torch import nn
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.loading import LoadedModel, load_model
 from utils.training.baseline import Comparison, benchmark
+from utils.training.batch_size_finder import BatchSizeSuggestion, find_batch_size
 from utils.training.config import TrainingConfig
 from utils.training.export_utilities import export
+from utils.training.learning_rate_finder import LearningRateSuggestion, find_learning_rate
 from utils.training.search import hyperparameter_search
 from utils.training.search_result import SearchResult, read_search
 from utils.training.search_space import Choice, Integers, LogUniform, SearchSpace, Uniform
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
     from utils.training.session_callback import Observer
 
 __all__ = [
-    "Choice", "Comparison", "Integers", "LogUniform", "SearchResult", "SearchSpace", "Uniform", "benchmark", "export",
-    "fine_tune", "hyperparameter_search", "read_search", "resume", "train", "train_or_resume",
+    "BatchSizeSuggestion", "Choice", "Comparison", "Integers", "LearningRateSuggestion", "LogUniform", "SearchResult",
+    "SearchSpace", "Uniform", "benchmark", "export", "find_batch_size", "find_learning_rate", "fine_tune",
+    "hyperparameter_search", "read_search", "resume", "train", "train_or_resume",
 ]  # fmt: skip
 
 
@@ -73,6 +76,9 @@ def resume(
     model: nn.Module | None = None,
     trust: bool = False,
     time_budget_minutes: float | None = None,
+    devices: int | None = None,
+    strategy: str | None = None,
+    batch_size: int | None = None,
     mirror: str | Path | None = None,
     progress: bool = True,
 ) -> "Run":
@@ -84,6 +90,9 @@ def resume(
         model=model,
         trust=trust,
         time_budget_minutes=time_budget_minutes,
+        devices=devices,
+        strategy=strategy,
+        batch_size=batch_size,
         mirror=mirror,
         progress=progress,
         observers=_observers(progress),

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -143,3 +144,26 @@ def test_nothing_is_claimed_when_the_interval_includes_zero(tmp_path):
     worse.to_html(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "data:image/png" in page and "plain GPT" in page
+
+
+def test_a_model_that_takes_positions_is_compared_with_one_that_takes_none(tmp_path, text_file, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def llama():
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=300, max_position_embeddings=32, hidden_size=32, num_hidden_layers=1,
+                num_attention_heads=2, intermediate_size=32,
+            )
+        )  # fmt: skip
+
+    monkeypatch.setattr("utils.training.baseline.ROUNDS", 1)
+    config = CONFIG.with_changes(max_steps=2, context_length=16)
+    result = benchmark(llama, f"file:{text_file}", config, tmp_path / "out", seeds=(0,), progress=False)
+    facts = {}
+    for kind in ("model", "reference"):
+        record = json.loads((tmp_path / "out" / "seed-0" / kind / "run.json").read_text())
+        facts[kind] = record["data"]["facts"]["positions_argument"]
+    assert facts == {"model": "position_ids", "reference": None}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in result._repr_html_()

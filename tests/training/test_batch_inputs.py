@@ -7,7 +7,8 @@ from torch import nn
 import utils
 from utils.adapters import ModelAdapter
 from utils.runtime.seeding import isolated_streams
-from utils.training.batch_inputs import boundary_facts, model_inputs
+from utils.training import batch_inputs
+from utils.training.batch_inputs import boundary_facts, model_inputs, moved
 from utils.training.dataset_utilities import load_data, prepare_data
 
 transformers = pytest.importorskip("transformers")
@@ -88,3 +89,49 @@ def test_no_bits_per_byte_where_characters_are_unknown(tmp_path):
     measured = evaluate(ModelAdapter(model), data, 8)
     assert set(measured) == {"loss"}
     assert "unknown" in data.text()
+
+
+class SilentAttention(nn.Module):
+    """Sees all tokens before, whatever the positions say, once its last weights are no longer zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.place, self.head = nn.Embedding(300, 32), nn.Embedding(64, 32), nn.Linear(32, 300)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True, bias=False)
+        nn.init.zeros_(self.attention.out_proj.weight)
+
+    def forward(self, input_ids, position_ids=None):
+        length = input_ids.shape[1]
+        places = torch.arange(length).expand_as(input_ids) if position_ids is None else position_ids
+        hidden = self.token(input_ids) + self.place(places)
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        return self.head(hidden + self.attention(hidden, hidden, hidden, attn_mask=later, need_weights=False)[0])
+
+
+def test_weights_that_are_zero_at_first_prove_nothing(texts):
+    data = prepare_data(SilentAttention(), texts)
+    assert data.facts["positions_argument"] is None
+    assert "a token also sees the end of the document before" in data.text()
+
+
+@pytest.mark.parametrize("limit", [10**9, 0])
+def test_moved_weights_come_back_as_the_same_tensors(monkeypatch, limit):
+    monkeypatch.setattr(batch_inputs, "COPY_BYTES", limit)
+    model = SilentAttention()
+    before = [(p, p.data_ptr(), p.detach().clone()) for p in model.parameters()]
+    with moved(model):
+        assert bool(model.attention.out_proj.weight.any())
+        assert torch.equal(model.token.weight, before[0][2]) is (limit == 0)
+        first = model.attention.out_proj.weight.clone()
+    for parameter, place, values in before:
+        assert parameter.data_ptr() == place and torch.equal(parameter, values)
+    with pytest.raises(ZeroDivisionError), moved(model):
+        assert torch.equal(model.attention.out_proj.weight, first)
+        raise ZeroDivisionError
+    assert not model.attention.out_proj.weight.any()
+
+
+def test_data_that_was_prepared_for_another_model_is_fed_as_this_one_takes_it(texts, tiny_gpt):
+    data = prepare_data(llama(), texts)
+    assert data.facts["positions_argument"] == "position_ids"
+    assert prepare_data(tiny_gpt, data).facts["positions_argument"] is None

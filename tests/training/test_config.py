@@ -6,6 +6,8 @@ from utils.runtime.errors import ConfigError
 from utils.runtime.settings import field_help
 from utils.training import TrainingConfig
 
+INF = float("inf")
+
 
 def test_every_field_has_a_line_of_help():
     texts = field_help(TrainingConfig)
@@ -33,12 +35,27 @@ def test_round_trip_through_a_dict():
         ({"validation_share": 0.0}, ["validation_share is 0.0", "held-out"]),
         ({"precision": "fp8"}, ["precision is 'fp8'", "bf16-mixed"]),
         ({"devices": 0}, ["devices is 0", "above 0"]),
-        ({"strategy": "fsdp"}, ["strategy is 'fsdp'", "one of auto, ddp"]),
+        ({"strategy": "deepspeed"}, ["strategy is 'deepspeed'", "one of auto, ddp, fsdp"]),
         ({"schedule": "steps"}, ["schedule is 'steps'", "cosine, linear, wsd, constant"]),
         ({"schedule": "wsd", "warmup_share": 0.5, "decay_share": 0.6}, ["warmup_share is 0.5", "decay_share is 0.6"]),
         ({"keep_best": -1}, ["keep_best is -1", "0 or more"]),
         ({"compile": "yes"}, ["compile is 'yes'", "true or false"]),
         ({"ema_decay": 1.5}, ["ema_decay is 1.5", "0 to 1"]),
+        ({"beta2": 1.0}, ["beta2 is 1", "below 1", "0.95 to 0.999"]),
+        ({"max_steps": None, "max_epochs": INF}, ["max_epochs is inf", "at most 2,147,483,647"]),
+        ({"max_steps": None, "max_epochs": 1e300}, ["max_epochs is 1e+300", "at most 2,147,483,647"]),
+        ({"max_steps": 2**63}, ["max_steps is 9223372036854775808", "at most 2,147,483,647"]),
+        ({"max_steps": 10**400}, ["max_steps is a number of 1329 bits", "at most 2,147,483,647"]),
+        ({"batch_size": 2**31}, ["batch_size is 2147483648", "at most 2,147,483,647"]),
+        ({"workers": 2000}, ["workers is 2000", "at most 1,024"]),
+        ({"seed": 2**64}, ["seed is 18446744073709551616", "at most 18,446,744,073,709,551,615"]),
+        ({"seed": -(2**64)}, ["seed is -18446744073709551616", "at least -9,223,372,036,854,775,808"]),
+        ({"clip_norm": INF}, ["clip_norm is inf", "at most 1e+300"]),
+        ({"clip_norm": 10**400}, ["clip_norm is a number of 1329 bits", "at most 1e+300"]),
+        ({"checkpoint_every_minutes": INF}, ["checkpoint_every_minutes is inf", "at most 1e+300"]),
+        ({"time_budget_minutes": INF}, ["time_budget_minutes is inf", "None for no limit"]),
+        ({"session_limit_minutes": INF}, ["session_limit_minutes is inf", "None for no limit"]),
+        ({"learning_rate": INF}, ["learning_rate is inf", "at most 1"]),
         ({"growth": {"at": [10]}}, ["growth is set", "not available in this version"]),
         ({"continual": {"method": "ewc"}}, ["continual is set", "not available in this version"]),
         ({"tracking": "mlflow"}, ["tracking is 'mlflow'", "wandb, tensorboard"]),

@@ -116,6 +116,15 @@ def test_bad_archives_are_refused(tmp_path, monkeypatch):
     (tmp_path / "bad.zip").write_bytes(b"PK no zip")
     with pytest.raises(DataError, match="cannot be unpacked"):
         load_data(f"file:{tmp_path}/bad.zip", **CAUSAL)
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(tmp_path / "torn.zip", "w", method) as archive:
+            archive.writestr("a.txt", "hello world " * 5000)
+        content = bytearray((tmp_path / "torn.zip").read_bytes())
+        for place in range(45, 70):
+            content[place] ^= 0x5A
+        (tmp_path / "torn.zip").write_bytes(bytes(content))
+        with pytest.raises(DataError, match="torn.zip cannot be unpacked"):
+            load_data(f"file:{tmp_path}/torn.zip", **CAUSAL)
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
         archive.writestr("../outside.txt", "text")
     with pytest.raises(DataError, match=r"wants to write outside its folder, to '../outside.txt'"):

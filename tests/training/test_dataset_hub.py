@@ -162,3 +162,16 @@ def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch):
         with pytest.raises(DataError, match=r"hub:owner/name cannot be reached \(127.0.0.1 does not answer"):
             load_data("hub:owner/name", **CAUSAL)
         assert time.monotonic() - started < 5
+
+
+def test_blank_rows_are_counted_and_not_trained_on(folder):
+    rows = [{"text": "" if n % 3 == 0 else f"film number {n}, told at length"} for n in range(200)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").unlink()
+    assert len(list(hub_documents(str(folder), None, {}, 5))) == 195, "a place is a number of rows"
+    data = load_data(f"hub:{folder}?stream=true", **CAUSAL)
+    end = data.tokenizer.eos_id
+    stream = text_stream.open_stream(data, TrainingConfig(max_steps=1, batch_size=64))
+    for windows in (data.train["input_ids"], next(iter(stream.batches(1)))["input_ids"]):
+        for row in windows:
+            assert not bool(((row[1:] == end) & (row[:-1] == end)).any())

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "shuffled", "workers", "accumulation", "pending-losses", "checkpoint-on-validation", "epoch-boundaries",
     "streaming-text", "masked-lm", "images-augmented", "average", "bf16", "wsd-smoothing", "mirrored", "two-processes",
+    "two-parts",
 )  # fmt: skip
 QUICK = "checkpoint-on-validation"
 
@@ -24,7 +25,9 @@ def test_a_run_that_is_killed_ends_bitwise_like_one_that_is_not(tmp_path, settin
     result = subprocess.run(
         [
             sys.executable, str(ROOT / "benchmarks" / "kill_and_resume.py"), "--settings", setting, "--json",
-            "--kills", "1" if setting == QUICK else "3", "--keep", str(tmp_path),
+            "--kills", "1" if setting in (QUICK, "two-parts") else "3", "--keep", str(tmp_path),
+            # New processes once; forks, which take a third of the time, otherwise.
+            "--fresh", "1" if setting == QUICK else "0",
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=550, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -33,6 +36,7 @@ def test_a_run_that_is_killed_ends_bitwise_like_one_that_is_not(tmp_path, settin
     assert outcome["survived"] == outcome["equal"] == outcome["runs"] > 0
     assert outcome["torn"] == []
     assert outcome["kills"] >= 1
+    assert outcome["of_new_processes"] == (outcome["kills"] if setting == QUICK else 0)
 
 
 def test_all_settings_of_the_benchmark_are_tested():

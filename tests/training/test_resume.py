@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from torch import nn
 
 import utils
 from utils.adapters import ModelAdapter, ModelSpec
-from utils.runtime.errors import CheckpointError, ConfigError, RunError
+from utils.runtime.errors import CheckpointError, ConfigError, DataError, RunError
 from utils.training import TrainingConfig
 from utils.training.checkpoint_manager import STATE
+from utils.training.dataset_utilities import load_data
 from utils.training.metrics import read_metrics
-from utils.training.resume import open_run, resume, train
-from utils.training.run import RECORD, UNFINISHED, session_lock
+from utils.training.resume import check_same, open_run, resume, train
+from utils.training.run import RECORD, UNFINISHED, read_record, session_lock
 from utils.training.weights import weights_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,7 +213,7 @@ def test_directories_that_hold_no_run(tmp_path):
     with pytest.raises(RunError, match="cannot be read .KeyError"):
         resume(tmp_path / "half")
     (tmp_path / "half" / RECORD).write_text('{"format_version": 99}')
-    with pytest.raises(RunError, match="format version 99.*reads up to 2"):
+    with pytest.raises(RunError, match="format version 99.*reads up to 3"):
         resume(tmp_path / "half")
 
 
@@ -315,3 +317,78 @@ def test_models_that_cannot_learn_are_refused(tmp_path, text_file, tiny_gpt):
 
     with pytest.raises(RunError, match="No forward pass of Broken succeeded.*not today"):
         train(Broken(), f"file:{text_file}", TrainingConfig(), tmp_path / "run")
+
+
+def test_prepared_data_that_the_model_has_no_place_for_is_refused(tmp_path, text_file, quick):
+    data = load_data(f"file:{text_file}", task="causal_lm", vocab_size=300, max_length=16)
+    small = utils.load_model("example:gpt", config={**TINY_GPT, "vocab_size": 100})
+    with pytest.raises(DataError, match=r"prepared with token ids up to 299, and the model knows 100 .*from 0 to 99"):
+        train(small, data, quick, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(DataError, match="up to 299"):
+        train(small, replace(data, stream={"kind": "file"}), quick, tmp_path / "run", progress=False)
+    images = load_data("builtin:digits", task="image_classification", num_labels=10, image_shape=(1, 8, 8))
+    few = utils.load_model(
+        "example:vit", config={"num_classes": 3, "num_channels": 1, "image_size": 8, "patch_size": 4}
+    )
+    with pytest.raises(DataError, match=r"classes up to number 9, and the model tells 3 apart"):
+        train(few, images, quick, tmp_path / "run", progress=False)
+
+
+def test_what_was_stated_about_the_model_is_compared(tmp_path, text_file, tiny_gpt, quick):
+    spec, frozen = ModelSpec(task="causal_lm"), ModelSpec(task="causal_lm", frozen=("embed.weight",))
+    config, data = quick.with_changes(max_steps=1), f"file:{text_file}"
+    train(tiny_gpt, data, config, tmp_path / "run", spec=spec, progress=False)
+    check_same(tmp_path / "run", tiny_gpt, data, config, spec=spec)
+    check_same(tmp_path / "run", tiny_gpt, data, config)
+    check_same(tmp_path / "run", ModelAdapter(tiny_gpt, spec=spec), data, config)
+    for model, stated in ((tiny_gpt, frozen), (ModelAdapter(tiny_gpt, spec=frozen), None)):
+        with pytest.raises(RunError, match=r"holds another run: ModelSpec.frozen is \(\), not \('embed.weight',\)"):
+            check_same(tmp_path / "run", model, data, config, spec=stated)
+
+
+CAPPED = """
+import torch
+from torch import nn
+
+class Capped(nn.Module):
+    def __init__(self, cap, floor):
+        super().__init__()
+        self.cap, self.embed, self.head = cap, nn.Embedding(300, 8), nn.Linear(8, 300)
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids)).clamp(max=self.cap)
+"""
+
+
+def test_infinite_settings_come_back_and_run_json_is_json(tmp_path, text_file, quick):
+    (tmp_path / "capped.py").write_text(CAPPED)
+    model = utils.load_model(tmp_path / "capped.py", config={"cap": float("inf"), "floor": float("nan")})
+    data, spec = f"file:{text_file}", ModelSpec(task="causal_lm", vocab_size=300, max_length=16)
+    config = quick.with_changes(max_steps=2)
+    train(model, data, config, tmp_path / "run", spec=spec, progress=False)
+
+    def refuse(name):
+        raise AssertionError(f"a bare {name}")
+
+    json.loads((tmp_path / "run" / RECORD).read_text(), parse_constant=refuse)
+    assert read_record(tmp_path / "run")["model"]["config"]["cap"] == float("inf")
+    check_same(tmp_path / "run", model, data, config, spec=spec)
+    run, _ = open_run(tmp_path / "run")
+    assert run.model.cap == float("inf")
+
+
+def test_a_run_without_matplotlib_ends_with_everything_but_the_picture(
+    tmp_path, text_file, tiny_gpt, quick, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.warns(UserWarning, match="cannot be written everywhere: The package matplotlib"):
+        run = train(
+            tiny_gpt, f"file:{text_file}", quick.with_changes(max_steps=2), tmp_path / "run", mirror=tmp_path / "copy",
+            progress=False,
+        )  # fmt: skip
+    assert run.finished
+    for folder in (tmp_path / "run", tmp_path / "copy"):
+        assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+        assert (folder / "report.html").stat().st_size > 1000
+        assert not (folder / "figures" / "training.png").exists()

@@ -5,14 +5,17 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
 import utils
+from utils.adapters import ModelSpec
 from utils.runtime.errors import ConfigError, InstantiationError, MissingPackageError, RunError
 from utils.training import TrainingConfig, search
+from utils.training.dataset_utilities import load_data
 from utils.training.fresh_model import buildable, fresh_model, module_of
 from utils.training.resume import train
 from utils.training.search import hyperparameter_search
@@ -156,10 +159,10 @@ def test_a_trial_that_was_stopped_in_the_middle_goes_on_in_a_later_call(tmp_path
 
 def test_trials_that_fail_are_told_and_a_hopeless_search_ends(tmp_path, text_file, model, monkeypatch):
     def explode(*_):
-        raise RuntimeError("CUDA out of memory")
+        raise RuntimeError("mat1 and mat2 do not fit")
 
     monkeypatch.setattr("utils.training.training_module.TrainingModule._backward", explode)
-    with pytest.raises(RunError, match="All 3 trials failed; the last one with RuntimeError: CUDA out of memory"):
+    with pytest.raises(RunError, match="All 3 trials failed; the last one with RuntimeError: mat1 and mat2 do not fit"):
         hyperparameter_search(model, f"file:{text_file}", SPACE, 5, tmp_path / "search",
                               config=TrainingConfig(**CONFIG), progress=False)  # fmt: skip
     result = read_search(tmp_path / "search")
@@ -339,3 +342,68 @@ def test_pictures_of_few_and_odd_trials(tmp_path):
         warnings.simplefilter("always")
         assert result.save_pictures() == []
     assert "cannot be written" in str(caught[0].message)
+
+
+class Blind(nn.Module):
+    """A language model whose held-out loss is not a number."""
+
+    def __init__(self, broken=True):
+        super().__init__()
+        self.token, self.head, self.broken = nn.Embedding(300, 8), nn.Linear(8, 300), broken
+
+    def forward(self, input_ids):
+        scores = self.head(self.token(input_ids))
+        return scores * float("nan") if self.broken and not self.training else scores
+
+
+QUICK = TrainingConfig(max_steps=2, batch_size=4, val_every_steps=2, log_every_steps=2, context_length=16)
+STATED = ModelSpec(task="causal_lm", vocab_size=300, max_length=16, frozen=("token.weight",))
+
+
+@pytest.fixture(scope="module")
+def windows(text_file):
+    return load_data(f"file:{text_file}", task="causal_lm", vocab_size=300, max_length=16)
+
+
+def test_trials_whose_loss_is_not_a_number_fail_and_the_search_ends(tmp_path, windows):
+    with pytest.raises(RunError, match=r"All 2 trials failed; the last one with RunError.*nan"):
+        hyperparameter_search(Blind, windows, None, 2, tmp_path / "s", config=QUICK, spec=STATED, progress=False)
+    result = read_search(tmp_path / "s")
+    assert [trial.state for trial in result.trials] == ["failed"] * 2
+    assert result.best is None
+    json.loads(json.dumps(result.to_dict(), allow_nan=False))
+
+
+def test_a_last_loss_that_is_not_finite_is_a_fault():
+    run = SimpleNamespace(last=lambda split: {"loss": float("inf")}, directory="runs/one")
+    with pytest.raises(RunError, match="held-out loss at the end of the run in runs/one is inf"):
+        search._final_loss(run)
+    run.last = lambda split: {}
+    with pytest.raises(RunError, match="is nan"):
+        search._final_loss(run)
+
+
+def test_the_best_is_trained_as_it_was_stated_for_the_search(tmp_path, windows, monkeypatch):
+    arguments = (lambda: Blind(broken=False), windows, None, 1, tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        result = hyperparameter_search(*arguments, config=QUICK, spec=STATED, progress=False)
+        assert result.best is not None, "no picture is no reason to lose the search"
+    run = result.train_best(tmp_path / "best", lambda: Blind(broken=False), progress=False)
+    stated = json.loads((run.directory / "run.json").read_text())["spec"]
+    assert (stated["task"], stated["vocab_size"], stated["frozen"]) == ("causal_lm", 300, ["token.weight"])
+    assert result.train_best(tmp_path / "best", lambda: Blind(broken=False), progress=False).finished
+    other = replace(STATED, frozen=())
+    with pytest.raises(RunError, match="spec was"):
+        hyperparameter_search(*arguments, config=QUICK, spec=other, progress=False)
+    old = json.loads((tmp_path / "s" / "search.json").read_text())
+    del old["spec"]
+    (tmp_path / "s" / "search.json").write_text(json.dumps(old))
+    hyperparameter_search(*arguments, config=QUICK, spec=STATED, progress=False)
+
+
+def test_pictures_that_cannot_be_drawn_are_told(found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.warns(UserWarning, match="The search has no pictures: The package matplotlib"):
+        assert found.save_pictures() == []
+    assert "pip install matplotlib" in found._repr_html_()

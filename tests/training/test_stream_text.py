@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import utils
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.runtime.errors import ConfigError, DataError
 from utils.training import TrainingConfig, text_stream
 from utils.training.dataset_utilities import load_data, load_prepared, prepare_data
@@ -140,3 +141,24 @@ def test_augmenting_a_text_is_refused(reference):
     data = load_data(reference, **CAUSAL)
     with pytest.raises(DataError, match="augment is true, and the samples of .* are no images"):
         open_stream(data, TrainingConfig(augment=True))
+
+
+def test_settings_that_do_not_go_with_a_stream_are_told(reference, tiny_gpt):
+    config = TrainingConfig(max_steps=3, context_length=16, validation_share=0.2)
+    with pytest.warns(UserWarning, match=r"TrainingConfig.workers is 2, and .*by the training process alone"):
+        data = prepare_data(tiny_gpt, reference, config.with_changes(workers=2))
+    with pytest.raises(ConfigError, match=r"max_epochs is 2.*nobody knows how long"):
+        prepare_data(tiny_gpt, data, config.with_changes(max_steps=None, max_epochs=2))
+
+
+def test_numbers_have_no_smoothed_labels(tmp_path):
+    rows = "".join(f"{n},{n * 7 % 5},{n / 3}\n" for n in range(60))
+    (tmp_path / "t.csv").write_text("a,b,target\n" + rows)
+    data = load_data(f"file:{tmp_path}/t.csv?label=target", task="regression", features=2, num_labels=1)
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(ConfigError, match=r"label_smoothing is 0.1, and the labels of .* are numbers"):
+        prepare_data(
+            ModelAdapter(model, spec=ModelSpec(task="regression")),
+            data,
+            TrainingConfig(max_steps=1, label_smoothing=0.1),
+        )

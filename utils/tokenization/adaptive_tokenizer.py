@@ -83,8 +83,9 @@ class TextTokenizer:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """All ids that no text encodes to, reserved ones included, ascending."""
-        return tuple(sorted(self.tokenizer.get_added_tokens_decoder()))
+        """All ids that are no part of a text, reserved ones and that of the unknown included, ascending."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return tuple(sorted(number for number, token in added.items() if token.special))
 
     def _id(self, role: str) -> int | None:
         numbers = (self.tokenizer.token_to_id(name) for name in ROLES[role])

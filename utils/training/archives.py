@@ -1,8 +1,11 @@
 """A zip file as a folder for a while; nothing is ever unpacked outside of it."""
 
+import lzma
 import shutil
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -11,6 +14,9 @@ from utils.runtime.errors import DataError
 from utils.runtime.resources import format_bytes
 
 MOST_FILES = 1_000_000
+DAMAGED = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError,
+           NotImplementedError, OSError)  # fmt: skip
+"""What zipfile raises for an archive that is damaged, depending on where."""
 SPARE = 500_000_000
 """Bytes of disk that stay free."""
 
@@ -31,9 +37,11 @@ def unpacked(path: Path) -> Iterator[Path]:
             with zipfile.ZipFile(path) as archive:
                 _check(archive, path, folder)
                 archive.extractall(folder)
-        except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+        except DAMAGED as error:
             raise DataError(
-                f"{path} cannot be unpacked ({error}).", "Expected a whole zip file.", "Make or download it again."
+                f"{path} cannot be unpacked ({error}).",
+                "Expected a whole zip file, and a disk to unpack it on.",
+                "Make or download it again.",
             ) from error
         except RuntimeError as error:  # what zipfile raises for a missing password
             raise DataError(f"{path} is encrypted ({error}).", "Expected a zip file without a password.") from error

@@ -20,8 +20,8 @@ import torch
 
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.loading import LoadedModel, load_model
-from utils.runtime.errors import ConfigError, DataError
-from utils.runtime.files import write_atomic
+from utils.runtime.errors import ConfigError, DataError, MissingPackageError
+from utils.runtime.files import null_nonfinite, write_atomic
 from utils.runtime.isolation import preserved
 from utils.runtime.optional import require
 from utils.runtime.progress import progress_bar
@@ -170,15 +170,15 @@ class Comparison:
     __repr__ = text
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data; ends of an interval that has none are null."""
-        ends = [end if math.isfinite(end) else None for end in (self.difference.low, self.difference.high)]
-        return {
+        """Return everything as plain data; ends of an interval that has none, and losses not finite, are null."""
+        found = {
             "verdict": self.verdict, "winner": self.winner, "model": self.model.to_dict(),
             "reference": self.reference.to_dict(), "reference_config": self.reference_config,
-            "difference": {"mean": self.difference.mean, "low": ends[0], "high": ends[1]},
+            "difference": {"mean": self.difference.mean, "low": self.difference.low, "high": self.difference.high},
             "time_ratio": self.time_ratio, "data": self.data, "task": self.task, "seeds": list(self.seeds),
             "steps": self.steps, "folder": str(self.folder),
         }  # fmt: skip
+        return {name: null_nonfinite(value) for name, value in found.items()}
 
     def figure(self) -> "Figure":
         """Draw the held-out losses over the steps and over the time that they cost."""
@@ -206,16 +206,22 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """Show the comparison in a notebook."""
-        picture = io.BytesIO()
-        self.figure().savefig(picture, format="png", dpi=110)
+        try:
+            figure = self.figure()
+        except MissingPackageError as error:
+            drawn = f"<p>{html.escape(str(error))}</p>"
+        else:
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=110)
+            drawn = (
+                "<img alt='held-out losses' style='max-width:100%' "
+                f"src='data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}'>"
+            )
         rows = "".join(
             "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self._rows()
         )
-        return (
-            f"<p><b>{html.escape(self.verdict)}</b></p><table>{rows}</table><img alt='held-out losses' "
-            f"style='max-width:100%' src='data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}'>"
-        )
+        return f"<p><b>{html.escape(self.verdict)}</b></p><table>{rows}</table>{drawn}"
 
     def to_html(self, path: str | Path) -> None:
         """Write the comparison as one HTML file."""
@@ -277,10 +283,10 @@ def benchmark(
                 runs[kind].append(_train(origin, seed, prepared, config, place, stated))
                 bar.update(1)
     first = {kind: done[0] for kind, done in runs.items()}
-    seconds = _step_seconds(first, config)
+    seconds = _step_seconds(first)
     names = {"model": adapter.name, "reference": f"plain {type(reference.module).__name__}"}
     contenders = {
-        kind: _contender(names[kind], done, seconds[kind], _step_flops(done[0], config)) for kind, done in runs.items()
+        kind: _contender(names[kind], done, seconds[kind], _step_flops(done[0])) for kind, done in runs.items()
     }
     difference = paired_difference(contenders["model"].losses, contenders["reference"].losses)
     return Comparison(
@@ -403,31 +409,31 @@ def _step(run: Run, batch: dict[str, torch.Tensor]) -> float:
         return time.perf_counter() - started
 
 
-def _batch(run: Run, config: TrainingConfig) -> dict[str, torch.Tensor]:
+def _batch(run: Run) -> dict[str, torch.Tensor]:
     from utils.training.batching import collate
 
-    chosen = torch.arange(min(config.batch_size, run.data.train_samples))
+    chosen = torch.arange(min(run.config.batch_size, run.data.train_samples))
     return {name: tensor.to(run.adapter.device) for name, tensor in collate(run.data.train, chosen).items()}
 
 
-def _step_seconds(runs: dict[str, Run], config: TrainingConfig) -> dict[str, float]:
+def _step_seconds(runs: dict[str, Run]) -> dict[str, float]:
     """Time one step of each model in turns, so that a busy machine slows both down."""
     times: dict[str, list[float]] = {kind: [] for kind in runs}
     for turn in range(ROUNDS + 1):
         for kind, run in runs.items():
-            taken = _step(run, _batch(run, config))
+            taken = _step(run, _batch(run))
             if turn:  # the first one warms up
                 times[kind].append(taken)
-    return {kind: config.accumulate * median(found) for kind, found in times.items()}
+    return {kind: runs[kind].config.accumulate * median(found) for kind, found in times.items()}
 
 
-def _step_flops(run: Run, config: TrainingConfig) -> int | None:
+def _step_flops(run: Run) -> int | None:
     """Count the matrix products of a step; None when the model does something that the counter does not follow."""
     from torch.utils.flop_counter import FlopCounterMode
 
     try:
         with FlopCounterMode(display=False) as counter:
-            _step(run, _batch(run, config))
+            _step(run, _batch(run))
     except Exception:  # the counter's own limits; the comparison stands without it
         return None
-    return config.accumulate * int(counter.get_total_flops()) or None
+    return run.config.accumulate * int(counter.get_total_flops()) or None

@@ -1,12 +1,20 @@
-"""A batch under the names of a model's arguments, and how far a packed window's documents see each other."""
+"""A batch under the names of a model's arguments, and how far a packed window's documents see each other.
 
+Unusual: what a model does with masks and positions is tried with weights that were moved at random. Layers whose last
+weights are zero at first, as many residual branches are, would otherwise seem to keep apart what they mix later.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
 from utils.adapters.roles import role_of
+from utils.runtime.isolation import COPY_BYTES
+from utils.runtime.seeding import derive_seed
 from utils.tokenization import document_positions
 from utils.training.prepared_data import PreparedData
 
@@ -15,6 +23,9 @@ CONTENT = ("input_ids", "pixel_values", "features")
 PROBED = 8
 """Tokens of each of the two documents with which it is tried whether one sees the other."""
 SAME = 1e-5
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MOVED = 0.3
+"""Deviation by which vectors and scalars are moved; matrices by the inverse root of their inputs."""
 APART = "documents are packed into windows; positions begin anew at each document, and no token sees another document"
 TOGETHER = (
     "documents are packed into windows with a separator between them; a token also sees the end of the document "
@@ -108,15 +119,16 @@ def _padding_in_words(name: str | None, data: PreparedData) -> str:
 
 def _takes_mask(adapter: ModelAdapter, name: str) -> bool:
     """Tell whether an optional mask ``(batch, seq)`` is accepted and hides what it covers."""
-    with adapter.isolated():
-        inputs = adapter.example_inputs()
+    # What the adapter finds out when it is first asked is found on the weights as they are.
+    ids, inputs = adapter.readable_ids(), adapter.example_inputs()
+    with moved(adapter.module), adapter.isolated():
         content = inputs[adapter.main_input]
         if content.dim() != 2 or content.shape[1] < 2:
             return False
         mask = torch.ones_like(content)
         mask[:, -1] = 0
         changed = content.clone()
-        changed[:, -1] = (changed[:, -1] + 1) % adapter.readable_ids()
+        changed[:, -1] = (changed[:, -1] + 1) % ids
         value = mask == 0 if role_of(name) == "padding" else mask
         try:
             first = adapter.logits({**inputs, name: value}).float()
@@ -131,16 +143,16 @@ def _takes_mask(adapter: ModelAdapter, name: str) -> bool:
 
 def _keeps_apart(adapter: ModelAdapter, name: str) -> bool:
     """Tell whether positions that begin anew keep a document from seeing the one before it."""
-    limit = adapter.max_length.value
+    limit, ids = adapter.max_length.value, adapter.readable_ids()
     if limit is not None and limit < 2 * PROBED:
         return False
-    with adapter.isolated():
+    with moved(adapter.module), adapter.isolated():
         try:
             inputs = adapter.example_inputs(1, 2 * PROBED)
             content = inputs[adapter.main_input]
             positions = torch.arange(PROBED, device=content.device).repeat(2)[None]
             changed = content.clone()
-            changed[:, :PROBED] = (changed[:, :PROBED] + 1) % adapter.readable_ids()
+            changed[:, :PROBED] = (changed[:, :PROBED] + 1) % ids
             inputs = {n: value for n, value in inputs.items() if role_of(n) != "mask"} | {name: positions}
             first = adapter.logits(inputs).float()
             second = adapter.logits({**inputs, adapter.main_input: changed}).float()
@@ -148,3 +160,28 @@ def _keeps_apart(adapter: ModelAdapter, name: str) -> bool:
             return False
         apart = torch.allclose(first[:, PROBED:], second[:, PROBED:], atol=SAME)
         return apart and not torch.allclose(first[:, :PROBED], second[:, :PROBED], atol=SAME)
+
+
+@contextmanager
+def moved(module: nn.Module) -> Iterator[None]:
+    """Move a model's parameters at random while the block runs, the same way each time.
+
+    Of models above `utils.runtime.isolation.COPY_BYTES` only vectors and what is the same everywhere, such as all zero,
+    are moved: a second copy of the rest might not fit into memory.
+    """
+    generator = torch.Generator().manual_seed(derive_seed("moved"))
+    parameters = [p for p in module.parameters() if type(p.data) is Tensor and p.dtype in PLAIN and not p.is_meta]
+    small = sum(p.nbytes for p in parameters) <= COPY_BYTES
+    kept = []
+    try:
+        for parameter in parameters:
+            data = parameter.data
+            if data.numel() and (small or data.dim() < 2 or bool((data == data.flatten()[0]).all())):
+                scale = MOVED if data.dim() < 2 else (data.numel() / len(data)) ** -0.5
+                noise = torch.randn(data.shape, generator=generator) * scale
+                kept.append((parameter, data))
+                parameter.data = data + noise.to(data.device, data.dtype)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data

@@ -6,6 +6,7 @@ project, against numbers that the original model gave.
 
 import html
 import json
+import math
 import os
 import subprocess
 import sys
@@ -261,7 +262,8 @@ def _check(adapter: ModelAdapter, chosen: FormatResult, tolerance: float, tokeni
         "stride": stride,
         "count": logits.numel(),
         "tolerance": tolerance,
-        "logits": logits[::stride].tolist(),
+        # JSON has no name for an infinity, such as the score of a class that is ruled out; `float` reads its text.
+        "logits": [n if math.isfinite(n) else str(n) for n in logits[::stride].tolist()],
         "texts": texts,
     }
 

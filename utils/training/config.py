@@ -9,12 +9,25 @@ from utils.runtime.errors import ConfigError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp")
+AUTO = "auto"
+AUTOMATIC = ("batch_size", "learning_rate")
+"""Settings that a run may find out at its start; its own record then holds the number."""
+STEP_SAMPLES = 32
+"""Samples of a step when neither batch_size nor step_samples says how many."""
+Automatic = Any
+"""The text ``auto``, which stands for a number until a run starts; from then on there are only numbers."""
 TRACKERS = ("wandb", "tensorboard")
 OPTIONAL = (
     "max_steps", "max_epochs", "context_length", "time_budget_minutes", "validation_share", "ema_decay",
-    "early_stopping_patience", "keep_every_steps", "session_limit_minutes",
+    "early_stopping_patience", "keep_every_steps", "session_limit_minutes", "step_samples",
 )  # fmt: skip
+LARGEST = 2**31 - 1
+"""Bound of whole numbers: any number of batches and samples that follows from them fits into 64 bits."""
+MOST = 1e300
+"""Bound of other numbers, infinity excluded: JSON has none, and arithmetic with one fails in the middle of a run."""
+BOUNDS = {"max_epochs": (-LARGEST, LARGEST), "workers": (0, 1024), "seed": (-(2**63), 2**64 - 1)}
+"""Other bounds, by setting; a seed is what random streams take."""
 NOT_YET = {"growth": "Growing a model while it trains", "continual": "Continual learning"}
 
 
@@ -26,12 +39,14 @@ class TrainingConfig:
     """Optimizer steps in all; None when max_epochs says it."""
     max_epochs: float | None = None
     """Passes over the training data; None when max_steps says it."""
-    batch_size: int = 16
-    """Samples per forward pass."""
+    batch_size: int | Automatic = 16
+    """Samples per forward pass, or auto: as many as fit into memory at the start, accumulated to step_samples."""
     accumulate: int = 1
-    """Forward passes per optimizer step."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Forward passes per optimizer step; found together with a batch_size of auto."""
+    step_samples: int | None = None
+    """Samples of an optimizer step on each device when batch_size is auto; None takes 32."""
+    learning_rate: float | Automatic = 2e-3
+    """Peak learning rate of AdamW, or auto: found by a test of about 100 steps on a copy at the start."""
     weight_decay: float = 0.1
     """Decay of weight matrices; norms, biases and other vectors are never decayed."""
     beta2: float = 0.95
@@ -87,7 +102,7 @@ class TrainingConfig:
     session_limit_minutes: float | None = None
     """Minutes that the machine lasts, such as 720 on Colab: stop cleanly 15 minutes before; None knows no end."""
     strategy: str = "auto"
-    """How several devices share the work: auto or ddp, which both keep a copy of the model on each."""
+    """How several devices share the work: auto or ddp (the whole model on each), or fsdp (a part of it on each)."""
     devices: int = 1
     """Number of devices, one process each; batch_size counts the samples of one device."""
     growth: Mapping[str, Any] | None = None
@@ -112,19 +127,21 @@ class TrainingConfig:
         positive = ("max_steps", "max_epochs", "batch_size", "accumulate", "learning_rate", "clip_norm",
                     "context_length", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints",
                     "val_every_steps", "log_every_steps", "time_budget_minutes", "devices",
-                    "early_stopping_patience", "keep_every_steps", "session_limit_minutes")  # fmt: skip
+                    "early_stopping_patience", "keep_every_steps", "session_limit_minutes",
+                    "step_samples")  # fmt: skip
         counts = ("keep_best", "workers")
         whole = ("max_steps", "batch_size", "accumulate", "context_length", "checkpoint_every_steps",
                  "keep_checkpoints", "val_every_steps", "log_every_steps", "seed", "devices",
-                 "early_stopping_patience", "keep_every_steps", *counts)  # fmt: skip
+                 "early_stopping_patience", "keep_every_steps", "step_samples", *counts)  # fmt: skip
         shares = ("warmup_share", "final_learning_rate_share", "validation_share", "weight_decay", "decay_share",
                   "label_smoothing", "ema_decay", "beta2")  # fmt: skip
         for name in (*positive, *counts, *shares, "seed"):
             value = getattr(self, name)
-            if value is None and name in OPTIONAL:
+            if (value is None and name in OPTIONAL) or (name in AUTOMATIC and value == AUTO):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int,) if name in whole else (int, float)):
                 kind = "a whole number" if name in whole else "a number"
+                kind += " or 'auto'" if name in AUTOMATIC else ""
                 raise ConfigError(f"TrainingConfig.{name} is {value!r}.", f"Expected {kind}.")
             if name in positive and not value > 0:
                 raise ConfigError(f"TrainingConfig.{name} is {value!r}.", "Expected a number above 0.")
@@ -132,6 +149,8 @@ class TrainingConfig:
                 raise ConfigError(f"TrainingConfig.{name} is {value!r}.", "Expected 0 or more.")
             if name in shares and not 0 <= value <= 1:
                 raise ConfigError(f"TrainingConfig.{name} is {value!r}.", "Expected a number from 0 to 1.")
+            if name != "learning_rate":
+                self._check_size(name, name in whole)
         for name in ("gradient_checkpointing", "compile", "augment"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"TrainingConfig.{name} is {getattr(self, name)!r}.", "Expected true or false.")
@@ -145,12 +164,18 @@ class TrainingConfig:
                 f"TrainingConfig.warmup_share is {self.warmup_share} and decay_share is {self.decay_share}.",
                 "Expected at most 1 together: both are shares of the same steps.",
             )
+        if self.beta2 == 1:
+            raise ConfigError(
+                f"TrainingConfig.beta2 is {self.beta2!r}.",
+                "Expected a number from 0 to below 1: with 1 no squared gradient would ever count.",
+                "Usual values are 0.95 to 0.999.",
+            )
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise ConfigError(
                 f"TrainingConfig.validation_share is {self.validation_share!r}.",
                 "Expected a number between 0 and 1: without held-out data nothing could be measured.",
             )
-        if self.learning_rate > 1:
+        if self.learning_rate != AUTO and self.learning_rate > 1:
             raise ConfigError(
                 f"TrainingConfig.learning_rate is {self.learning_rate!r}.",
                 "Expected at most 1: AdamW moves every weight by about the learning rate in each step.",
@@ -161,6 +186,7 @@ class TrainingConfig:
                 f"TrainingConfig.session_limit_minutes is {self.session_limit_minutes!r}.",
                 "Expected more than 15: training stops 15 minutes before the end.",
             )
+        self._check_samples()
         self._check_tracking()
         for name, feature in NOT_YET.items():
             if getattr(self, name) is not None:
@@ -170,6 +196,34 @@ class TrainingConfig:
                     "Leave it at None.",
                 )
 
+    def _check_size(self, name: str, whole: bool) -> None:
+        """Check that a number can be computed with: a run recorded with one that cannot would fail for ever."""
+        value = getattr(self, name)
+        least, most = BOUNDS.get(name, (-LARGEST, LARGEST) if whole else (-MOST, MOST))
+        if least <= value <= most:
+            return
+        long = isinstance(value, int) and value.bit_length() > 128
+        raise ConfigError(
+            f"TrainingConfig.{name} is {f'a number of {value.bit_length()} bits' if long else repr(value)}.",
+            f"Expected at most {most:,}." if value > 0 else f"Expected at least {least:,}.",
+            "Set it to None for no limit." if name in OPTIONAL and not name.startswith("max_") else "",
+        )
+
+    def _check_samples(self) -> None:
+        """Check that the samples of a step are said once."""
+        if self.batch_size == AUTO and self.accumulate != 1:
+            raise ConfigError(
+                f"TrainingConfig.batch_size is 'auto' and accumulate is {self.accumulate}.",
+                "Expected accumulate=1: how many passes make a step is found together with their size.",
+                "Say with step_samples how many samples a step should take.",
+            )
+        if self.batch_size != AUTO and self.step_samples is not None:
+            raise ConfigError(
+                f"TrainingConfig.step_samples is {self.step_samples} and batch_size is {self.batch_size}.",
+                "Expected step_samples only with batch_size='auto': a step takes batch_size * accumulate samples.",
+                "Set step_samples to None.",
+            )
+
     def _check_tracking(self) -> None:
         """Check the names of outside trackers."""
         unknown = set(self.trackers) - set(TRACKERS)
@@ -178,6 +232,11 @@ class TrainingConfig:
                 f"TrainingConfig.tracking is {self.tracking!r}.",
                 f"Expected None or some of {', '.join(TRACKERS)}, separated by commas.",
             )
+
+    @property
+    def unresolved(self) -> tuple[str, ...]:
+        """The settings that are still to be found."""
+        return tuple(name for name in AUTOMATIC if getattr(self, name) == AUTO)
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -239,6 +298,8 @@ class TrainingConfig:
     @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step, over all devices."""
+        if self.batch_size == AUTO:
+            return (self.step_samples or STEP_SAMPLES) * self.devices
         return self.batch_size * self.accumulate * self.devices
 
     def total_steps(self, samples: int) -> int:

@@ -6,13 +6,17 @@ their content, so that a sample hardly ever changes sides when the rest of the d
 the training side only.
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from utils.adapters import ModelAdapter
+from utils.adapters.objectives import REAL_VALUED
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.resources import available_memory, format_bytes
 from utils.tokenization import own_tokenizer, public_tokenizer
@@ -53,6 +57,8 @@ IN_MEMORY = 256_000_000
 """Largest text, in bytes, that is prepared in memory; larger ones go through a file of token ids."""
 MEMORY_PER_BYTE = 20
 """Bytes of memory that a byte of a text, or of a table, takes while it is prepared."""
+TOKENS = ("input_ids", "decoder_input_ids")
+"""Entries that hold token ids."""
 ROW_TASKS = ("seq2seq", "text_classification", "image_classification", "tabular_classification", "regression")
 
 
@@ -131,15 +137,23 @@ def prepare_data(model: Any, reference: object, config: TrainingConfig | None = 
 
     Args:
         model: A loaded model, an adapter or a module.
-        reference: See `load_data`.
+        reference: See `load_data`; or prepared data, which may have been prepared for another model: what this one does
+            with it is found out anew.
         config: Says the context length, the seed and the share that is held out.
 
     Raises:
-        ConfigError: The context is longer than the model can read, or a stream is to be read a number of times.
-        DataError: See `load_data`.
+        ConfigError: The context is longer than the model can read, or a setting does not go with the data.
+        DataError: See `load_data`; or prepared data holds ids or classes that the model does not know.
+
+    Warns:
+        UserWarning: A setting has no effect on this data.
     """
     adapter = model if isinstance(model, ModelAdapter) else ModelAdapter(model)
     config = config or TrainingConfig()
+    if isinstance(reference, PreparedData):
+        _check_ids(adapter, reference)
+        _check_settings(reference, config)
+        return replace(reference, facts={**reference.facts, **boundary_facts(adapter, reference)})
     limit = adapter.max_length.value
     if config.context_length is not None and limit is not None and config.context_length > limit:
         raise ConfigError(
@@ -149,13 +163,64 @@ def prepare_data(model: Any, reference: object, config: TrainingConfig | None = 
             f"Set context_length to {limit} or less.",
         )
     data = load_for(reference, needs_of(adapter, config))
+    _check_settings(data, config)
+    return replace(data, facts={**data.facts, **boundary_facts(adapter, data)})
+
+
+def _check_settings(data: PreparedData, config: TrainingConfig) -> None:
+    """Refuse settings that contradict some data, and tell of those that do nothing."""
     if data.stream is not None and config.max_steps is None:
         raise ConfigError(
             f"TrainingConfig.max_epochs is {config.max_epochs}, and {data.reference} is read while training.",
             "Expected a number of steps: nobody knows how long a stream is.",
             "Set max_steps, and max_epochs=None.",
         )
-    return replace(data, facts={**data.facts, **boundary_facts(adapter, data)})
+    if config.label_smoothing and data.task in REAL_VALUED:
+        raise ConfigError(
+            f"TrainingConfig.label_smoothing is {config.label_smoothing}, and the labels of {data.reference} are "
+            "numbers.",
+            "Expected classes or tokens: of a number no share can be spread over others.",
+            "Set label_smoothing=0.0.",
+        )
+    if data.stream is not None and config.workers:
+        warnings.warn(
+            f"TrainingConfig.workers is {config.workers}, and {data.reference} is read in its order, by the training "
+            "process alone: no worker is started.",
+            stacklevel=3,
+        )
+
+
+def _check_ids(adapter: ModelAdapter, data: PreparedData) -> None:
+    """Refuse data with ids or classes that a model has no place for."""
+    known, classes, tokenizer = adapter.vocab_size.value, adapter.num_labels.value, data.tokenizer
+    if known is not None and "input_ids" in data.train:
+        sides = (data.validation,) if data.tokens is not None else (data.train, data.validation)
+        largest = _largest(side[name] for side in sides for name in TOKENS if name in side)
+        # What is not in memory, and what masking puts in at random, may be any entry.
+        if tokenizer is not None and (data.tokens is not None or data.stream is not None or data.task == "masked_lm"):
+            largest = max(largest, tokenizer.vocab_size - 1)
+        if largest >= known:
+            raise DataError(
+                f"{data.reference} was prepared with token ids up to {largest}, and the model knows {known} "
+                f"({adapter.vocab_size.reason}).",
+                f"Expected ids from 0 to {known - 1}.",
+                "Prepare it for this model: give its reference instead, or prepare_data(model, reference).",
+            )
+    if classes is not None and data.task.endswith("_classification"):
+        top = _largest(side["labels"] for side in (data.train, data.validation))
+        # A single score tells two classes apart.
+        if top >= max(2, classes):
+            raise DataError(
+                f"{data.reference} was prepared with classes up to number {top}, and the model tells {max(2, classes)} "
+                f"apart ({adapter.num_labels.reason}).",
+                f"Expected classes from 0 to {max(2, classes) - 1}.",
+                "Build the model with more outputs.",
+            )
+
+
+def _largest(tensors: Iterable[Tensor]) -> int:
+    """Return the largest number in some tensors, -1 when there is none."""
+    return max((int(tensor.max()) for tensor in tensors if tensor.numel()), default=-1)
 
 
 def reference_of(data: object) -> str:

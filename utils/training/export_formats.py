@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from utils.adapters.model_adapter import ModelAdapter
 from utils.runtime.errors import ExportError, InstantiationError, SeedbedError
-from utils.runtime.files import write_json
+from utils.runtime.files import tag_nonfinite, write_json
 from utils.runtime.optional import require
 from utils.training.weights import load_weights, save_weights
 
@@ -181,8 +181,8 @@ def _layout(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return settings as JSON can hold them; what it cannot hold becomes its text."""
-    return json.loads(json.dumps(value, default=str))
+    """Return settings as JSON can hold them; what it cannot hold becomes its text, and infinities are tagged."""
+    return tag_nonfinite(json.loads(json.dumps(value, default=str)))
 
 
 def write_torch_export(candidate: Candidate, directory: Path) -> tuple[Runner, str]:

@@ -93,7 +93,7 @@ class FormatResult:
                 }
                 for check in self.checks
             ],
-            "held_out": dict(self.held_out),
+            "held_out": {name: _finite(value) for name, value in self.held_out.items()},
             "seconds": self.seconds,
         }
 
@@ -151,7 +151,7 @@ class ExportReport:
             "parameters": self.parameters,
             "passed": self.passed,
             "weights": self.weights,
-            "held_out": dict(self.held_out),
+            "held_out": {name: _finite(value) for name, value in self.held_out.items()},
             "tolerance": self.tolerance,
             "tolerance_reason": self.tolerance_reason,
             "versions": dict(self.versions),

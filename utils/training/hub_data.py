@@ -142,7 +142,9 @@ def class_names(dataset: Any) -> dict[str, list[str]]:
 
 
 def hub_documents(name: str, split: str | None, columns: Mapping[str, str], start: int = 0) -> Iterator[str]:
-    """Yield the texts of a dataset from a number on, blank ones left out after counting.
+    """Yield the texts of a dataset from a number of rows on.
+
+    Blank ones are yielded too, because a place in the dataset is a number of rows; who trains on them leaves them out.
 
     Raises:
         DataError: It cannot be reached or read, or has no column of text.

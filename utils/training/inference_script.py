@@ -215,7 +215,7 @@ def check(folder: str | Path | None = None) -> tuple[float, bool]:
     known = json.loads((folder / "check.json").read_text(encoding="utf-8"))
     model = Model(folder)
     found = flat(model.logits(known["inputs"]).tolist())
-    pairs = zip(found[:: known["stride"]], known["logits"], strict=True)
+    pairs = zip(found[:: known["stride"]], map(float, known["logits"]), strict=True)
     largest = max(0.0 if a == b else abs(a - b) for a, b in pairs)
     good = len(found) == known["count"] and largest <= known["tolerance"]
     for text, ids in known["texts"]:

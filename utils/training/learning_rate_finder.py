@@ -104,7 +104,9 @@ class LearningRateSuggestion:
         picture = line_chart(curves, "Loss while the learning rate rises", "log10 of the learning rate")
         return (
             f'<style>{STYLE}{COLOUR_STYLE}</style><div class="seedbed-run"><p><b>{escape(self.text())}</b></p>'
-            f'<p class="soft">{len(self.losses)} steps; {escape(self.ended)}</p>{picture}</div>'
+            f'<p class="soft">{len(self.losses)} steps; {escape(self.ended)}. Thin is the loss of each step, thick the '
+            f"smoothed one{', the dot the suggestion' if self.clear else ''}.</p>"
+            f'<div style="max-width:640px">{picture}</div></div>'
         )
 
 
@@ -173,7 +175,8 @@ def suggestion(rates: Sequence[float], losses: Sequence[float], diverged: bool =
     finite = [pair for pair in zip(rates, losses, strict=True) if math.isfinite(pair[1])]
     rates, losses = [rate for rate, _ in finite], [loss for _, loss in finite]
     smooth = smoothed(losses)
-    ended = "ended where the loss diverged" if diverged else f"ended at {rates[-1]:.2g}" if rates else "ended at once"
+    ended = f"ended at a rate of {rates[-1]:.2g}" if rates else "ended at once"
+    ended = "ended where the loss diverged" if diverged else ended
 
     def answer(rate: float | None, reason: str) -> LearningRateSuggestion:
         return LearningRateSuggestion(rate, reason, tuple(rates), tuple(losses), tuple(smooth), ended)

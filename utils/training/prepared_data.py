@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from utils.runtime.errors import DataError
-from utils.runtime.files import sha256_bytes, sha256_file, sync_file, write_atomic, write_json
+from utils.runtime.files import (
+    sha256_bytes,
+    sha256_file,
+    sync_file,
+    tag_nonfinite,
+    untag_nonfinite,
+    write_atomic,
+    write_json,
+)
 from utils.runtime.optional import require
 from utils.runtime.resources import format_bytes
 from utils.tokenization import TextTokenizer
@@ -214,7 +222,7 @@ class PreparedData:
         files = {name: {"sha256": sha256_bytes(content), "bytes": len(content)} for name, content in contents.items()}
         if self.tokens is not None:
             files[TOKENS] = _place(self.tokens.path, directory / TOKENS)
-        write_json(directory / MANIFEST, {"version": VERSION, **self.to_dict(), "files": files})
+        write_json(directory / MANIFEST, tag_nonfinite({"version": VERSION, **self.to_dict(), "files": files}))
 
 
 def load_prepared(directory: str | Path) -> PreparedData:
@@ -276,7 +284,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             "Prepare the data again.",
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = untag_nonfinite(json.loads(path.read_text(encoding="utf-8")))
         version, _ = (
             manifest["version"],
             [manifest[name] for name in ("files", "reference", "task", "facts", "shapes")],

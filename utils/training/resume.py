@@ -10,8 +10,10 @@ from torch import nn
 
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.loading import LoadedModel, load_model
-from utils.runtime.errors import CheckpointError, RunError
+from utils.runtime.errors import CheckpointError, MissingPackageError, RunError
+from utils.runtime.files import tag_nonfinite
 from utils.runtime.optional import require
+from utils.training.automatic_settings import asked_for, resolved
 from utils.training.background import copy_at_the_end, within
 from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import prepare_data, reference_of
@@ -19,14 +21,24 @@ from utils.training.figures import save_training_figure
 from utils.training.metrics import read_metrics
 from utils.training.mirror import claim
 from utils.training.module_memory import ModuleMemory, freeze
+from utils.training.out_of_memory import in_batches_of
 from utils.training.prepared_data import PreparedData, load_prepared
-from utils.training.processes import adapted, devices_here, is_started_here, launch, rank_and_world
+from utils.training.processes import (
+    adapted,
+    agreed,
+    devices_here,
+    is_started_here,
+    launch,
+    rank_and_world,
+    wait_for_run,
+)
 from utils.training.run import (
     FIGURE,
     LOCK,
     METRICS,
     PROCESSES_LOCK,
     RECORD,
+    SPEC_FIELDS,
     SUMMARY,
     Run,
     check_free,
@@ -38,6 +50,7 @@ from utils.training.run import (
     warn_if_elsewhere,
 )
 from utils.training.run_report import run_report
+from utils.training.sharding import check_sharding
 from utils.training.tracking import check_trackers, tracked
 
 if TYPE_CHECKING:
@@ -61,6 +74,8 @@ def train(
 ) -> Run:
     """Train a model and keep everything needed to continue in a run directory.
 
+    Processes that torchrun started may all call this: the first makes the run, and the others open it.
+
     Args:
         model: A loaded model (the run can then be continued from its directory alone), a reference for
             `utils.load_model`, an adapter or a module.
@@ -81,17 +96,30 @@ def train(
     _require_packages()
     config = config or TrainingConfig()
     check_trackers(config)
+    rank, world = rank_and_world()
+    if world > 1 and world != config.devices:
+        raise RunError(
+            f"TrainingConfig.devices is {config.devices}, and torchrun started {world} processes.",
+            "Expected one process for each device.",
+            f"Set devices to {world}, or start without torchrun.",
+        )
+    if rank:
+        wait_for_run(Path(run_dir) / RECORD)
+        return resume(run_dir, trust=True, mirror=mirror, progress=progress, observers=observers)
     if isinstance(model, str):
         model = load_model(model)
     loaded = _loaded_of(model)
     adapter = ModelAdapter(model, spec=spec)
     _check_trainable(adapter)
-    prepared = data if isinstance(data, PreparedData) else prepare_data(adapter, data, config)
+    prepared = prepare_data(adapter, data, config)
     check_free(Path(run_dir))
     _check_devices(config, loaded, adapter)
     with session_lock(Path(run_dir)):
-        run = create_run(Path(run_dir), adapter, loaded, prepared, config)
-        return _session(run, {}, mirror, progress, observers)
+        config, found = resolved(adapter, prepared, config, progress)
+        run = create_run(Path(run_dir), adapter, loaded, prepared, config, found)
+        run = _session(run, {}, mirror, progress, observers)
+        run.notes = [*(finding.text() for finding in found.values()), *run.notes]
+        return run
 
 
 def resume(
@@ -101,6 +129,8 @@ def resume(
     trust: bool = False,
     time_budget_minutes: float | None = None,
     devices: int | None = None,
+    strategy: str | None = None,
+    batch_size: int | None = None,
     mirror: str | Path | None = None,
     progress: bool = True,
     observers: "list[Observer] | None" = None,
@@ -108,7 +138,8 @@ def resume(
     """Continue a run exactly where its newest usable checkpoint is; a finished run is returned as it is.
 
     On the same kind of machine the result is bitwise the one of an uninterrupted run; on another kind, or on another
-    number of devices, a warning says that it agrees within rounding. A step takes the same samples everywhere.
+    number of devices, a warning says that it agrees within rounding, but for what is drawn for each batch, such as
+    dropout. A step takes the same samples everywhere.
 
     Args:
         run_dir: The run's directory, wherever it is now.
@@ -116,6 +147,8 @@ def resume(
         trust: Run the model's source even though the audit finds something in it (see `utils.load_model`).
         time_budget_minutes: Budget of this session; None keeps the run's own.
         devices: Number of devices; None takes as many as the run was started with, or as this machine has.
+        strategy: How several devices share the work from now on (auto, ddp or fsdp); None keeps the run's own.
+        batch_size: Samples per forward pass from now on, such as fewer after memory ran out; the steps stay the same.
         mirror: Where a second copy of the run is kept.
         progress: Show progress bars.
         observers: Follow the metrics while they come.
@@ -139,7 +172,9 @@ def resume(
             if mirror is not None or _summary(run).get("step") != run.step:
                 _conclude(run, mirror)
             return run
-        run.config = adapted(run.config, devices_here(run.config, devices))
+        run.config = adapted(run.config, devices_here(run.config, devices), strategy)
+        if batch_size is not None:
+            run.config = in_batches_of(run.config, batch_size)
         _check_devices(run.config, run.loaded, run.adapter)
         if not rank and not is_started_here():
             warn_if_elsewhere(record, run.config)
@@ -214,10 +249,18 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
     return run, state
 
 
+def _comparable(config: Any) -> Any:
+    """Return a config as ``run.json`` has it; what is not a number there equals itself."""
+    return tag_nonfinite(json.loads(json.dumps(config, default=str)))
+
+
 def check_same(
     run_dir: str | Path, model: Any, data: Any, config: TrainingConfig, *, spec: ModelSpec | None = None
 ) -> None:
     """Make sure that a run is of this model, this data and these settings; the time budget may differ.
+
+    What was stated about the model when the run was started is compared with `spec`, or with what the adapter holds
+    that is given as the model; where neither is given, it goes on as it was.
 
     Raises:
         RunError: It is not; the message names the differences.
@@ -229,16 +272,21 @@ def check_same(
         differences.append(
             f"the model is {record['model']['reference']} ({record['model']['class']}), not {loaded.reference}"
         )
-    elif loaded is not None and json.loads(json.dumps(loaded.config, default=str)) != record["model"]["config"]:
+    elif loaded is not None and _comparable(loaded.config) != _comparable(record["model"]["config"]):
         differences.append("the model has another config")
     elif loaded is None and ModelAdapter(model, spec=spec).name != record["model"]["class"]:
         differences.append(f"the model is a {record['model']['class']}")
+    if spec is None and isinstance(model, ModelAdapter):
+        spec = model.spec
+    if spec is not None:
+        before, now = ({n: getattr(one, n) for n in SPEC_FIELDS} for one in (spec_of(record), spec))
+        differences += [f"ModelSpec.{n} is {before[n]!r}, not {now[n]!r}" for n in before if before[n] != now[n]]
     reference = reference_of(data)
     if reference != record["data"]["reference"]:
         differences.append(f"the data is {record['data']['reference']}, not {reference}")
     elif _is_other_file(data, record):
         differences.append(f"the samples of {reference} are not the same")
-    settings = config.to_dict()
+    settings = asked_for(config.to_dict(), record)
     differences += [
         f"{name} is {value!r}, not {settings[name]!r}"
         for name, value in record["config"].items()
@@ -268,12 +316,18 @@ def _session(
             within(CLAIM_PATIENCE, lambda: claim(run.directory, target))
     with tracked(run, observers, first=not rank) as watching:
         fit(run, state, progress, watching, target)
-    return run if rank else _conclude(run, target)
+    if not rank:
+        _conclude(run, target)
+    # The first process writes for all. One that left before it would have torchrun end them both.
+    if world > 1:
+        agreed(True)
+    return run
 
 
 def _session_of_several(run: Run, mirror: str | Path | None, progress: bool) -> Run:
     """Let one process for each device train the run, and take over what they reached."""
-    arguments = [] if progress else ["--quiet"]
+    arguments = ["--strategy", run.config.strategy, "--batch-size", str(run.config.batch_size)]
+    arguments += [] if progress else ["--quiet"]
     if mirror is not None:
         arguments += ["--mirror", str(mirror)]
     if run.config.time_budget_minutes is not None:
@@ -286,6 +340,7 @@ def _session_of_several(run: Run, mirror: str | Path | None, progress: bool) -> 
         if not reached.finished:
             reached.status = str(after["status"])
         reached.lost_checkpoints = int(after.get("lost_checkpoints", 0))
+        reached.notes = [*run.notes, *(str(note) for note in after.get("notes", []) if note not in run.notes)]
         return reached
     raise RunError(
         f"A process that trained the run in {run.directory} failed with exit status {status}.",
@@ -315,7 +370,8 @@ def _summary(run: Run) -> dict[str, Any]:
 
 
 def _check_devices(config: TrainingConfig, loaded: LoadedModel | None, adapter: ModelAdapter) -> None:
-    """Refuse several devices for a model that only this process has."""
+    """Refuse several devices for a model that only this process has, or that cannot be shared as the settings say."""
+    check_sharding(config, adapter.module)
     if config.devices > 1 and loaded is None:
         raise RunError(
             f"TrainingConfig.devices is {config.devices}, and the model is a bare {adapter.name}.",
@@ -349,20 +405,27 @@ def _check_trainable(adapter: ModelAdapter) -> None:
 
 
 def _conclude(run: Run, mirror: str | Path | None) -> Run:
-    """Write figure, summary and report of a run that finished or stopped, and bring its second copy up to date."""
-    try:
+    """Write summary, report and figure of a run that finished or stopped, and bring its second copy up to date."""
+
+    def draw() -> None:
         save_training_figure(run.metrics, run.directory / FIGURE, run.data.facts.get("zlib_bits_per_byte"))
-        run.save_summary()
-        run_report(run.directory)
-        if mirror is not None:
+
+    # What was trained is safe by now: one thing that cannot be written keeps none of the others from it.
+    for write in (run.save_summary, lambda: run_report(run.directory), draw):
+        try:
+            write()
+        except (OSError, MissingPackageError) as error:
+            warnings.warn(f"The end of the run in {run.directory} cannot be written everywhere: {error}", stacklevel=3)
+    if mirror is not None:
+        try:
             copy_at_the_end(run.directory, Path(mirror))
-    except OSError as error:
-        warnings.warn(f"The end of the run in {run.directory} cannot be written everywhere: {error}.", stacklevel=3)
+        except OSError as error:
+            warnings.warn(f"The second copy of {run.directory} in {mirror} is not up to date: {error}", stacklevel=3)
     return run
 
 
 def _require_packages() -> None:
     """Say at the call what is missing."""
     require("pytorch_lightning", "train", "pytorch-lightning")
-    require("torchmetrics", "measure while training")
+    require("torchmetrics", "train with Lightning")
     require("safetensors", "save checkpoints")

@@ -19,7 +19,7 @@ import platform
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +31,14 @@ from torch import nn
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.loading import LoadedModel
 from utils.runtime.errors import CheckpointError, RunError
-from utils.runtime.files import sha256_file, write_json
+from utils.runtime.files import null_nonfinite, sha256_file, tag_nonfinite, untag_nonfinite, write_json
 from utils.runtime.project import VERSION
 from utils.training.checkpoint_manager import CheckpointManager
 from utils.training.config import TrainingConfig
 from utils.training.migrations import FORMAT_VERSION, RECORDS, is_known, migrated
 from utils.training.module_memory import ModuleMemory, frozen_names
 from utils.training.prepared_data import PreparedData
+from utils.training.sharding import is_sharded
 from utils.training.weights import weights_sha256
 
 RECORD, SUMMARY, METRICS, FIGURE = "run.json", "summary.json", "metrics.csv", "figures/training.png"
@@ -98,7 +99,7 @@ class Run:
         return next((row for row in reversed(self.metrics) if row["split"] == split), {})
 
     def summary(self) -> dict[str, Any]:
-        """Return how the run stands, as plain values."""
+        """Return how the run stands, as plain values; a measured number that is not finite is None."""
         validation = self.last("validation")
         baseline = self.data.facts.get("zlib_bits_per_byte")
         return {
@@ -110,10 +111,10 @@ class Run:
             "parameters": self.adapter.num_parameters,
             "task": self.adapter.task.value,
             "data": self.data.reference,
-            "train_loss": self.last("train").get("loss"),
-            "validation_loss": validation.get("loss"),
-            "validation_accuracy": validation.get("accuracy"),
-            "bits_per_byte": validation.get("bits_per_byte"),
+            "train_loss": null_nonfinite(self.last("train").get("loss")),
+            "validation_loss": null_nonfinite(validation.get("loss")),
+            "validation_accuracy": null_nonfinite(validation.get("accuracy")),
+            "bits_per_byte": null_nonfinite(validation.get("bits_per_byte")),
             "zlib_bits_per_byte": baseline,
             "lost_checkpoints": self.lost_checkpoints,
             "weights_sha256": weights_sha256(self.model),
@@ -124,8 +125,8 @@ class Run:
         return {**self.summary(), "directory": str(self.directory), "config": self.config.to_dict()}
 
     def save_summary(self) -> None:
-        """Write summary.json."""
-        write_json(self.directory / SUMMARY, self.summary())
+        """Write summary.json, with what trackers had to say: another process may have to tell it."""
+        write_json(self.directory / SUMMARY, self.summary() | ({"notes": self.notes} if self.notes else {}))
 
     def __str__(self) -> str:
         """Say in one line how the run stands."""
@@ -167,8 +168,17 @@ def create_run(
     loaded: LoadedModel | None,
     data: PreparedData,
     config: TrainingConfig,
+    found: Mapping[str, Any] | None = None,
 ) -> Run:
     """Write everything that a run needs to be continued; ``run.json`` comes last.
+
+    Args:
+        directory: A new or empty directory.
+        adapter: The model.
+        loaded: Where it is from, if that is known.
+        data: What it is trained on.
+        config: How, in numbers.
+        found: How those settings were found that had been ``auto``, by name.
 
     Raises:
         RunError: The directory holds something already, or cannot be written.
@@ -205,8 +215,9 @@ def create_run(
             "spec": spec,
             "data": data.to_dict(),
             "config": config.to_dict(),
+            "found": {name: finding.to_dict() for name, finding in (found or {}).items()},
         }
-        write_json(directory / RECORD, record)
+        write_json(directory / RECORD, tag_nonfinite(record))
         (directory / UNFINISHED).unlink()
     except (TypeError, ValueError) as error:
         raise RunError(
@@ -278,7 +289,7 @@ def read_record(directory: Path) -> dict[str, Any]:
             "Nothing had been trained there; start the run again with utils.train.",
         )
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = untag_nonfinite(json.loads(path.read_text(encoding="utf-8")))
         version = record["format_version"]
         if is_known(version):
             record = migrated(record, version, RECORDS)
@@ -312,6 +323,7 @@ def machine(config: TrainingConfig) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}",
         "threads": torch.get_num_threads(),
         "devices": config.devices,
+        "weights": "in parts" if is_sharded(config) else "whole",
         "precision": config.resolved_precision,
     }
 
@@ -325,9 +337,16 @@ def warn_if_elsewhere(record: dict[str, Any], config: TrainingConfig) -> None:
         if name != "python" and name in before and before[name] != now[name]
     ]
     if changed:
+        own = record["config"]
+        recut = (own.get("devices", 1), own["batch_size"]) != (config.devices, config.batch_size)
+        beyond = (
+            " What is drawn or counted for a batch (dropout, masked tokens, batch normalization) differs by more: "
+            "steps of the same samples are cut into other batches."
+        )
         warnings.warn(
             f"This machine is not like the one that the run was started on: {', '.join(changed)}. The run continues "
-            "from the same state; from here on its numbers agree within rounding, not bit by bit.",
+            "from the same state; from here on its numbers agree within rounding, not bit by bit."
+            + (beyond if recut else ""),
             stacklevel=3,
         )
 

@@ -40,12 +40,15 @@ class RunFile:
     search: dict[str, Any] = field(default_factory=dict)
     """Space, trials, pruner, seed, folder, storage, best_dir."""
     export: dict[str, Any] = field(default_factory=dict)
-    """Directory and formats."""
+    """Directory, formats and weights."""
+    bundle: dict[str, Any] = field(default_factory=dict)
+    """Directory, formats, weights, licence, repo_id."""
 
 
 SECTIONS = {
     "search": ("space", "trials", "pruner", "seed", "folder", "storage", "best_dir"),
-    "export": ("directory", "formats"),
+    "export": ("directory", "formats", "weights"),
+    "bundle": ("directory", "formats", "weights", "licence", "repo_id"),
 }
 """Fields of the sections that are not settings of training; `SearchSpace` and `TrainingConfig` check the rest."""
 

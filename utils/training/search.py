@@ -13,6 +13,7 @@ What is unusual here:
 import fcntl
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.loading import LoadedModel
 from utils.runtime.errors import ConfigError, RunError
-from utils.runtime.files import write_json
+from utils.runtime.files import tag_nonfinite, write_json
 from utils.runtime.optional import require
 from utils.runtime.progress import progress_bar
 from utils.runtime.seeding import derive_seed
@@ -33,7 +34,7 @@ from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import prepare_data
 from utils.training.fresh_model import NO_BUDGET, buildable, fresh_model, module_of
 from utils.training.prepared_data import PreparedData
-from utils.training.run import RECORD, Run
+from utils.training.run import RECORD, SPEC_FIELDS, Run
 from utils.training.search_result import JOURNAL, SEARCH, TRIALS, SearchResult, read_search, storage_of
 from utils.training.search_space import SearchSpace
 
@@ -140,13 +141,14 @@ class _Search:
             "format_version": 1,
             "model": {"class": self.name, "reference": origin.reference if origin else None,
                       "sha256": origin.sha256 if origin else None},
+            "spec": {name: getattr(self.adapter.spec, name) for name in SPEC_FIELDS},
             "data": self.data.reference if isinstance(self.data, PreparedData) else str(self.data),
             "space": self.space.to_dict(),
             "config": self.config.with_changes(time_budget_minutes=None).to_dict(),
             "pruner": self.pruner,
             "seed": self.seed,
         }  # fmt: skip
-        record = json.loads(json.dumps(record))
+        record = tag_nonfinite(json.loads(json.dumps(record)))
         path = self.folder / SEARCH
         if not path.exists():
             foreign = {p.name for p in self.folder.iterdir()} - {CLAIM, JOURNAL, f"{JOURNAL}.lock"}
@@ -160,8 +162,9 @@ class _Search:
             return
         before = json.loads(path.read_text(encoding="utf-8"))
         differences = [
-            f"{name} was {before.get(name)!r}, not {value!r}" for name, value in record.items()
-            if name not in ("config", "format_version") and before.get(name) != value
+            f"{name} was {before[name]!r}, not {value!r}" for name, value in record.items()
+            # A search of an earlier version does not say what was stated about the model.
+            if name in before and name not in ("config", "format_version") and before[name] != value
         ]  # fmt: skip
         differences += [
             f"{name} was {before['config'].get(name)!r}, not {value!r}"
@@ -247,16 +250,15 @@ class _Search:
         states, observer = optuna.trial.TrialState, _Pruning(trial)
         try:
             run = self._train(trial, params, observer)
+            if not (observer.pruned or run.finished):
+                return False
+            loss = None if observer.pruned else _final_loss(run)
         except Exception as error:
+            # The reason is what makes it one of the trials asked for; without one it would be tried again for ever.
             trial.set_user_attr(FAULT, f"{type(error).__name__}: {error}"[:1000])
             study.tell(trial, state=states.FAIL)
         else:
-            if observer.pruned:
-                study.tell(trial, state=states.PRUNED)
-            elif run.finished:
-                study.tell(trial, run.last("validation")["loss"])
-            else:
-                return False
+            study.tell(trial, loss, state=states.PRUNED if loss is None else states.COMPLETE)
         return True
 
     def _train(self, trial: Any, params: dict[str, Any], observer: "_Pruning") -> Run:
@@ -360,6 +362,22 @@ def _sampler(optuna: Any, seed: int) -> Any:
             return tpe.sample_independent(study, trial, param_name, param_distribution)
 
     return Derived()
+
+
+def _final_loss(run: Run) -> float:
+    """Return the held-out loss at the end of a run.
+
+    Raises:
+        RunError: It is not finite, so that the trial can be compared with no other.
+    """
+    loss = float(run.last("validation").get("loss", math.nan))
+    if not math.isfinite(loss):
+        raise RunError(
+            f"The held-out loss at the end of the run in {run.directory} is {loss}.",
+            "Expected a finite number.",
+            "Lower the learning rate, and run utils.validate on the model.",
+        )
+    return loss
 
 
 def _counts(trial: Any) -> bool:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.loading import load_model
-from utils.runtime.errors import RunError
+from utils.runtime.errors import MissingPackageError, RunError
 from utils.runtime.files import write_atomic
 from utils.runtime.optional import require
 from utils.training.config import TrainingConfig
 from utils.training.prepared_data import load_prepared
-from utils.training.run import RECORD, Run
+from utils.training.run import RECORD, Run, read_record, spec_of
 from utils.training.search_space import SearchSpace
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ class SearchResult:
         Args:
             run_dir: The run's directory.
             model: The model; None takes the source kept with the best trial.
-            data: The data; None takes what is kept with the best trial.
+            data: The data; None takes what is kept with the best trial. What was stated about the model for the
+                search is taken from there too.
             trust: Run the model's source even though the audit finds something in it (see `utils.load_model`).
             mirror: Where a second copy of the run is kept.
             progress: Show a progress bar.
@@ -131,13 +132,14 @@ class SearchResult:
                     "Pass a function that returns a new one: result.train_best(run_dir, model=...).",
                 )
             model = load_model(best.directory / "model", trust=trust)
+        spec = spec_of(read_record(best.directory))
         fresh = fresh_model(buildable(model, trust=trust), config.seed)
         data = load_prepared(best.directory / "data") if data is None else data
         if (Path(run_dir) / RECORD).exists():
-            check_same(run_dir, fresh, data, config)
+            check_same(run_dir, fresh, data, config, spec=spec)
             budget = config.time_budget_minutes or NO_BUDGET
             return resume(run_dir, model=module_of(fresh), time_budget_minutes=budget, mirror=mirror, progress=progress)
-        return train(fresh, data, config, run_dir, mirror=mirror, progress=progress)
+        return train(fresh, data, config, run_dir, spec=spec, mirror=mirror, progress=progress)
 
     def _best(self) -> TrialRecord:
         if self.best is None:
@@ -212,9 +214,14 @@ class SearchResult:
         return drawn
 
     def save_pictures(self) -> list[Path]:
-        """Write the pictures as PNG files into the search's folder; a full disk is told and no error."""
-        paths = []
-        for name, figure in self.figures().items():
+        """Write the pictures as PNG files into the search's folder; a full disk, or no Matplotlib, is told."""
+        paths: list[Path] = []
+        try:
+            figures = self.figures()
+        except MissingPackageError as error:
+            warnings.warn(f"The search has no pictures: {error}", stacklevel=3)
+            return paths
+        for name, figure in figures.items():
             path = self.folder / FIGURES / f"{name}.png"
             try:
                 write_atomic(path, _png(figure))
@@ -235,11 +242,14 @@ class SearchResult:
             rows += (
                 "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
             )
-        pictures = "".join(
-            f"<img alt='{name}' style='max-width:100%' src='data:image/png;base64,"
-            f"{base64.b64encode(_png(figure)).decode()}'>"
-            for name, figure in self.figures().items()
-        )
+        try:
+            pictures = "".join(
+                f"<img alt='{name}' style='max-width:100%' src='data:image/png;base64,"
+                f"{base64.b64encode(_png(figure)).decode()}'>"
+                for name, figure in self.figures().items()
+            )
+        except MissingPackageError as error:
+            pictures = f"<p>{html.escape(str(error))}</p>"
         return (
             f"<p><b>{html.escape(self._sentence())}</b></p><table><tr>{head}</tr>{rows}</table>"
             f"<p>{html.escape(self._importance_sentence())}</p>{pictures}"
@@ -336,6 +346,9 @@ def _record(trial: Any, folder: Path) -> TrialRecord:
     state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}[trial.state.name]
     step = max(trial.intermediate_values, default=0)
     loss = trial.value if trial.value is not None else trial.intermediate_values.get(step)
+    if loss is not None and not math.isfinite(loss):
+        # JSON has no name for it, and nothing sorts by it.
+        loss = None
     directory = folder / TRIALS / f"{trial.number:04d}"
     return TrialRecord(trial.number, state, dict(trial.params), loss, step, directory, trial.user_attrs.get("fault"))
 

@@ -166,7 +166,8 @@ class TextStream(SampleStream):
                 continue
             read += len(group)
             share, seed = float(self.source["share"]), int(self.source["seed"])
-            for ids in self.tokenizer.encode([text for text in group if not is_held_out(text, share, seed)]):
+            kept = [text for text in group if text.strip() and not is_held_out(text, share, seed)]
+            for ids in self.tokenizer.encode(kept):
                 parts += [ids, np.array([self.end], dtype=np.int32)]
                 have += len(ids) + 1
                 found = True
@@ -244,6 +245,8 @@ def prepare_stream(source: Mapping[str, Any], needs: Needs, reference: str) -> P
     held_size = 0
     for text in read_documents(source):
         read += len(text)
+        if not text.strip():
+            continue
         if is_held_out(text, float(source["share"]), needs.seed):
             if held_size < MOST_HELD_OUT:
                 held.append(text)

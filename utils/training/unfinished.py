@@ -30,6 +30,8 @@ class UnfinishedRun:
     """How it stopped, or ``killed`` when it could not say."""
     saved: float
     """When the newest checkpoint was written, in seconds since 1970."""
+    id: str = ""
+    """What tells it from every other run; its copies have the same."""
 
     def __str__(self) -> str:
         """Say in one line what could be continued."""
@@ -84,7 +86,8 @@ def _read(directory: Path) -> UnfinishedRun | None:
     if step >= total or status == "finished early":
         return None
     saved = (directory / "checkpoints" / f"step-{step:08d}").stat().st_mtime
-    return UnfinishedRun(directory, record["model"]["class"], record["data"]["reference"], step, total, status, saved)
+    model, data = record["model"]["class"], record["data"]["reference"]
+    return UnfinishedRun(directory, model, data, step, total, status, saved, str(record["id"]))
 
 
 def _summary(directory: Path) -> dict[str, Any]:

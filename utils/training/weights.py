@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,11 +34,13 @@ TYPES = {
 """Names of the types in the safetensors format."""
 
 
-def distinct_tensors(module: nn.Module, copy: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct_tensors(
+    module: nn.Module | Mapping[str, Any], copy: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Split a module's state into tensors to store and names that share one of them.
 
     Args:
-        module: The model.
+        module: The model, or what its ``state_dict`` returns.
         copy: Copy also what is on the CPU already, so that training can go on while the tensors are written.
 
     Returns:
@@ -46,7 +49,7 @@ def distinct_tensors(module: nn.Module, copy: bool = False) -> tuple[dict[str, T
     first: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in (module.state_dict() if isinstance(module, nn.Module) else module).items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
                 f"The model keeps {type(tensor).__name__} under {name!r} in its state.",
