@@ -4,7 +4,7 @@
     python benchmarks/validation_quality.py --set holdout          models that no check was tuned on
     python benchmarks/validation_quality.py --set unseen_a         written apart too; checks were mended by it since
     python benchmarks/validation_quality.py --set unseen_b         first run when the checks were done
-    python benchmarks/validation_quality.py --set unseen_c         written after that; no check was tuned on it
+    python benchmarks/validation_quality.py --set unseen_c         written after that; mended by it since its first run
     python benchmarks/validation_quality.py --public               bugs of public trackers only
     python benchmarks/validation_quality.py --sound --seeds 3      sound models only, three seeds each
     python benchmarks/validation_quality.py --code future_leakage --json answers.json

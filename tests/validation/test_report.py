@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from utils.tier1_critical_validation import TIER1, validate
 from utils.validation import CheckResult, Finding, ValidationReport
@@ -284,4 +285,11 @@ def test_what_has_no_parameters_is_called_that():
     """No task is made up for it; what has one parameter keeps its task."""
     report = fixed_report(parameters=0, results=())
     assert report.sentence == "GPTMini, a module without parameters: no faults, and nothing to train"
-    assert "causal language model, 1 parameters" in fixed_report(parameters=1).sentence
+    assert "causal language model, 1 parameter:" in fixed_report(parameters=1).sentence
+
+
+def test_what_returns_no_vectors_is_called_no_embedding_model():
+    """A picture made of a picture, or an activation alone."""
+    for module in (torch.nn.PReLU(), torch.nn.Conv2d(3, 3, 3, padding=1)):
+        report = validate(module, progress=False)
+        assert report.task == "embedding" and "model of real-valued output" in report.sentence

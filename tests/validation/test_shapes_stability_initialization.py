@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.adapters import ModelSpec
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.test_functions import (
     check_output_stability,
     check_parameter_initialization,
@@ -151,6 +151,33 @@ def test_nan_only_for_long_input(tiny):
     """Short input is fine, so the code says long."""
     result = check_output_stability(tiny.GPT(fault="nan_long"))
     assert codes(result) == [("nan_long_sequence", "blocks.1")] and "length 64" in result.why
+
+
+class Series(nn.Module):
+    """Weights that grow with every step, summed as they are or less their largest."""
+
+    def __init__(self, largest, first):
+        super().__init__()
+        self.conv, self.head, self.largest, self.first = nn.Conv1d(4, 8, 3, padding=1), nn.Linear(8, 3), largest, first
+
+    def forward(self, signal):
+        x = self.conv(signal.transpose(1, 2) if self.first else signal)
+        steps = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype) / 2
+        weights = (steps - steps.max() if self.largest else steps).exp()
+        return self.head((x * weights).sum(-1) / weights.sum())
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_series_of_the_stated_length(first):
+    """An example of 64 steps runs; the length that is stated does not, and only where the sum overflows."""
+    example = torch.randn(2, 64, 4) if first else torch.randn(2, 4, 64)
+    spec = ModelSpec(max_length=512, example_inputs={"signal": example})
+    result = check_output_stability(ModelAdapter(Series(False, first), spec=spec))
+    assert codes(result) == [("nan_long_sequence", "Series")] and "a series of 512 steps" in result.why
+    assert f"with_steps(a, x, {1 if first else 2}, 512)" in result.findings[0].reproduction
+    assert check_output_stability(ModelAdapter(Series(True, first), spec=spec)).status == "pass"
+    short = ModelSpec(example_inputs={"signal": example})
+    assert check_output_stability(ModelAdapter(Series(False, first), spec=short)).status == "pass"
 
 
 def test_columns_switched_off_with_minus_infinity(tiny):

@@ -1,5 +1,6 @@
 """Gradients by depth and time, and skip connections, on models with one fault and on sound ones that look like them."""
 
+import itertools
 import math
 
 import pytest
@@ -383,3 +384,46 @@ def test_feed_forward_half_of_a_post_norm_layer():
     """One of three, kept as single layers in lists beside attention."""
     assert codes(check(Lists((1,)))) == [("missing_residual", "up.1", "fail")]
     assert check(Lists()).findings == ()
+
+
+class Sines(nn.Module):
+    """A chain of sines of a frequency, drawn by the default of nn.Linear or as the frequency asks for."""
+
+    def __init__(self, careful, frequency=30.0, width=64, layers=4):
+        super().__init__()
+        sizes = [2, *[width] * layers]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.last, self.frequency = nn.Linear(width, 3), frequency
+        for layer in self.layers if careful else ():
+            bound = 0.5 if layer.in_features == 2 else math.sqrt(6 / layer.in_features) / frequency
+            nn.init.uniform_(layer.weight, -bound, bound)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.sin(self.frequency * layer(x))
+        return self.last(x)
+
+
+class Waves(nn.Module):
+    """Features of high frequency before a plain net, as radiance fields have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = plain(6, nn.ReLU)
+        self.net[0] = nn.Linear(40, 32)
+
+    def forward(self, x):
+        waves = x[..., None] * 2.0 ** torch.arange(10) * math.pi
+        return self.net(torch.cat([waves.sin(), waves.cos()], -1).flatten(1))
+
+
+def test_layers_that_part_neighbours():
+    """The signal keeps its size while the gradient grows in each layer; one such step, the first, is a choice."""
+    torch.manual_seed(0)
+    spec = ModelSpec(task="regression", example_inputs={"x": torch.randn(16, 2).tanh()})
+    run = Check("signal", 1, "?", check_signal_propagation)
+    result = run_check(ModelAdapter(Sines(False), spec=spec), run, 20.0)
+    assert codes(result) == [("exploding_gradient", "layers.0", "fail")]
+    assert "layer by layer, and the signal does not shrink" in result.why
+    for sound in (Sines(True), Waves(), Sines(False, frequency=1.0)):
+        assert run_check(ModelAdapter(sound, spec=spec), run, 20.0).status == "pass"

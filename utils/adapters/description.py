@@ -20,6 +20,7 @@ def facts(adapter: ModelAdapter) -> list[dict[str, Any]]:
     """Return every detected fact as a row ``{"name", "value", "reason"}``."""
     rows: list[dict[str, Any]] = [
         {"name": "inputs", "value": ", ".join(adapter.input_names), "reason": adapter.input_reason},
+        *_loss_rows(adapter),
         {"name": "parameters", "value": adapter.num_parameters, "reason": "tensors used twice count once"},
     ]
     for name in ("task", "output", "vocab_size", "max_length", "num_labels", "pad_token_id", "image_shape"):
@@ -30,6 +31,12 @@ def facts(adapter: ModelAdapter) -> list[dict[str, Any]]:
     if adapter.lengths.value != Lengths():
         rows.append({"name": "lengths", "value": str(adapter.lengths.value), "reason": adapter.lengths.reason})
     return rows
+
+
+def _loss_rows(adapter: ModelAdapter) -> list[dict[str, Any]]:
+    """Return a row for each input of the example that is left to the loss."""
+    reason = "no input: other labels change the loss that forward returns, or bring it about, and no score"
+    return [{"name": "labels", "value": name, "reason": reason} for name in adapter.loss_inputs]
 
 
 def summary(adapter: ModelAdapter) -> str:

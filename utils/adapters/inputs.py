@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters.detection import CONFIG_KEYS, Detection, config_number, kind_by_name
-from utils.adapters.roles import role_of
+from utils.adapters.roles import may_be_labels, role_of
 
 CONVOLVED_LENGTHS = (64, 100, 128, 256, 512, 1024, 16000)
 LONGEST_PROBE = 2048
@@ -181,6 +181,13 @@ def stretched(
     for name, value in examples.items():
         if not isinstance(value, Tensor):
             result[name] = value
+            continue
+        steps = main.shape[1] if main.dim() > 1 else 1
+        if batch_size is not None and may_be_labels(name) and value.shape == (len(main) * steps,) != (len(main),):
+            # One label for each position of all samples.
+            part = {main_name: torch.empty(main.shape), name: value.view(len(main), steps)}
+            args = (main_name, modality, batch_size, length, vocab_size, generator, device)
+            result[name] = stretched(part, *args)[name].flatten()
             continue
         if batch_size is None or value.dim() == 0 or value.shape[0] != main.shape[0]:
             # A copy where the example is used whole, for some models write to what they are given.

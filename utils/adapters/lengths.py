@@ -1,7 +1,15 @@
 """Which lengths a token model takes: all, from a shortest on, multiples of a number, or a single one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from utils.adapters.detection import Detection
+
+if TYPE_CHECKING:
+    from utils.adapters.model_adapter import ModelAdapter
 
 STEPS = (2, 3, 4, 6, 8, 12, 16, 32, 64)
 
@@ -28,6 +36,25 @@ class Lengths:
         step = f"multiples of {self.step}" if self.step > 1 else ""
         least = f"from {self.shortest} on" if self.shortest > self.step else ""
         return ", ".join(part for part in (step, least) if part) or "all"
+
+
+def legal_lengths(adapter: ModelAdapter, fixed: bool) -> Detection[Lengths]:
+    """Return the legal lengths of a model and how they are known.
+
+    Args:
+        adapter: The model.
+        fixed: Its output has as many positions as the first pass, however long the input is.
+    """
+    length = adapter.probe_length
+    if adapter.modality != "tokens" or adapter.failure is not None:
+        return Detection(Lengths(), "not asked: no sequence of tokens, or no forward pass succeeded")
+    if adapter.example_inputs(1)[adapter.main_input].dim() != 2:
+        return Detection(Lengths(), "the token ids have no length")
+    if fixed:
+        return Detection(Lengths(length, fixed=True), f"the output has {length} positions, however long the input is")
+    with adapter.isolated():
+        found = find_lengths(adapter.run_length, length)
+    return Detection(found, "found by trying")
 
 
 def find_lengths(run: Callable[[int], None], probe: int) -> Lengths:

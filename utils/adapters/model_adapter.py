@@ -27,12 +27,12 @@ from utils.adapters.detection import (
     forward_signature,
     given_config,
 )
-from utils.adapters.examples import check_examples, made_up
+from utils.adapters.examples import call_arguments, check_examples, example_labels, made_up, set_aside, training_labels
 from utils.adapters.facts import find_max_length, find_num_labels, find_pad_token_id, find_vocab_size, reads_columns
 from utils.adapters.inputs import stretched
-from utils.adapters.lengths import Lengths, find_lengths
+from utils.adapters.lengths import Lengths, legal_lengths
 from utils.adapters.logits import USUAL, arranged, choose_logits, confirmed_arrangement
-from utils.adapters.nesting import flattened, rebuilt
+from utils.adapters.nesting import flattened
 from utils.adapters.objectives import random_labels, task_loss
 from utils.adapters.plans import InputPlan, all_plans
 from utils.adapters.roles import is_content
@@ -159,12 +159,13 @@ class ModelAdapter:
             size = self.readable_ids(self.main_input) if self.modality == "tokens" and self._ids_known else None
             examples, main = flattened(self.spec.example_inputs), self.main_input
             rows = batch_size if self.batched else None
-            return stretched(examples, main, self.modality, rows, length, size, generator, self.device)
+            whole = stretched(examples, main, self.modality, rows, length, size, generator, self.device)
+            return {name: value for name, value in whole.items() if name not in self._plan.aside}
 
         draw_ids = partial(self._random_ids, generator=generator)
         plan, tokens = self._plan, length or self._plan.length
         return {
-            name: made_up(plan, name, batch_size, tokens, draw_ids, self._real_dtype, generator).to(self.device)
+            name: made_up(plan, name, batch_size, tokens, draw_ids, self.real_dtype, generator).to(self.device)
             for name in self.input_names
         }
 
@@ -176,11 +177,11 @@ class ModelAdapter:
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         """Call the model on inputs by name and return its raw output."""
+        given = call_arguments(self._plan, inputs, self.real_dtype)
         if self._signature.positional:
             with uncompiled(self._compiled):
-                return self.module(*inputs.values())
-        template = self._plan.template
-        arguments = {**self._plan.constants, **(rebuilt(template, inputs) if template else inputs)}
+                return self.module(*given.values())
+        arguments = {**self._plan.constants, **given}
         if self._labels_input and self._labels_input not in arguments:
             main = inputs[self.main_input]
             per_sample = torch.zeros(main.shape[0], dtype=torch.long, device=main.device)
@@ -190,16 +191,13 @@ class ModelAdapter:
 
     def forward_in_training(self, inputs: Mapping[str, Any]) -> Any:
         """As `forward`, for a model in train mode: labels that forward can take are given where it fails without."""
-        name = next((name for name in LABEL_INPUTS if name in self._signature.optional), None)
         try:
             return self.forward(inputs)
         except Exception:
-            if name is None or self._labels_input is not None or self._signature.positional:
+            labels = {} if self._labels_input else training_labels(self, self._plan, self._signature, inputs)
+            if not labels:
                 raise
-        labels = self.example_inputs(len(inputs[self.main_input]), seed=1)[self.main_input]
-        if self.modality != "tokens":
-            labels = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
-        return self.forward({**inputs, name: labels})
+        return self.forward({**inputs, **labels})
 
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """Call the model and return its main output.
@@ -278,6 +276,15 @@ class ModelAdapter:
         return self._plan.shape.reason
 
     @property
+    def loss_inputs(self) -> Mapping[str, Tensor]:
+        """What only the loss reads, by name, with the example that was given of each: labels among the inputs."""
+        return self._plan.aside
+
+    def with_labels(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return inputs with what only the loss reads, as the example has it."""
+        return {**inputs, **example_labels(self._plan, inputs, self.real_dtype)}
+
+    @property
     def unfilled_inputs(self) -> tuple[str, ...]:
         """Optional arguments of forward that carry content of their own and that `example_inputs` leaves out.
 
@@ -312,16 +319,7 @@ class ModelAdapter:
     @cached_property
     def lengths(self) -> Detection[Lengths]:
         """Which lengths below `max_length` are legal, found by trying."""
-        if self.modality != "tokens" or self.failure is not None:
-            return Detection(Lengths(), "not asked: no sequence of tokens, or no forward pass succeeded")
-        if self.example_inputs(1)[self.main_input].dim() != 2:
-            return Detection(Lengths(), "the token ids have no length")
-        if self._fixed_positions:
-            fixed = Lengths(self._plan.length, fixed=True)
-            return Detection(fixed, f"the output has {self._plan.length} positions, however long the input is")
-        with self.isolated():
-            found = find_lengths(self.run_length, self._plan.length)
-        return Detection(found, "found by trying")
+        return legal_lengths(self, self._fixed_positions)
 
     def legal_length(self, wanted: int) -> int:
         """Return the longest legal length that is not above `wanted`, or the shortest there is."""
@@ -386,6 +384,7 @@ class ModelAdapter:
             if next(named_tensors(output), None) is None:
                 # It ran, so other inputs would not make it return more.
                 self.failure = tensor_missing(self.name, output, plan.description)
+            self._follow(set_aside(plan, self.spec, self.example_inputs, self._follow, self.forward))
             return
         if search.first is not None:
             untested = f"the likeliest kind of `{search.first.names[0]}`, but no forward pass succeeded"
@@ -487,7 +486,7 @@ class ModelAdapter:
             raise AdapterError(f"One sample of {length} tokens gave {shape[0]} rows.")
 
     @property
-    def _real_dtype(self) -> torch.dtype:
+    def real_dtype(self) -> torch.dtype:
         """The dtype of real-valued inputs: that of the model's own parameters."""
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 

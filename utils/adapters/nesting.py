@@ -4,7 +4,7 @@ The rest of the package sees ``{"batch.input_ids": tensor}`` and changes one ten
 call's own structure of it again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -23,14 +23,16 @@ def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def rebuilt(template: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+def rebuilt(template: Mapping[str, Any], inputs: Mapping[str, Any], left_out: Collection[str] = ()) -> dict[str, Any]:
     """Return a call's arguments: the template's structure with the tensors of `inputs`.
 
     Args:
         template: Arguments that were flattened.
         inputs: Flat inputs by path; what is missing keeps the template's value. Names the template lacks are added.
+        left_out: Paths of arguments, or of entries of dicts, that the call does without.
     """
-    filled = {name: _filled(value, inputs, name) for name, value in template.items()}
+    kept = {name: value for name, value in template.items() if name not in left_out}
+    filled = {name: _filled(value, inputs, name, left_out) for name, value in kept.items()}
     return filled | {name: value for name, value in inputs.items() if name.split(".")[0] not in template}
 
 
@@ -47,7 +49,7 @@ def _leaves(value: Any, path: str) -> dict[str, Tensor]:
     return {name: leaf for key, item in items for name, leaf in _leaves(item, f"{path}.{key}").items()}
 
 
-def _filled(value: Any, inputs: Mapping[str, Any], path: str) -> Any:
+def _filled(value: Any, inputs: Mapping[str, Any], path: str, left_out: Collection[str]) -> Any:
     if isinstance(value, PackedSequence):
         padded = inputs.get(path)
         if padded is None:
@@ -56,8 +58,9 @@ def _filled(value: Any, inputs: Mapping[str, Any], path: str) -> Any:
         lengths = lengths.repeat(-(-len(padded) // len(lengths)))[: len(padded)].clamp(max=padded.shape[1])
         return pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
     if isinstance(value, Mapping):
-        return {key: _filled(item, inputs, f"{path}.{key}") for key, item in value.items()}
+        kept = {key: item for key, item in value.items() if f"{path}.{key}" not in left_out}
+        return {key: _filled(item, inputs, f"{path}.{key}", left_out) for key, item in kept.items()}
     if _is_nested(value):
-        items = [_filled(item, inputs, f"{path}.{index}") for index, item in enumerate(value)]
+        items = [_filled(item, inputs, f"{path}.{index}", left_out) for index, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return inputs.get(path, value)

@@ -144,9 +144,33 @@ class OwnLoss:
 
 
 def labels_input(adapter: ModelAdapter) -> str | None:
-    """Return the argument through which forward takes labels, or None."""
-    taken = set(adapter.argument_names) - set(adapter.input_names)
-    return next((name for name in (*SHIFTED_BY_MODEL, *SHIFTED_BY_CALLER) if name in taken), None)
+    """Return the argument, or the entry of one, through which forward takes labels, or None."""
+    taken = [*adapter.loss_inputs] or [name for name in adapter.argument_names if name not in adapter.input_names]
+    usual = (*SHIFTED_BY_MODEL, *SHIFTED_BY_CALLER)
+    named = sorted((name for name in taken if last_part(name) in usual), key=lambda name: usual.index(last_part(name)))
+    return next(iter([*named, *adapter.loss_inputs]), None)
+
+
+def last_part(name: str) -> str:
+    """Return the name of an argument, or of an entry of one that is a dict."""
+    return name.rsplit(".", 1)[-1]
+
+
+def like_example(adapter: ModelAdapter, labels: Tensor) -> Tensor:
+    """Return labels in the shape and the dtype of the user's example of them, where they fit it."""
+    name = labels_input(adapter)
+    example = adapter.loss_inputs.get(name or "")
+    if example is None or not example.dim():
+        return labels
+    fits = labels.dim() > 0 and labels[0].numel() == example[0].numel()
+    if fits and labels.shape[1:] != example.shape[1:]:
+        labels = labels.reshape(len(labels), *example.shape[1:])
+    elif labels.dim() == 2 and example.dim() == 1:
+        # One label for each position of all samples.
+        labels, fits = labels.flatten(), True
+    if not fits:
+        return labels
+    return labels.to(adapter.real_dtype if example.is_floating_point() else example.dtype)
 
 
 def own_loss(adapter: ModelAdapter, inputs: Mapping[str, Any], labels: Tensor, expected: Tensor) -> OwnLoss | None:
@@ -163,6 +187,7 @@ def own_loss(adapter: ModelAdapter, inputs: Mapping[str, Any], labels: Tensor, e
     """
     name = labels_input(adapter)
     assert name is not None
+    labels = like_example(adapter, labels)
     seed_streams(0, "forward")
     with _settings_kept(adapter.module):
         output = adapter.forward({**inputs, name: labels})
@@ -202,6 +227,7 @@ def loss_site(adapter: ModelAdapter, inputs: Mapping[str, Any], labels: Tensor) 
                 (site, float(t.detach())) for _, t in named_tensors(output) if t.is_floating_point() and t.numel() == 1
             )
 
+    labels = like_example(adapter, labels)
     seed_streams(0, "forward")
     with _settings_kept(adapter.module), observe(adapter.module, note):
         output = adapter.forward({**inputs, name: labels})

@@ -60,6 +60,12 @@ class InputPlan:
     """The call's nested structure, if it has one; see `utils.adapters.nesting`."""
     other_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shape of one sample of an input that is neither like the main one nor told by its name."""
+    aside: Mapping[str, Tensor] = field(default_factory=dict)
+    """What only the loss reads, by name, with an example of each: labels, which are no input."""
+    filled: tuple[str, ...] = ()
+    """Those among them that forward does not run without, or not alike; they are given as in the example."""
+    beside: tuple[int, ...] = ()
+    """Shape of the main input that these examples belong to."""
     batched: bool = True
     """The first axis of the inputs is the samples; else the inputs are the user's own, and are only ever used whole."""
 

@@ -34,6 +34,9 @@ TWINS = re.compile(
 """Names of inputs that are all of one kind, as siamese and triplet models take them."""
 
 
+LABELS = re.compile(r"^((\w+_)?(labels?|targets?|gold|truth|y_true)|y|start_positions|end_positions)$")
+"""Names of what may be labels; a trial tells whether they are."""
+
 PLAIN = re.compile(
     r"^(\w*inputs_embeds|\w*head_mask|logits_to_keep|num_\w+|cache_\w+|labels_?\w*|\w*_(size|id|type|scale))$"
 )
@@ -59,10 +62,18 @@ def is_content(name: str) -> bool:
     return role_of(name) is None and not PLAIN.match(name)
 
 
+def may_be_labels(name: str) -> bool:
+    """Tell whether an argument, or an entry of one, has a name that labels have."""
+    return bool(LABELS.match(name.rsplit(".", 1)[-1]))
+
+
 def is_text(name: str, value: Any) -> bool:
-    """Tell whether an input is token ids ``(batch, seq)``, rather than a mask, positions or a number per sample."""
+    """Tell whether an input is token ids ``(batch, seq)``, rather than a mask, positions or a number per sample.
+
+    What is named as labels and is an input all the same is a text that the model reads, as the target of a translation.
+    """
     whole = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
-    return whole and value.dim() == 2 and role_of(name) is None
+    return whole and value.dim() == 2 and role_of(name) in (None, "labels")
 
 
 def are_twins(first: str, second: str) -> bool:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq")
 UNIT_TOLERANCE = 1e-3
+REAL_VALUES = "real values of shape"
+"""What the reason says of an embedding that is no vector per sample or token, such as a picture made of a picture."""
 ASSUMED = "assumed for scores over the vocabulary"
 """How the reason starts when a model that sees later tokens counts as causal for want of any word about it."""
 
@@ -63,7 +65,7 @@ def find_task(adapter: ModelAdapter, shape: tuple[int, ...], uses: Sequence[Embe
     if len(shape) == 2 and (sign := _embedding_sign(adapter, shape[-1], uses)) is not None:
         return Detection("embedding", sign)
     if modality != "tokens" and len(shape) > 2:
-        return Detection("embedding", f"{modality} in, real values of shape {shape[1:]} per sample out")
+        return Detection("embedding", f"{modality} in, {REAL_VALUES} {shape[1:]} per sample out")
     if modality == "image":
         return Detection("image_classification", "images in, one row of scores per image out")
     if modality == "features":
@@ -74,7 +76,7 @@ def find_task(adapter: ModelAdapter, shape: tuple[int, ...], uses: Sequence[Embe
         return Detection("text_classification", f"token ids in, one row of {shape[-1]} scores per text out")
     if len(shape) < 2:
         return Detection("regression", "token ids in, one number per text out")
-    return _language_task(adapter, shape[-1], uses)
+    return _answered_text(adapter, shape) or _language_task(adapter, shape[-1], uses)
 
 
 def check_task(adapter: ModelAdapter, shape: tuple[int, ...]) -> None:
@@ -113,6 +115,32 @@ def check_task(adapter: ModelAdapter, shape: tuple[int, ...]) -> None:
             "Leave the task out to have it detected; if the inputs were guessed wrongly, pass "
             "ModelSpec(example_inputs={...}).",
         )
+
+
+def _answered_text(adapter: ModelAdapter, shape: tuple[int, ...]) -> Detection[str] | None:
+    """Tell a translation by its answer: as long as another text than the main one, and over a vocabulary."""
+    given = adapter.example_inputs()
+    main = given[adapter.main_input]
+    vocabulary = adapter.vocab_size.value or shape[-1]
+    if main.dim() != 2 or not 0.5 <= shape[-1] / vocabulary <= 2:
+        return None
+    fitting = [name for name, value in given.items() if is_text(name, value) and value.shape[1] == shape[1]]
+    others = [name for name in fitting if name != adapter.main_input]
+    if not others or (shape[1] == main.shape[1] and not _follows(adapter, given, others[-1])):
+        return None
+    reason = f"the answer has as many positions as `{others[-1]}`, and `{adapter.main_input}` another number of them"
+    return Detection("seq2seq", reason)
+
+
+def _follows(adapter: ModelAdapter, inputs: dict[str, torch.Tensor], name: str) -> bool:
+    """Tell whether the answer is as long as one text, and no longer than it beside a longer main one."""
+    shorter = inputs[name][:, :-1]
+    try:
+        with adapter.isolated():
+            return adapter.logits({**inputs, name: shorter}).shape[1:2] == shorter.shape[1:2]
+    except Exception:
+        # The two belong together, token by token.
+        return False
 
 
 def find_content_input(adapter: ModelAdapter, shape: tuple[int, ...]) -> str:

@@ -67,7 +67,7 @@ def _other_input(
 ) -> dict[str, Tensor]:
     """Return one input beside the main one; empty for one that nothing is known about."""
     role = role_of(name)
-    if answers is not None and role is None and name == adapter.content_input:
+    if answers is not None and role in (None, "labels") and name == adapter.content_input:
         return {name: answers}
     of_decoder = name.rsplit(".", 1)[-1].startswith(("decoder", "tgt", "target"))
     shape_of = answers if of_decoder and answers is not None else content

@@ -6,6 +6,7 @@ labels that are all different show the pairing; the rows' weights ``w`` add up t
 rows for a sum. Added losses that do not pass through the scores, such as the balancing of experts, are not in it.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from utils.adapters.capture import named_tensors
 from utils.adapters.model_adapter import ModelAdapter
+from utils.adapters.nesting import flattened
 from utils.adapters.objectives import IGNORED, OBJECTIVES, OwnLoss, distinct_labels, labels_input, own_loss
 from utils.validation.probing import guarded, logits
 
@@ -182,6 +184,78 @@ def _smoothed(z: Tensor, given: Tensor, labels: Tensor) -> float | None:
     if float(error.max()) > TOLERANCE[torch.float32] or not bool(((a > 0) & (b > 0.4 * a) & (b < 1.6 * a)).all()):
         return None
     return float(a.mean())
+
+
+@dataclass(frozen=True)
+class LabelExample:
+    """What a user's example of labels tells about them."""
+
+    whole: bool
+    """There is one label for each number of the output: several may hold at once, or they are real."""
+    fits: bool
+    """They are shaped as labels usually are."""
+    moved: bool
+    """They are the input's tokens, moved by one already."""
+
+
+def label_example(adapter: ModelAdapter, result: Tensor) -> LabelExample:
+    """Look at the user's example of labels; without one, they are as usual."""
+    name = labels_input(adapter)
+    example = adapter.loss_inputs.get(name or "")
+    given = flattened(adapter.spec.example_inputs or {})
+    if example is None or name not in given:
+        return LabelExample(False, True, False)
+    text = adapter.content_input if adapter.task.value == "seq2seq" else adapter.main_input
+    labels, ids = given[name], given[text]
+    whole = example.dim() == result.dim() and example.shape[1:] == result.shape[1:]
+    fits = example.dim() == 1 or example.shape[1:] == (ids.shape[1:] if result.dim() == 3 else (1,))
+    moved = False
+    if labels.shape == ids.shape and labels.dim() == 2:
+        counted = labels[:, :-1] != IGNORED
+        moved = bool((labels[:, :-1] == ids[:, 1:])[counted].all()) and not torch.equal(labels, ids)
+    return LabelExample(whole, fits, moved)
+
+
+def like_the_example(adapter: ModelAdapter, rows: int, seed: int) -> Tensor | None:
+    """Draw labels out of the values of the user's example; None where there is none, or one value only."""
+    example = adapter.loss_inputs.get(labels_input(adapter) or "")
+    if example is None or not example.dim() or example.unique().numel() < 2:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, *example.shape[1:])
+    drawn = torch.randint(example.numel(), shape, generator=generator).to(example.device)
+    return example.flatten()[drawn]
+
+
+def torn_rows(tried: Trial) -> str | None:
+    """Say how the scores were turned before they were cut into rows, where the loss is the cross-entropy of those.
+
+    ``(batch, classes, time)`` viewed as rows of classes mixes positions and classes in each row; None where no such
+    view has the loss's gradient.
+    """
+    scores, labels = tried.scores, tried.labels
+    if scores.dim() != 3 or labels.dim() != 2:
+        return None
+    steps, classes = scores.shape[1:]
+    tolerance = TOLERANCE.get(scores.dtype, 1e-3)
+    given = tried.gradient.float()
+    for order in [axes for axes in itertools.permutations(range(3)) if axes[2] != 2]:
+        for shift in (0, 1) if steps > 1 else (0,):
+            for turned in (False, True):
+                wanted = labels[:, shift:].T if turned else labels[:, shift:]
+                with torch.enable_grad():
+                    leaf = scores.float().clone().requires_grad_()
+                    rows = leaf[:, : steps - shift].permute(order).reshape(-1, classes)
+                    loss = functional.cross_entropy(rows, wanted.flatten(), ignore_index=IGNORED)
+                    reference = torch.autograd.grad(loss, leaf)[0]
+                weight = (given * reference).sum() / reference.square().sum().clamp_min(1e-30)
+                error = float((given - weight * reference).norm() / given.norm().clamp_min(1e-30))
+                if float(weight) > 0 and error < tolerance:
+                    return (
+                        f"their axes are put in the order {order} before they are viewed as rows of {classes}, so that "
+                        f"no row is the scores of one position (gradient equal within {error:.0e})"
+                    )
+    return None
 
 
 def by_value(

@@ -45,13 +45,16 @@ def still_missing(adapter: ModelAdapter, missing: list[str]) -> list[str]:
     parameters = dict(adapter.module.named_parameters())
     for parameter in parameters.values():
         parameter.grad = None
+    inputs = training_inputs(adapter)
     adapter.module.train()
-    seed_streams(0, "forward")
     try:
-        output = adapter.forward(training_inputs(adapter))
-        outputs = [t for _, t in named_tensors(output) if t.is_floating_point() and t.requires_grad]
-        if outputs:
-            torch.stack([tensor.float().square().mean() for tensor in outputs]).sum().backward()
+        # A part may serve the model's own loss alone, as the transitions of a conditional random field do.
+        for given in (inputs, adapter.with_labels(inputs)) if adapter.loss_inputs else (inputs,):
+            seed_streams(0, "forward")
+            output = adapter.forward(given)
+            outputs = [t for _, t in named_tensors(output) if t.is_floating_point() and t.requires_grad]
+            if outputs:
+                torch.stack([tensor.float().square().mean() for tensor in outputs]).sum().backward()
     except Exception as error:
         if is_out_of_memory(error):
             raise

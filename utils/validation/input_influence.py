@@ -28,7 +28,7 @@ from utils.validation.dependence import (
     sample_inputs,
     without_zeros,
 )  # fmt: skip
-from utils.validation.probing import ModelCrash, logits
+from utils.validation.probing import ModelCrash, content_input, logits
 from utils.validation.rectifiers import FEWEST_VALUES, RECTIFIERS
 from utils.validation.reproduction import ignored
 
@@ -84,7 +84,7 @@ def check_input_influence(adapter: ModelAdapter, budget: Budget) -> Outcome:
 def _other(adapter: ModelAdapter, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor) or name in ("labels", "targets", "past_key_values", "cache_position"):
         return value
-    if name != adapter.main_input and role_of(name) == "labels":
+    if name not in (adapter.main_input, content_input(adapter)) and role_of(name) == "labels":
         # An answer to compare with; some models read it in train mode only.
         return value
     return other_content(adapter, name, value)

@@ -8,7 +8,16 @@ from torch import Tensor
 from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Budget, Finding, Outcome
 from utils.validation.gradient_reach import training_inputs
-from utils.validation.probing import content_input, first_nonfinite, has_length, logits, longest_length
+from utils.validation.probing import (
+    ModelCrash,
+    content_input,
+    first_nonfinite,
+    forward_seconds,
+    has_length,
+    logits,
+    longest_length,
+    with_steps,
+)
 from utils.validation.reproduction import opening
 
 HINT = "Look there for a division by zero, log or sqrt of zero, exp of large numbers, softmax over fully masked rows."
@@ -43,6 +52,9 @@ def check_numerical_stability(adapter: ModelAdapter, budget: Budget) -> Outcome:
             inputs = adapter.example_inputs(1, length)
             if problem := _problem(adapter, inputs, f"random tokens, length {length}", tried):
                 return _outcome(adapter, inputs, "nan_long_sequence", problem, LONG_HINT, tried)
+    for situation, inputs in _long_series(adapter, budget) if short is None else ():
+        if problem := _problem(adapter, inputs, situation, tried):
+            return _outcome(adapter, inputs, "nan_long_sequence", problem, LONG_HINT, tried)
     largest = max(entry["largest"] for entry in tried)
     return Outcome(
         largest, "finite", f"logits and loss are finite for {len(tried)} kinds of input", (), {"tried": tried}
@@ -75,6 +87,28 @@ def _cases(
     if adapter.modality == "image":
         return [(f"noise, {size}", random), (f"black, {size}", filled(0.0)), (f"white, {size}", filled(1.0))]
     return [(f"noise, {size}", random), (f"zeros, {size}", filled(0.0)), (f"all 3, {size}", filled(3.0))]
+
+
+def _long_series(adapter: ModelAdapter, budget: Budget) -> list[tuple[str, dict[str, Tensor]]]:
+    """Return a series of real numbers as long as somebody stated that one may be; none where no such length runs."""
+    inputs = adapter.example_inputs(1)
+    main, longest = inputs[adapter.main_input], adapter.max_length.value
+    if longest is None or main.dim() != 3 or not main.is_floating_point() or not adapter.batched:
+        return []
+    for axis in (2, 1):
+        steps = main.shape[axis]
+        growth = max(1.0, longest / steps) ** 2
+        cost = forward_seconds(adapter, None, 1) * growth
+        if longest <= steps or not budget.afford(cost, f"series of {longest} steps were not tried"):
+            continue
+        series = with_steps(adapter, inputs, axis, longest)
+        try:
+            logits(adapter, series)
+        except ModelCrash:
+            # The axis is that of the channels.
+            continue
+        return [(f"a series of {longest} steps", series)]
+    return []
 
 
 def _problem(
@@ -122,5 +156,10 @@ def _reproduction(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> str:
         for name, value in inputs.items()
         if name in (adapter.main_input, content_input(adapter)) and value.unique().numel() == 1
     ]
+    example = adapter.example_inputs(1)[adapter.main_input]
+    if length is None and main.shape[1:] != example.shape[1:]:
+        axis = next(axis for axis in (1, 2) if main.shape[axis] != example.shape[axis])
+        steps = f"x = with_steps(a, x, {axis}, {main.shape[axis]})"
+        filled.append(f"from utils.validation.probing import with_steps; {steps}; ")
     finite = "y = a.logits(x); print(y.isfinite().all(), a.loss(y, a.random_labels(y)))"
     return f"{opening(adapter, length, main.shape[0])}\n{''.join(filled)}{finite}"

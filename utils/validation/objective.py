@@ -19,6 +19,7 @@ from utils.adapters.objectives import (
     OwnLoss,
     distinct_labels,
     labels_input,
+    last_part,
     loss_site,
     output_site,
     own_loss,
@@ -29,16 +30,19 @@ from utils.validation.builtin_loss import (
     binary_loss,
     by_value,
     called,
+    label_example,
+    like_the_example,
     looks_causal,
     pulled_rows,
     shift_of_own_targets,
+    torn_rows,
     trial,
     untrained_parameters,
 )
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.output_kind import SOFTMAX_HINT, Returned, ends_in_sigmoid, returned_kind
 from utils.validation.probing import LANGUAGE_MODELS, ModelCrash, compares_samples, has_length, logits
-from utils.validation.reproduction import fitted, opening
+from utils.validation.reproduction import class_label_lines, label_lines, own_shift_lines
 
 LENGTH = 9
 BATCH = 3
@@ -89,7 +93,7 @@ def check_objective(adapter: ModelAdapter, budget: Budget) -> Outcome:
     why = f"forward returns {returned.kind}" + ("" if name else " and takes no labels")
     if name is None and task == "causal_lm" and shift_of_own_targets(adapter, inputs) == 0:
         message = "the loss that forward returns pairs the scores at t with the token at t, which the model has read"
-        lines = _own_shift_lines(adapter, inputs)
+        lines = own_shift_lines(adapter, inputs)
         findings.append(Finding("label_shift", "fail", adapter.name, message, PAIRING_HINT, lines))
     wrong_axis = any(finding.code == "wrong_softmax_dim" for finding in findings)
     if name is not None and not wrong_axis:
@@ -140,7 +144,7 @@ def _squashed(
             f"the {words} of that as if it were scores: it squashes them a second time"
         )
         shown = "print('loss', got.loss, 'of a second squashing', a.loss(y, t), 'y within', y.aminmax())"
-        lines = _class_lines(adapter, inputs, labels, classes, shown)
+        lines = class_label_lines(adapter, inputs, labels, classes, shown)
         again = Finding("double_softmax", "fail", output_site(adapter, inputs, result), message, SIGMOID_HINT, lines)
         return [*others, again], found, words
     binary = binary_loss(adapter, inputs, result)
@@ -162,35 +166,8 @@ def _twice(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor, lab
     made = f"t = (torch.arange({labels.numel()}) % 2).view({tuple(labels.shape)}).to(y)"
     usual = "u = torch.nn.functional.binary_cross_entropy_with_logits(y.view_as(t), t)"
     shown = f"{usual}; print('loss', got.loss, 'of a second sigmoid', u, 'y within', y.aminmax())"
-    lines = _lines(adapter, inputs, made, shown)
+    lines = label_lines(adapter, inputs, made, shown)
     return Finding("wrong_builtin_loss", "fail", loss_site(adapter, inputs, labels), message, SIGMOID_HINT, lines)
-
-
-def _lines(adapter: ModelAdapter, inputs: dict[str, Tensor], labels: str, last: str) -> str:
-    """Return lines that call a model with labels and then show something of what it `got`.
-
-    Args:
-        adapter: The model.
-        inputs: What it was judged on.
-        labels: The statement that makes the labels `t`, to which the logits `y` are known.
-        last: The last statement.
-    """
-    main = inputs[adapter.main_input]
-    start = opening(adapter, main.shape[1] if has_length(adapter) else None, len(main))
-    call = "from utils.adapters.objectives import own_loss; got = own_loss(a, x, t, y)"
-    return fitted(f"{start}\ny = a.logits(x); {labels}; {call}\n{last}")
-
-
-def _class_lines(adapter: ModelAdapter, inputs: dict[str, Tensor], labels: Tensor, classes: int, last: str) -> str:
-    """Return such lines for labels that count through the classes."""
-    return _lines(adapter, inputs, f"t = torch.arange({labels.numel()}).view({tuple(labels.shape)}) % {classes}", last)
-
-
-def _own_shift_lines(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> str:
-    """Return lines that show by how much the targets are moved that a model makes of its own tokens."""
-    shown = "print('label shift', shift_of_own_targets(a, x), 'expected 1')"
-    start = opening(adapter, inputs[adapter.main_input].shape[1], TEXTS)
-    return fitted(f"{start}\nfrom utils.validation.builtin_loss import shift_of_own_targets; {shown}")
 
 
 def _length(adapter: ModelAdapter) -> int:
@@ -205,6 +182,12 @@ def _class_loss(
     classes = _classes(adapter, result)
     if adapter.config.get("problem_type") == "multi_label_classification":
         return [], "several labels at once, not judged"
+    example = label_example(adapter, result)
+    if example.whole:
+        found, words = _real_loss(adapter, inputs, result)
+        return found, f"not judged as one of single classes; {words}"
+    if not example.fits:
+        return [], "not judged, the example's labels are shaped otherwise than the scores"
     labels = distinct_labels(tuple(result.shape[:-1]), classes).to(result.device)
     try:
         with torch.enable_grad():
@@ -215,7 +198,7 @@ def _class_loss(
         return [], "no single number comes back, so there is no loss to judge"
 
     def fault(code: str, message: str, hint: str, severity: str = "fail", hidden: bool = False) -> Finding:
-        moved = int(adapter.task.value == "causal_lm" and name in SHIFTED_BY_MODEL)
+        moved = int(adapter.task.value == "causal_lm" and last_part(name) in SHIFTED_BY_MODEL)
         usual = f"a.loss(y[:, :-{moved}], t[:, {moved}:])" if moved else "a.loss(y, t)"
         shown = f"print('loss', got.loss, 'usual', {usual}.detach())"
         if code == "label_shift":
@@ -225,7 +208,7 @@ def _class_loss(
         if hidden:
             shown = f"t[:, 2:5] = {IGNORED}; got = own_loss(a, x, t, y)"
             shown += "; print('loss', got.loss, got.gradient[0].norm(dim=-1))"
-        lines = _class_lines(adapter, inputs, labels, classes, shown)
+        lines = class_label_lines(adapter, inputs, labels, classes, shown)
         return Finding(code, severity, loss_site(adapter, inputs, labels), message, hint, lines)
 
     if not bool(torch.isfinite(got.loss)):
@@ -240,7 +223,8 @@ def _class_loss(
         return _judge_value(adapter, inputs, result, got, returned, fault)
     tried = trial(adapter, inputs, labels, got.scores, got.gradient)
     findings, words = _judge_gradient(adapter, inputs, result, tried, returned, fault)
-    if not findings and has_length(adapter) and labels.dim() == 2:
+    # A loss of whole sequences, such as a conditional random field's, has a gradient everywhere.
+    if not findings and has_length(adapter) and labels.dim() == 2 and tried.pairing.shift is not None:
         findings = _judge_ignored(adapter, inputs, result, tried, fault)
     return findings, words
 
@@ -279,6 +263,9 @@ def _judge_gradient(
     words = known.name or "of its own kind"
     rows = int(pairing.rows.sum())
     if pairing.shift is None:
+        if torn := torn_rows(tried):
+            message = f"the loss is the cross-entropy of rows torn out of the logits {tuple(result.shape)}: {torn}"
+            return [fault("wrong_builtin_loss", message, LOSS_HINT)], "of torn rows"
         language = adapter.task.value in LANGUAGE_MODELS
         if pairing.foreign > 0.5 * rows and tried.labels.unique().numel() == tried.labels.numel():
             message = (
@@ -340,7 +327,7 @@ def _judge_shift(
     adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor, shift: int, fault: Fault
 ) -> list[Finding]:
     """Judge which label each position is paired with, by the task and by what the argument's name promises."""
-    name, task = str(labels_input(adapter)), adapter.task.value
+    name, task = last_part(str(labels_input(adapter))), adapter.task.value
     allowed: tuple[int, ...] = (0,)
     severity = "fail"
     if task == "seq2seq" or (task == "masked_lm" and hasattr(adapter.module, "generate")):
@@ -350,7 +337,7 @@ def _judge_shift(
         if _is_half(adapter) or not looks_causal(adapter, inputs, result):
             allowed = (0, 1)
         elif name in SHIFTED_BY_MODEL:
-            allowed = (1,)
+            allowed = (0, 1) if label_example(adapter, result).moved else (1,)
         elif shift == 1:
             severity = "warn"
     if shift in allowed:
@@ -372,7 +359,7 @@ def _judge_ignored(
     adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor, tried: Trial, fault: Fault
 ) -> list[Finding]:
     """Judge whether positions labelled -100 stay out of the loss and of its mean."""
-    name = str(labels_input(adapter))
+    name = last_part(str(labels_input(adapter)))
     labels, shift = tried.labels.clone(), tried.pairing.shift or 0
     hidden = slice(2, 5)
     if labels.shape[1] < 7 or not (name in SHIFTED_BY_MODEL or adapter.task.value == "masked_lm"):
@@ -383,7 +370,8 @@ def _judge_ignored(
         with torch.enable_grad():
             got = own_loss(adapter, inputs, labels, result)
     except Exception as error:
-        if _own_convention(adapter, inputs, result, tried.labels, hidden):
+        # A loss of whole sequences counts transitions between labels, and leaves padding out by other means.
+        if tried.known.name is None or _own_convention(adapter, inputs, result, tried.labels, hidden):
             return []
         first = (str(error).strip() or "no message").splitlines()[0][:120]
         message = f"labels of {IGNORED}, which mark padding, raise {type(error).__name__}: {first}"
@@ -469,22 +457,31 @@ def _real_loss(adapter: ModelAdapter, inputs: dict[str, Tensor], result: Tensor)
     """Judge the loss of a model with real-valued targets: it must hear its labels and carry a gradient."""
     name = str(labels_input(adapter))
     values: list[Tensor] = []
+    pulls: list[Tensor | None] = []
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
-        labels = torch.randn(result.shape, generator=generator).to(result)
+        known = like_the_example(adapter, len(result), seed) if result.dim() else None
+        labels = torch.randn(result.shape, generator=generator).to(result) if known is None else known
         try:
-            got = own_loss(adapter, inputs, labels, result)
+            with torch.enable_grad():
+                got = own_loss(adapter, inputs, labels, result)
         except Exception:
             return [], "not judged, labels shaped like the output raise"
         if got is None:
             return [], "no single number comes back, so there is no loss to judge"
         values.append(got.loss)
-    lines = _lines(adapter, inputs, "t = torch.randn_like(y)", "print('loss', got.loss, own_loss(a, x, -t, y).loss)")
+        pulls.append(got.gradient)
+    lines = label_lines(
+        adapter, inputs, "t = torch.randn_like(y)", "print('loss', got.loss, own_loss(a, x, -t, y).loss)"
+    )
     if not values[0].requires_grad and result_trains(adapter, inputs):
         message = f"the loss returned for `{name}` carries no gradient: backward() will fail"
         site = loss_site(adapter, inputs, labels)
         return [Finding("wrong_builtin_loss", "fail", site, message, DETACHED_HINT, lines)], "detached"
-    if bool(torch.isfinite(values[0])) and float(values[0].detach()) == float(values[1].detach()):
+    # Where all scores are 0, yes and no cost the same, and pull to different sides.
+    first, second = pulls
+    deaf = not adapter.loss_inputs if first is None or second is None else torch.equal(first, second)
+    if deaf and bool(torch.isfinite(values[0])) and float(values[0].detach()) == float(values[1].detach()):
         message = (
             f"the loss is {float(values[0].detach()):.4g} for two different `{name}`: the labels have no part in it"
         )

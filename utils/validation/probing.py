@@ -287,6 +287,18 @@ def _longest_that_runs(adapter: ModelAdapter, length: int, known: int) -> int:
     return length if length in run else min(length, known)
 
 
+def with_steps(adapter: ModelAdapter, inputs: Mapping[str, Tensor], axis: int, steps: int) -> dict[str, Tensor]:
+    """Return inputs with another number of time steps, in all of them that have as many as the main one."""
+    main = inputs[adapter.main_input]
+    old, index = main.shape[axis], torch.arange(steps, device=main.device) % main.shape[axis]
+    result = dict(inputs)
+    for name, value in inputs.items():
+        shared = 1 if value is not main and isinstance(value, Tensor) and value.dim() == 2 else axis
+        if isinstance(value, Tensor) and value.dim() > shared and value.shape[shared] == old:
+            result[name] = value.index_select(shared, index)
+    return result
+
+
 def stand_in(length: int, limit: int) -> str:
     """Return the note that a shorter length was tried instead of the maximum."""
     return f"length {length} stands for the maximum of {limit}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from utils.adapters.tasks import REAL_VALUES
 from utils.runtime.files import write_atomic
 from utils.runtime.resources import format_count
 from utils.validation.check import NOT_RUN, CheckResult, Finding, json_safe
@@ -135,7 +136,10 @@ class ValidationReport:
             parts.append(f"{_count(len(self.incomplete), 'check')} could not run")
         nothing = "no faults" if 1 in self.tiers else "faults were not looked for"
         task = TASK_NAMES.get(self.task or "", (self.task or "").replace("_", " ")) or "task unknown"
-        head = f"{self.model}, {task}, {format_count(self.parameters)} parameters"
+        if any(fact["name"] == "task" and REAL_VALUES in fact["reason"] for fact in self.detections):
+            task = "model of real-valued output"
+        size = "1 parameter" if self.parameters == 1 else f"{format_count(self.parameters)} parameters"
+        head = f"{self.model}, {task}, {size}"
         if not self.parameters:
             head, nothing = f"{self.model}, a module without parameters", f"{nothing}, and nothing to train"
         return f"{head}: {', '.join(parts) or nothing}{self._advice}"

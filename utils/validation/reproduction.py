@@ -293,3 +293,33 @@ LINES: dict[str, Callable[[ModelAdapter, Finding], str]] = {
     "zero_init": _zeros,
 }
 """What makes the last lines for a code."""
+
+
+def label_lines(adapter: ModelAdapter, inputs: dict[str, Tensor], labels: str, last: str) -> str:
+    """Return lines that call a model with labels and then show something of what it `got`.
+
+    Args:
+        adapter: The model.
+        inputs: What it was judged on.
+        labels: The statement that makes the labels `t`, to which the logits `y` are known.
+        last: The last statement.
+    """
+    main = inputs[adapter.main_input]
+    start = opening(adapter, main.shape[1] if has_length(adapter) else None, len(main))
+    call = "from utils.adapters.objectives import own_loss; got = own_loss(a, x, t, y)"
+    return fitted(f"{start}\ny = a.logits(x); {labels}; {call}\n{last}")
+
+
+def class_label_lines(adapter: ModelAdapter, inputs: dict[str, Tensor], labels: Tensor, classes: int, last: str) -> str:
+    """Return such lines for labels that count through the classes."""
+    return label_lines(
+        adapter, inputs, f"t = torch.arange({labels.numel()}).view({tuple(labels.shape)}) % {classes}", last
+    )
+
+
+def own_shift_lines(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> str:
+    """Return lines that show by how much the targets are moved that a model makes of its own tokens."""
+    ids = inputs[adapter.main_input]
+    shown = "print('label shift', shift_of_own_targets(a, x), 'expected 1')"
+    start = opening(adapter, ids.shape[1], len(ids))
+    return fitted(f"{start}\nfrom utils.validation.builtin_loss import shift_of_own_targets; {shown}")

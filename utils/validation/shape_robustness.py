@@ -31,6 +31,7 @@ from utils.validation.probing import (
     longest_length,
     short_length,
     stand_in,
+    with_steps,
 )
 from utils.validation.shape_origin import shape_origin
 from utils.validation.vocabulary import check_vocabulary
@@ -420,7 +421,7 @@ def _try_series(adapter: ModelAdapter, budget: Budget) -> list[Finding]:
         crash = _series_crash(adapter, inputs, axis, even + 1)
         if crash is None or not any(words in str(crash.error) for words in FOLDED):
             return []
-        good, bad = (_series(adapter, inputs, axis, n) for n in (even + 2, even + 1))
+        good, bad = (with_steps(adapter, inputs, axis, n) for n in (even + 2, even + 1))
         message = f"{even + 2} and {even + 4} steps run, {crash}"
         code = f"inputs = ModelAdapter(model).example_inputs(1)['{adapter.main_input}'].narrow({axis}, 0, 1)"
         lines = f"from utils.adapters import ModelAdapter\n{code}.repeat_interleave({even + 1}, {axis})\nmodel(inputs)"
@@ -437,22 +438,10 @@ def _try_series(adapter: ModelAdapter, budget: Budget) -> list[Finding]:
     return []
 
 
-def _series(adapter: ModelAdapter, inputs: Mapping[str, Tensor], axis: int, steps: int) -> dict[str, Tensor]:
-    """Return inputs with another number of time steps, in all of them that have as many as the main one."""
-    main = inputs[adapter.main_input]
-    old, index = main.shape[axis], torch.arange(steps, device=main.device) % main.shape[axis]
-    result = dict(inputs)
-    for name, value in inputs.items():
-        shared = 1 if value is not main and isinstance(value, Tensor) and value.dim() == 2 else axis
-        if isinstance(value, Tensor) and value.dim() > shared and value.shape[shared] == old:
-            result[name] = value.index_select(shared, index)
-    return result
-
-
 def _series_crash(adapter: ModelAdapter, inputs: Mapping[str, Tensor], axis: int, steps: int) -> ModelCrash | None:
     """Run a number of time steps and return the crash."""
     try:
-        logits(adapter, _series(adapter, inputs, axis, steps), f"{steps} do not")
+        logits(adapter, with_steps(adapter, inputs, axis, steps), f"{steps} do not")
     except ModelCrash as crash:
         return crash
     return None

@@ -27,12 +27,14 @@ from utils.validation.probing import ModelCrash, forward_seconds, guarded, has_l
 from utils.validation.residuals import missing_residuals
 from utils.validation.statistics import thinned
 from utils.validation.substitution import faint_gains, parameters_as
-from utils.validation.untrained import BATCH_NORM, enough_samples, normalise_batches
+from utils.validation.untrained import BATCH_NORM, enough_samples, looks_untrained, normalise_batches
 from utils.validation.weight_scales import weight_faults
 
 VANISHED = 2e-5
 """Share of the gradient that must arrive at the first place; a plain tanh net of default weights keeps 0.58 a layer."""
 EXPLODED = 1e4
+CHAOTIC, CHAOTIC_STEPS = 8.0, 3
+"""Gain of a layer, in so many layers one after another, at which neighbours part; sound models of all sets reach 2."""
 ROUNDED = 1e-13
 """Difference in float64, beside the values, that is no more than rounding."""
 FEWEST_STEPS = 8
@@ -50,6 +52,10 @@ EXPLODING_HINT = "Normalise before each block, remove constant factors above 1, 
 CONSTANT_HINT = (
     "Average over axes that the norm before it does not centre, or drop that norm: the mean of centred numbers is zero."
 )
+CHAOTIC_HINT = (
+    "Draw weights so that each layer passes small differences on at their size: for sin(w x) within sqrt(6 / fan_in) / "
+    "w of zero in all layers but the first (Sitzmann et al. 2020), else near 1/sqrt(fan-in)."
+)
 RECURRENT_HINT = (
     "Initialise recurrent weights orthogonally (nn.init.orthogonal_), use an LSTM or GRU, and clip gradients."
 )
@@ -63,6 +69,8 @@ class Place:
     """The module that put it out."""
     gradient: float
     """Norm of the loss's gradient with respect to it."""
+    signal: float = 1.0
+    """Its own norm."""
 
 
 def check_signal_propagation(adapter: ModelAdapter, budget: Budget) -> Outcome:
@@ -76,15 +84,17 @@ def check_signal_propagation(adapter: ModelAdapter, budget: Budget) -> Outcome:
     with parameters_as(adapter, faint_gains(adapter), torch.ones_like):
         loss, places, steps = _follow(adapter, inputs)
     findings = missing_residuals(adapter, training_inputs(adapter)) if _two_samples(adapter) else []
+    # Batch norms over few samples scale single gradients down by any factor, and keep streams from growing.
+    batches = any(isinstance(child, BATCH_NORM) for child in adapter.module.modules())
     if math.isfinite(loss):
         # Blocks without skip connections lose the gradient for that reason.
         tiny = [fault for fault in weight_faults(adapter) if fault.code == "vanishing_init"]
-        # Batch norms over few samples scale single gradients down by any factor, and keep streams from growing.
-        batches = any(isinstance(child, BATCH_NORM) for child in adapter.module.modules())
         known = {"vanishing_gradient": bool(findings or tiny), "exploding_gradient": batches}
         findings += [_unless_constant(adapter, inputs, f, places) for f in _by_depth(places) if not known[f.code]]
     if not findings and math.isfinite(loss):
         findings += _by_step(adapter, steps) or _by_time(adapter, budget, loss)
+    if not findings and not batches and looks_untrained(adapter.module):
+        findings += _chaotic(places)
     details = {"loss": loss, "gradient_by_depth": {place.name: place.gradient for place in places}}
     if len(places) < 2 or not places[-1].gradient:
         return Outcome(None, VANISHED, "no two places that everything flows through", findings, details)
@@ -142,7 +152,11 @@ def _follow(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> tuple[float, li
         # A backward pass that raises is the business of gradient_flow.
         gradients = [None] * len(tensors)
     norms = [None if gradient is None else float(gradient.float().norm()) for gradient in gradients]
-    places = [Place(outputs[node][0], norm) for node, norm in zip(passed, norms, strict=False) if norm is not None]
+    places = [
+        Place(outputs[node][0], norm, float(outputs[node][1].detach().float().norm()))
+        for node, norm in zip(passed, norms, strict=False)
+        if norm is not None
+    ]
     ends = iter(norms[len(passed) :])
     steps = [
         (Place(name, first), Place(name, last))
@@ -234,6 +248,30 @@ def _by_depth(places: list[Place]) -> list[Finding]:
     if grown > EXPLODED and sudden < math.sqrt(grown):
         message = f"{between}: on the way back it grows {grown:.1g} times"
         return [Finding("exploding_gradient", "fail", first.name, message, EXPLODING_HINT, _reproduction(first, last))]
+    return []
+
+
+def _chaotic(places: list[Place]) -> list[Finding]:
+    """Find layers that each part neighbouring inputs, though the signal keeps its size (Poole et al. 2016).
+
+    Counted is the gradient times the signal, which a change of scale leaves as it is: how many per cent the loss moves
+    for each per cent of what flows there.
+    """
+    shares = [place.gradient * place.signal for place in places]
+    if not all(math.isfinite(share) and share > 0 for share in shares):
+        return []
+    gains = [before / after for before, after in pairwise(shares)]
+    for start in range(len(gains) - CHAOTIC_STEPS + 1):
+        steps = gains[start : start + CHAOTIC_STEPS]
+        if min(steps) < CHAOTIC:
+            continue
+        first, last = places[start], places[start + CHAOTIC_STEPS]
+        path = ", ".join(f"{gain:.2g}" for gain in steps)
+        message = (
+            f"from {last.name} back to {first.name} the gradient grows {path} times, layer by layer, and the signal "
+            f"does not shrink: inputs that hardly differ end {math.prod(steps):.1g} times further apart, and unrelated"
+        )
+        return [Finding("exploding_gradient", "fail", first.name, message, CHAOTIC_HINT, _reproduction(first, last))]
     return []
 
 
