@@ -43,7 +43,7 @@ from utils.training.splitting import split_documents
 from utils.ui.presets import preset
 
 DATA = "builtin:python-docs"
-LENGTH, DROPOUT = 128, 0.1
+LENGTH, DROPOUT = 128, 0.0
 """Tokens in a window and dropout, as the example's config.json has them."""
 NANO_RATE, NANO_WARMUP = 1e-3, 0.02
 """nanoGPT's settings for small models: 1e-3, after a warm-up of 100 of 5000 steps."""

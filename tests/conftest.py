@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,12 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Let Ctrl-C reach the tests of it: a shell starts what it puts into the background with interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_loopback(address) -> bool:

@@ -51,7 +51,7 @@ def test_peak_memory_grows_with_use():
 def test_device_has_a_name_and_memory():
     device = torch.device("cpu")
     assert "CPU" in resources.device_name(device)
-    assert "threads" in resources.device_name(device)
+    assert "thread" in resources.device_name(device)
     assert resources.device_memory(device) == resources.total_memory()
     assert resources.best_device().type in ("cpu", "cuda")
 

@@ -38,12 +38,15 @@ CONFIRMING_SECONDS = 8.0
 MEMORY_COPIES, MEMORY_BYTES = 6, 2e9
 """A pass that does not end and has taken so many times the model's size, and so much more, only takes memory."""
 
+MEMORY_HINT = (
+    "Look for tensors that grow with the product of two sizes, and for lists that grow in a loop; or"
+    " use a smaller model or a larger device."
+)
 HINTS = {
     "process_died": "Look for sys.exit, os._exit, os.kill and code outside Python (ctypes, custom kernels) that runs in"
     " this pass.",
     "timed_out": "Look for a loop whose condition never changes, and for waiting: sleep, locks, queues, downloads.",
-    "out_of_memory": "Look for tensors that grow with the product of two sizes, and for lists that grow in a loop; or"
-    " use a smaller model or a larger device.",
+    "out_of_memory": MEMORY_HINT,
 }
 
 

@@ -14,7 +14,7 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.troubles import STARVED, UNREADABLE, UNSIZED, moves_to_gpu
 from utils.runtime.errors import AdapterError
 from utils.validation.check import Budget, Finding, Outcome, Skipped
-from utils.validation.containment import HINTS
+from utils.validation.containment import MEMORY_HINT
 from utils.validation.portability import DEVICE_HINT
 from utils.validation.probing import (
     LANGUAGE_MODELS,
@@ -131,7 +131,7 @@ def _no_call(adapter: ModelAdapter) -> Outcome:
     if bad and STARVED in message:
         _insist_on_inputs(adapter, bad, message)
         where, code = crash_site(adapter, bad), "out_of_memory"
-        starved = Finding(code, "fail", where, message, HINTS[code], location=crash_line(adapter, where))
+        starved = Finding(code, "fail", where, message, MEMORY_HINT, location=crash_line(adapter, where))
         return Outcome("no call", "one call", "", [starved])
     if bad and UNREADABLE in message:
         where, hint = crash_site(adapter, bad), "Give the table that reads the ids as many rows as the vocabulary has."
