@@ -93,6 +93,8 @@ def test_output_kinds():
 def test_arguments():
     """A tier that is none, no tier, a foolish budget, no module: clear errors."""
     model = nn.Linear(8, 3)
+    with pytest.raises(ConfigError, match=r"tiers is the text '2'. Expected numbers. Pass \(1,\), "):
+        validate(model, tiers="2")
     with pytest.raises(ConfigError, match=r"Tier 3 was asked for. Validation has Tier 1 .* and Tier 2 "):
         validate(model, tiers=(1, 3))
     with pytest.raises(ConfigError, match="No tier was asked for"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from utils.adapters import ModelSpec
 from utils.runtime.errors import ConfigError
+from utils.runtime.printing import captured_output
 from utils.validation.attention_arithmetic import check_attention_arithmetic
 from utils.validation.batch_independence import check_batch_independence
 from utils.validation.causality import check_causality
@@ -244,6 +245,8 @@ def validate(
         ConfigError: A tier that does not exist in this version, or a budget that is no positive number.
         AdapterError: `model` is no module, or forward needs arguments that nobody can guess.
     """
+    if isinstance(tiers, str):
+        raise ConfigError(f"tiers is the text {tiers!r}.", "Expected numbers.", "Pass (1,), (2,) or (1, 2).")
     if isinstance(tiers, int) or not isinstance(tiers, Sequence):
         tiers = (tiers,)
     if spec is not None and not isinstance(spec, ModelSpec):
@@ -251,7 +254,7 @@ def validate(
     unknown = [tier for tier in tiers if tier not in (1, 2)]
     if unknown or not tiers:
         raise ConfigError(
-            f"Tier {unknown[0]} was asked for." if unknown else "No tier was asked for.",
+            f"Tier {unknown[0]!r} was asked for." if unknown else "No tier was asked for.",
             "Validation has Tier 1 (is it sound?) and Tier 2 (what does it do with its input?).",
             "Call validate(model) or validate(model, tiers=(1, 2)).",
         )
@@ -286,7 +289,8 @@ def show(code: str, model: Any, spec: ModelSpec | None = None, config: Any = Non
         report = unusable_report(error, TIER1[:1], 0.0)
         text = f"{error.finding.where}: {error.finding.message}"
         return Shown(code, error.finding.code == code, text, {}, (), report.results)
-    return reproduce(code, adapter, TIER1)
+    with captured_output():
+        return reproduce(code, adapter, TIER1)
 
 
 def _tier2() -> tuple[Check, ...]:

@@ -94,7 +94,7 @@ def test_the_constructor_gets_what_it_accepts(tmp_path: Path, source: str, confi
     ("source", "config", "error", "words"),
     [
         (model("A") + model("B"), {}, InstantiationError,
-         ["2 classes that could be the model: A, B", '{"model_name": "A"}']),
+         ["2 classes that could be the model: A, B", '{"model_name": "B"}']),
         ("x = 1\n", {}, InstantiationError, ["defines no class derived from torch.nn.Module"]),
         ("from blocks import Inner\n", {}, InstantiationError, ["It imports Inner: set model_name"]),
         ("def f(:\n", {}, InstantiationError, ["model.py, line 3", "'def f(:'"]),
@@ -162,6 +162,66 @@ def test_a_part_that_model_name_names_is_loaded(tmp_path: Path) -> None:
     source = model("Part") + model("Whole", body="self.lin = Part()")
     loaded = load_model(write(tmp_path, source, {"model_name": "Part"}))
     assert loaded.name == "Part" and loaded.notes == ()
+
+
+RESNET = model("Block", init="self, n") + (
+    "class Net(nn.Module):\n    def __init__(self, block, sizes, classes=2):\n        super().__init__()\n"
+    "        self.lin = self.make(block, sizes)\n    def make(self, block, sizes):\n"
+    "        return nn.Sequential(*[block(size) for size in sizes])\n    def forward(self, x):\n"
+    "        return self.lin(x)\ndef _net(sizes):\n    return Net(Block, sizes)\n"
+    "def net3():\n    return _net([1, 1, 1])\ndef main():\n    print(net3())\n"
+)
+
+
+def test_a_model_built_from_a_class_says_how_to_load_it_and_loads_so(tmp_path: Path) -> None:
+    with pytest.raises(InstantiationError) as caught:
+        load_model(write(tmp_path, RESNET))
+    message = str(caught.value)
+    assert "Net needs block, sizes" in message and "The name of a class stands for the class in block." in message
+    assert '{"model_name": "net3"}' in message and "utils.validate(net3())" in message and "main" not in message
+    built = load_model(tmp_path, {"model_name": "net3"})
+    assert built.name == "Net" and len(built.module.lin) == 3 and built.notes == ()
+    assert same_weights(built.factory(), built.module)
+    assert len(load_model(tmp_path, {"block": "Block", "sizes": [1, 1]}).module.lin) == 2
+    open_question = RESNET.replace("return Net(Block, sizes)", "kind = Block\n    return Net(kind, sizes)")
+    with pytest.raises(InstantiationError, match='Block, Net.*"net3".* a function that returns the model'):
+        load_model(write(tmp_path, open_question))
+
+
+@pytest.mark.parametrize("body", ["self.lin = KINDS[act]()", "act = KINDS[act]; self.lin = act()"])
+def test_a_text_that_the_model_looks_up_itself_stays_a_text(tmp_path: Path, body: str) -> None:
+    source = model("Act") + "KINDS = {'Act': Act}\n" + model("Net", init="self, act", body=body)
+    assert load_model(write(tmp_path, source, {"act": "Act"})).name == "Net"
+
+
+def test_a_misspelt_setting_is_noted(tmp_path: Path) -> None:
+    def notes(source: str, config: dict[str, Any]) -> tuple[str, ...]:
+        return load_model(write(tmp_path, source), config).notes
+
+    source = model(init="self, image_size=4, *rest")
+    note = ("Model takes no imagesize, which was left out; did you mean image_size?",)
+    assert notes(source, {"imagesize": 8}) == note
+    assert notes(source, {"imagesize": 8, "image_size": 4}) == notes(source, {"depth": 8}) == ()
+    assert notes(model(init="self, image_size=4, **others"), {"imagesize": 8}) == ()
+    assert notes(model(init="self, config"), {"imagesize": 8}) == ()
+    assert notes(CONFIG + model(init="self, config: Cfg_Config"), {"widht": 8}) == (
+        "Model takes no widht, which was left out; did you mean width?",
+    )
+
+
+def test_settings_that_the_constructor_reads_and_nobody_set_are_listed(tmp_path: Path) -> None:
+    def said(body: str, config: Any = None) -> str:
+        with pytest.raises(InstantiationError) as caught:
+            load_model(write(tmp_path, model(init="self, cfg", body=body), config))
+        return str(caught.value)
+
+    first = said("self.lin = nn.Linear(cfg['width'], cfg.depth); cfg.get('x')")
+    assert first.startswith("Model reads width, depth from cfg, and there is no config.json. The constructor of Model")
+    assert "KeyError: 'width' (model.py, line 6" in first and "or config=, with these settings" in first
+    assert "reads depth from cfg, and the config sets width." in said("cfg['width'], cfg.depth", {"width": 4})
+    assert said("{}['other'], cfg['width']").startswith("The constructor of Model raised KeyError: 'other'")
+    with pytest.raises(InstantiationError, match="^The constructor of Model raised KeyError"):
+        load_model(write(tmp_path, CONFIG + model(init="self, cfg: Cfg_Config", body="cfg.width, {}['width']")))
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:

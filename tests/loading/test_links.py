@@ -123,6 +123,17 @@ def test_anything_else_gets_the_copy_alone(tmp_path):
         model_link("https://example.com/x", directory=tmp_path)
 
 
+def test_a_path_is_absolute_in_the_copy_and_leads_somewhere(tmp_path, monkeypatch):
+    """The copy may be opened in another folder than the one where it was made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    for found in (model_link("mine.py"), prefilled_notebook("template", "mine.py")):
+        assert found.reference == str(tmp_path / "mine.py") and Path(found.path).name == "template-mine-py.ipynb"
+        assert any(json.dumps(found.reference) in source for source in sources(Path(found.path).read_text()))
+    with pytest.raises(ModelReferenceError, match=r"There is no file or folder nope.py. .* Correct the path"):
+        model_link("nope.py")
+
+
 def test_bad_arguments(tmp_path, monkeypatch):
     """No such notebook, no folder, an incomplete copy, a notebook without the form."""
     with pytest.raises(ConfigError, match="no notebook 'other'. Expected one of template, training"):

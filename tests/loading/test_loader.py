@@ -186,3 +186,14 @@ def test_the_hub_token_comes_from_the_secrets_and_is_not_shown(monkeypatch: pyte
         with pytest.raises(FetchError, match="set HF_TOKEN, or pass token=") as caught:
             load_model("hub:owner/name", token=given)
         assert seen[-1] == expected and "hf_" not in str(caught.value)
+
+
+def test_what_is_printed_while_loading_becomes_a_note(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Standard output belongs to whoever loads, such as a command that prints JSON."""
+    lines = "from torch import nn\n\nprint('imported')\n\n\nclass Talker(nn.Module):\n    def __init__(self):\n"
+    lines += "        super().__init__()\n        self.layer = nn.Linear(2, 2)\n        print('built')\n\n"
+    lines += "    def forward(self, x):\n        return self.layer(x)\n"
+    (tmp_path / "model.py").write_text(lines)
+    loaded = load_model(tmp_path)
+    assert capfd.readouterr().out == ""
+    assert loaded.notes[-1] == "It printed while it was built: imported"

@@ -27,6 +27,9 @@ def test_leak_is_found_where_it_starts(tiny, settings, where):
     assert result.status == "fail"
     assert [(f.code, f.where) for f in result.findings] == [("future_leakage", where)]
     assert "|change|" in result.findings[0].message and "noise" in result.findings[0].message
+    told = float(result.findings[0].message.partition("|change| ")[2].partition(",")[0])
+    assert result.value == pytest.approx(told, rel=0.06) and result.value > result.threshold
+    assert "the number differs" in result.findings[0].reproduction
 
 
 def test_leak_only_beyond_a_length_names_that_length(tiny):
@@ -256,7 +259,7 @@ def test_reproduction_runs(tiny):
     model, printed = tiny.GPT(mask="none"), []
     (finding,) = check_causality(model, spec=CAUSAL).findings
     exec(finding.reproduction, {"model": model, "print": printed.append})
-    assert printed[0].item() > 0 and len(finding.reproduction.splitlines()) <= 3
+    assert printed[0].item() > 0 and len(finding.reproduction.splitlines()) <= 4
 
 
 def test_short_budget_tries_first_blocks_at_full_length(tiny, monkeypatch):

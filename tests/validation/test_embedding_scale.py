@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.adapters import ModelAdapter
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.validation.check import Check
 from utils.validation.embedding_scale import check_embedding_scale, split
 from utils.validation.runner import run_check
@@ -148,3 +148,13 @@ def test_where_it_does_not_apply():
     silent = Tokens()
     nn.init.zeros_(silent.tok.weight)
     assert "no content reaches" in check(silent).why
+
+
+def test_a_model_that_no_call_can_run_is_not_judged():
+    """Its first layer may have been reached before the pass failed, which proves nothing."""
+    model = Patches()
+    model.head = nn.Linear(3, 4)
+    adapter = ModelAdapter(model, spec=ModelSpec(example_inputs={"pixel_values": torch.randn(2, 3, 32, 32)}))
+    assert adapter.failure is not None
+    result = run_check(adapter, Check("scale", 1, "?", check_embedding_scale), 5.0)
+    assert result.status == "skip" and result.could_not_run

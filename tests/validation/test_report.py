@@ -210,6 +210,35 @@ def test_notebook_fragment_styles_only_itself():
     assert "seedbed-report" in fixed_report().results[0]._repr_html_()
 
 
+JUPYTER = {
+    "table": ("border-collapse", "color", "font-size", "table-layout", "margin"),
+    "tr": ("background", "border"),
+    "td": ("text-align", "vertical-align", "padding", "line-height", "border"),
+    "th": ("text-align", "vertical-align", "padding", "line-height", "border"),
+}
+"""What Jupyter says of the parts of a table, with at most two classes, a pseudo-class and two elements."""
+
+
+def test_tables_look_the_same_in_jupyter():
+    """Each of its properties is set by a rule that is more specific than any of its own."""
+    style = re.search(r"<style>(.*?)</style>", fixed_report()._repr_html_(), re.S).group(1)
+    rules = [
+        (part.strip(), body) for head, body in re.findall(r"([^{}]+)\{([^{}]*)\}", style) for part in head.split(",")
+    ]
+    for element, properties in JUPYTER.items():
+        bodies = [body for selector, body in rules if selector == f"{'.seedbed-report' * 3} {element}"]
+        said = {name.split(":")[0].strip() for body in bodies for name in body.split(";")}
+        assert set(properties) <= said
+    assert all(selector.count(".seedbed-report") == 3 for selector, _ in rules if not selector.startswith("@"))
+
+
+def test_a_finding_names_what_show_takes_beside_the_model():
+    """Without what the user stated, it might not be found again."""
+    report = fixed_report(arguments=", spec=spec")
+    assert 'See it: utils.show("future_leakage", model, spec=spec)' in report.text()
+    assert "utils.show(&quot;future_leakage&quot;, model, spec=spec)" in report.to_html()
+
+
 def test_repr_is_a_dozen_lines():
     """The verdict and the findings; where the rest is."""
     found = tuple(Finding("nan_output", "fail", f"layer{i}", "word " * 60, "do") for i in range(30))

@@ -16,7 +16,7 @@ from utils import ModelAdapter, ModelSpec
 from utils.tier1_critical_validation import TIER1
 from utils.validation.learnability import _reproduction
 from utils.validation.reproduction import fitted, on_a_copy
-from utils.validation.runner import WITHOUT_LINES
+from utils.validation.runner import WITHOUT_LINES, run_checks
 from utils.validation.show import reproduce
 
 CODES = sorted({code for check in TIER1 for code in check.codes})
@@ -251,6 +251,9 @@ def test_what_the_user_stated_is_part_of_the_lines():
     spec = ModelSpec(example_inputs={"x": torch.randn(4, 8)})
     finding = finding_of("zero_gradient", Rounded(), None, spec)
     assert "ModelAdapter(trial, spec=spec)" in finding.reproduction
+    checks = [check for check in TIER1 if check.id == "embedding_scale"]
+    assert run_checks(ModelAdapter(Rounded(), spec=spec), checks, progress=False).arguments == ", spec=spec"
+    assert run_checks(ModelAdapter(Rounded()), checks, progress=False).arguments == ""
 
 
 def test_a_model_that_no_call_can_run_shows_why(tiny):

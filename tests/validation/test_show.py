@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from torch import nn
 
 import utils
 from utils.adapters import ModelAdapter, ModelSpec
@@ -49,6 +50,40 @@ def test_unknown_code(tiny):
     """The error lists what there is."""
     with pytest.raises(ConfigError, match=r"No check looks for 'nonsense'. The codes are .*future_leakage, "):
         utils.show("nonsense", tiny.GPT())
+
+
+def test_the_name_of_a_check_and_a_slip_are_told_what_was_meant(tiny):
+    """Nobody has to read all codes to find one."""
+    with pytest.raises(ConfigError, match="'causality'. It is the name of a check. Its codes are future_leakage."):
+        utils.show("causality", tiny.GPT())
+    with pytest.raises(ConfigError, match="Did you mean 'future_leakage'?"):
+        utils.show("future_leak", tiny.GPT())
+
+
+def test_a_code_that_any_pass_can_meet(tiny):
+    """No check looks for it, so all of them run."""
+    shown = utils.show("timed_out", tiny.GPT())
+    assert not shown.found and len(shown.results) == len(TIER1)
+
+
+class Chatty(nn.Module):
+    """Prints in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, input_ids):
+        print("a word from the model")
+        return self.head(self.embed(input_ids))
+
+
+def test_what_a_model_prints_is_caught(capfd):
+    """By the adapter, its facts and the evidence alike."""
+    adapter = ModelAdapter(Chatty())
+    assert "Chatty" in repr(adapter) and adapter._repr_html_()
+    assert not utils.show("future_leakage", adapter).found
+    assert capfd.readouterr().out == ""
 
 
 def test_every_code_has_a_meaning_and_a_check():

@@ -43,6 +43,7 @@ from utils.adapters.troubles import first_line, gpu_missing, ids_unreadable, nee
 from utils.adapters.wrapping import compiled_parts, lazy_parameters, uncompiled, unwrapped
 from utils.runtime.errors import AdapterError, SeedbedError
 from utils.runtime.isolation import ModelChangedError, preserved
+from utils.runtime.printing import captured_output
 from utils.runtime.rehearsal import rehearse_once
 from utils.runtime.seeding import isolated_streams
 
@@ -327,9 +328,9 @@ class ModelAdapter:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """Run a block in eval mode without gradients inside `preserved`; `changed` notes what happened to weights."""
+        """Run a block in eval mode without gradients or output; `changed` notes what happened to the weights."""
         try:
-            with preserved(self.module, "adapter"), torch.no_grad():
+            with captured_output(), preserved(self.module, "adapter"), torch.no_grad():
                 self.module.eval()
                 yield
         except ModelChangedError as error:
@@ -348,7 +349,7 @@ class ModelAdapter:
         Raises:
             AdapterError: No call ran, so nothing gives the parameters their shapes.
         """
-        with isolated_streams("adapter"), torch.no_grad():
+        with captured_output(), isolated_streams("adapter"), torch.no_grad():
             self._find_inputs()
         if self.failure is not None or lazy_parameters(self.module):
             raise AdapterError(

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from utils.loading.arguments import bind
+from utils.loading.arguments import bind, config_reads, misspelt
 from utils.loading.config import constructor_settings
 from utils.loading.namespace import describe, execute, forget, late, locate
 from utils.loading.selection import choose
-from utils.loading.source import Source
+from utils.loading.source import CONFIG_FILE, Source
 from utils.runtime.dispatch import weightless
 from utils.runtime.errors import InstantiationError, SeedbedError
 from utils.runtime.rehearsal import Notes, rehearse
@@ -125,6 +125,7 @@ def instantiate(source: Source, config: Mapping[str, Any], seed: int = 0, second
         if isinstance(maker, type):
             _check_inputs(maker)
         _guarded(lambda: bind(maker, settings, entry), name, package, seconds)
+        said += misspelt(maker, settings, entry)
         _rehearse(build, name, package, seconds)
         sizes: list[int] = []
 
@@ -135,7 +136,10 @@ def instantiate(source: Source, config: Mapping[str, Any], seed: int = 0, second
 
         notes = said + _guarded(lambda: probe_on_meta(sized, name), name, package, seconds)
         building = seconds + SECONDS_PER_BILLION * sum(sizes) / 1e9
-        module = _guarded(build, name, package, building)
+        try:
+            module = _guarded(build, name, package, building)
+        except InstantiationError as error:
+            raise _unset(error, maker, settings, entry, source) or error from error.__cause__
         if not isinstance(module, nn.Module):
             raise InstantiationError(
                 f"{name}() returned a {type(module).__name__}.", "Expected a torch.nn.Module.", "Correct its return."
@@ -145,6 +149,29 @@ def instantiate(source: Source, config: Mapping[str, Any], seed: int = 0, second
         forget(package)
         raise
     return Built(module, lambda: _guarded(build, name, package, building), notes)
+
+
+def _unset(
+    error: InstantiationError,
+    maker: Callable[..., Any],
+    settings: Mapping[str, Any],
+    entry: ModuleType,
+    source: Source,
+) -> InstantiationError | None:
+    """Return a better error when the constructor failed on a setting that it reads from its config, and nobody set."""
+    cause = error.__cause__
+    name, reads = config_reads(maker, entry)
+    unset = [key for key in reads if key not in settings]
+    missed = cause.args[0] if isinstance(cause, KeyError) and cause.args else getattr(cause, "name", None)
+    if not isinstance(cause, KeyError | AttributeError) or missed not in unset:
+        return None
+    have = ", ".join(sorted(settings)) or "nothing"
+    where = f"the config sets {have}" if settings or CONFIG_FILE in source.files else f"there is no {CONFIG_FILE}"
+    return InstantiationError(
+        f"{maker.__name__} reads {', '.join(unset)} from {name}, and {where}. {error.found}",
+        f"Expected {CONFIG_FILE} beside {source.entry}, or config=, with these settings.",
+        f"For example config={{{missed!r}: ...}}.",
+    )
 
 
 def _size(module: Any) -> int:

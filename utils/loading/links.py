@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from utils.loading.github_api import GitHubClient
 from utils.loading.reference import parse_reference
-from utils.runtime.errors import ConfigError, FetchError
+from utils.runtime.errors import ConfigError, FetchError, ModelReferenceError
 from utils.runtime.files import write_atomic
 from utils.runtime.project import REPOSITORY
 
@@ -93,20 +93,21 @@ def prefilled_notebook(notebook: str, reference: str, directory: Path | str = ".
 
     Args:
         notebook: ``"template"`` or ``"training"``.
-        reference: The model; empty leaves the form empty.
+        reference: The model; empty leaves the form empty, and a path becomes absolute, since the copy may move.
         directory: Where the copy goes; a notebook of this project is never overwritten.
 
     Raises:
         ConfigError: See `filled_notebook`; or the directory holds the notebook itself or is none.
     """
     folder = Path(directory).expanduser()
-    text = filled_notebook(notebook, reference)
+    named = _anywhere(reference)
+    text = filled_notebook(notebook, named)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder.", "Expected an existing one.", "Make it first.")
     path = _free(folder / f"{notebook}-{_slug(reference)}.ipynb", text)
     write_atomic(path, text)
     steps = ["Open the copy: on Drive by double-click, in Colab with File > Upload notebook, or locally with Jupyter."]
-    return NotebookLink(reference, str(path), "", False, tuple(steps + _unstamped()))
+    return NotebookLink(named, str(path), "", False, tuple(steps + _unstamped()))
 
 
 def model_link(
@@ -128,11 +129,17 @@ def model_link(
         client: Connection to GitHub's API.
 
     Raises:
-        ModelReferenceError: The reference cannot be understood.
+        ModelReferenceError: The reference cannot be understood, or is a path where nothing is.
         ConfigError: See `prefilled_notebook`; or publishing something that is no Gist, or over what is there.
         FetchError: The Gist does not exist, or cannot be changed.
     """
     parsed = parse_reference(reference)
+    if parsed.kind == "path" and not Path(parsed.target).expanduser().exists():
+        raise ModelReferenceError(
+            f"There is no file or folder {parsed.text}.",
+            "Expected a model that the notebook can load.",
+            "Correct the path, or run the command where the model is.",
+        )
     if parsed.kind != "gist":
         if publish:
             raise ConfigError(
@@ -171,6 +178,15 @@ def model_link(
             "then the link opens it."
         ]
     return NotebookLink(parsed.text, written.path, address, publish, tuple(steps + _unstamped()))
+
+
+def _anywhere(reference: str) -> str:
+    """Return a reference that means the same in any folder; what is no reference yet stays as it is."""
+    try:
+        parsed = parse_reference(reference)
+    except ModelReferenceError:
+        return reference
+    return str(Path(parsed.target).expanduser().absolute()) if parsed.kind == "path" else reference
 
 
 def _free(path: Path, text: str) -> Path:

@@ -20,6 +20,7 @@ from utils.loading.reference import EXPECTED, Reference, check_revision, parse_r
 from utils.loading.repository import fetch_repository
 from utils.loading.source import CONFIG_FILE, DEFAULT_MAX_BYTES, Source, read_example, read_path
 from utils.runtime.errors import ConfigError, ModelReferenceError
+from utils.runtime.printing import captured_output, first_printed
 
 
 def load_model(
@@ -44,7 +45,8 @@ def load_model(
     Args:
         reference: Gist id or link, GitHub link, path of a file or folder, ``hub:owner/name``, ``example:NAME``, a
             module, or what `read_code` returned.
-        config: Settings that override those of config.json: a dict, or the path of a JSON file.
+        config: Settings that override those of config.json: a dict, or the path of a JSON file. ``model_name``
+            names the class that is the model, or the function that returns it.
         revision: Commit id (Gist), or branch, tag or commit id (GitHub, Hub) to load.
         trust: Run code that the audit does not know to be harmless.
         token: Access token for GitHub or the Hub. Default: ``GITHUB_TOKEN`` or ``HF_TOKEN`` from Colab's secrets, else
@@ -80,7 +82,9 @@ def load_model(
     settings = {**(parse_config(files[CONFIG_FILE]) if CONFIG_FILE in files else {}), **overrides}
     if not trust:
         code.audit.require_harmless()
-    built = instantiate(code.source, settings, seed, time_limit)
+    with captured_output() as printed:
+        built = instantiate(code.source, settings, seed, time_limit)
+    said = first_printed(printed)
     return LoadedModel(
         module=built.module,
         config=settings,
@@ -90,7 +94,7 @@ def load_model(
         revision=code.source.revision,
         sha256=code.source.sha256,
         audit=code.audit,
-        notes=built.notes,
+        notes=built.notes + ((f"It printed while it was built: {said}",) if said else ()),
         build=built.build,
     )
 

@@ -1,9 +1,11 @@
 """Which of the classes in a model's source is the model."""
 
 import ast
+import inspect
 import re
+import textwrap
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -17,10 +19,11 @@ _CLASS_NAME = re.compile(r"[A-Z]\w*", re.ASCII)
 def choose(
     module: ModuleType, source: Source, config: Mapping[str, Any]
 ) -> tuple[Callable[..., nn.Module], tuple[str, ...]]:
-    """Return the class, or the function ``build_model``, that makes the model.
+    """Return the class or the function that makes the model.
 
-    In this order: the class that ``model_name`` in the config names exactly, ``build_model()``, ``Model``,
-    ``CustomTransformer``, and the one root class, which is a class of ``model.py`` that no other class there uses.
+    In this order: the class or function that ``model_name`` in the config names exactly, ``build_model()``, ``Model``,
+    ``CustomTransformer``, and the one root class, which is a class of ``model.py`` that no other class there uses or
+    is built from.
 
     Returns:
         The maker, and a note when ``model_name`` in the config names no class, as a title such as "My GPT" does.
@@ -32,8 +35,9 @@ def choose(
     files, own = source.files, source.entry
     name = config.get("model_name")
     package = module.__name__.partition(".")[0]
-    if isinstance(name, str) and _is_model(vars(module).get(name), package):
-        return vars(module)[name], ()
+    named = vars(module).get(name) if isinstance(name, str) else None
+    if named is not None and (_is_model(named, package) or _is_own_function(named, package)):
+        return named, ()
     maker = _by_convention(module, source)
     if name is None:
         return maker, ()
@@ -87,11 +91,54 @@ def _by_convention(module: ModuleType, source: Source) -> Callable[..., nn.Modul
     if len(roots) == 1:
         return candidates[roots[0]]
     listed = ", ".join(roots or candidates)
+    # Parts stand above the whole that is made of them, so the last class is the likeliest.
+    likeliest = (roots or list(candidates))[-1]
+    makers = factories(module, likeliest)
     raise InstantiationError(
         f"{source.entry} defines {len(roots or candidates)} classes that could be the model: {listed}.",
         "Expected exactly one class that no other class uses as a part.",
-        'Say which is meant: {"model_name": "' + (roots or list(candidates))[0] + '"} in config.json or in config=.',
+        f'Say which is meant: {{"model_name": "{(makers or [likeliest])[0]}"}} in config.json or in config=; '
+        "it may be a class, or a function that returns the model.",
     )
+
+
+def factories(module: ModuleType, name: str) -> list[str]:
+    """Return the functions of a module that can be called without arguments, use a class and return something."""
+    functions = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, FunctionType) and value.__module__ == module.__name__ and value.__name__ == key
+    }
+    users, grown = {name}, True
+    while grown:
+        found = {key for key, value in functions.items() if users & set(value.__code__.co_names)} - users
+        users, grown = users | found, bool(found)
+    return [key for key, value in functions.items() if key in users and _needs_nothing(value) and _returns(value)]
+
+
+def _needs_nothing(function: FunctionType) -> bool:
+    return all(
+        parameter.default is not parameter.empty or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        for parameter in inspect.signature(function).parameters.values()
+    )
+
+
+def _returns(function: FunctionType) -> bool:
+    """Whether a function returns a value, as ``main`` seldom does."""
+    tree = syntax(function)
+    return tree is not None and any(isinstance(node, ast.Return) and node.value for node in ast.walk(tree))
+
+
+def syntax(item: Callable[..., Any]) -> ast.Module | None:
+    """Return the syntax tree of a class or function, or None where its text is unknown."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(item)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _is_own_function(value: Any, package: str) -> bool:
+    return isinstance(value, FunctionType) and str(value.__module__).startswith(package + ".")
 
 
 def _is_model(value: Any, package: str) -> bool:
@@ -99,9 +146,17 @@ def _is_model(value: Any, package: str) -> bool:
 
 
 def _parts(text: str, candidates: set[str]) -> set[str]:
-    """Return the candidates that another candidate uses, directly or through functions and tables of the file."""
+    """Return the candidates that another candidate uses, directly or through functions and tables of the file.
+
+    A class that is handed to another one, as in ``ResNet(BasicBlock, [2, 2])``, is a part of it.
+    """
     uses: dict[str, set[str]] = {}
-    for statement in ast.parse(text).body:
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in candidates:
+            given = (*node.args, *(keyword.value for keyword in node.keywords))
+            uses.setdefault(node.func.id, set()).update(item.id for item in given if isinstance(item, ast.Name))
+    for statement in tree.body:
         names = {
             node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
         }

@@ -37,6 +37,12 @@ class Printed:
         self.start += text[: KEPT - len(self.start)]
 
 
+def first_printed(printed: Printed, width: int = 200) -> str:
+    """Return the first line that holds anything, cut to a width, or nothing."""
+    line = next((line.strip() for line in printed.start.splitlines() if line.strip()), "")
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
 class _Catcher(io.TextIOBase):
     """Stands for ``sys.stdout`` or ``sys.stderr``; only one thread's text is caught."""
 

@@ -24,6 +24,7 @@ from utils.validation.probing import (
     longest_length,
     short_length,
 )  # fmt: skip
+from utils.validation.reproduction import OTHER_TOKENS
 
 SIGHT_LENGTH = 12
 CONTENTS = 3
@@ -365,8 +366,10 @@ def _finding(
     single[:, cut] = changed[name][:, cut]
     difference = (logits(adapter, {**inputs, name: single})[:, :cut] - base[:, :cut]).abs()
     alone = difference.amax(dim=(0, *range(2, difference.dim())))
-    if float(alone.max()) > max(0.01 * change, 100 * entry["noise"]):
+    if float(alone.max()) > max(0.01 * change, 100 * entry["noise"], entry["tolerance"]):
         what, change, position = f"{word} {cut} changes", float(alone.max()), int(alone.argmax())
+        # The table tells the same number as the finding.
+        entry |= {"change": change, "position": position, "to": cut}
     message = (
         f"{what} the logits at position {position} (|change| {change:.2g}, noise {entry['noise']:.0g}, length {length})"
     )
@@ -381,7 +384,7 @@ def _reproduction(adapter: ModelAdapter, length: int, cut: int) -> str:
     return (
         f"import torch; model.eval(); a = torch.randint({top}, (1, {length}))\n"
         f"b = a.clone(); b[:, {cut}:] = (b[:, {cut}:] + 1) % {top}\n"
-        f"print((model(a)[:, :{cut}] - model(b)[:, :{cut}]).abs().max())"
+        f"print((model(a)[:, :{cut}] - model(b)[:, :{cut}]).abs().max())\n{OTHER_TOKENS}"
     )
 
 

@@ -60,6 +60,8 @@ def check_embedding_scale(adapter: ModelAdapter, budget: Budget) -> Outcome:
     if not looks_untrained(adapter.module):
         # Training gives positions the scale that serves them.
         raise Skipped("the model is trained")
+    if adapter.failure is not None:
+        raise AdapterError(adapter.failure)
     inputs = adapter.example_inputs(SAMPLES, adapter.legal_length(LENGTH)) if has_length(adapter) else _images(adapter)
     streams = _first_streams(adapter, inputs)
     if not streams:

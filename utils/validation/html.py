@@ -15,7 +15,7 @@ from utils.validation.svg import bar_chart
 if TYPE_CHECKING:
     from utils.validation.report import ValidationReport
 
-STYLE = """
+RULES = """
 .seedbed-report{--ink:#1c2024;--soft:#5b6570;--line:#d8dde3;--paper:#fff;--card:#f6f8fa;--fail:#b42318;--warn:#8a5a00;
 --pass:#1a7f37;--skip:#5b6570;--bar:#4878b0;color:var(--ink);background:var(--paper);font:14px/1.5 system-ui,sans-serif;
 max-width:1000px;padding:16px;box-sizing:border-box}
@@ -32,11 +32,13 @@ border-radius:0 4px 4px 0}
 .seedbed-report .finding.is-warn{border-left-color:var(--warn)}
 .seedbed-report .finding p{margin:2px 0}
 .seedbed-report code,.seedbed-report pre{font:12.5px/1.45 ui-monospace,monospace;background:none;color:inherit;
-overflow-wrap:anywhere}
+overflow-wrap:anywhere;padding:0}
 .seedbed-report pre{white-space:pre-wrap;margin:6px 0;max-height:320px;overflow:auto}
-.seedbed-report table{border-collapse:collapse;width:100%;margin:14px 0;background:none;color:inherit}
-.seedbed-report th,.seedbed-report td{text-align:left;vertical-align:top;padding:5px 10px 5px 0;
-border-bottom:1px solid var(--line);background:none;color:inherit}
+.seedbed-report table{border-collapse:collapse;table-layout:auto;width:100%;margin:14px 0;background:none;color:inherit;
+font-size:inherit}
+.seedbed-report thead,.seedbed-report tr,.seedbed-report tbody tr:hover{border:none;background:none}
+.seedbed-report th,.seedbed-report td{text-align:left;vertical-align:top;padding:5px 10px 5px 0;line-height:inherit;
+border:none;border-bottom:1px solid var(--line);background:none;color:inherit}
 .seedbed-report td:first-child code{white-space:nowrap}
 .seedbed-report td.number,.seedbed-report th.number{text-align:right;max-width:130px;
 font-variant-numeric:tabular-nums;overflow-wrap:break-word}
@@ -45,6 +47,7 @@ font-variant-numeric:tabular-nums;overflow-wrap:break-word}
 .seedbed-report td.warn{color:var(--warn)}.seedbed-report td.skip{color:var(--skip)}
 .seedbed-report details{margin:4px 0 0}
 .seedbed-report summary{cursor:pointer;color:var(--soft)}
+.seedbed-report td p{margin:2px 0}
 .seedbed-report td details{margin:0;font-size:12.5px}
 .seedbed-report h3{font-size:14px;margin:18px 0 4px;border-bottom:1px solid var(--line)}
 .seedbed-report .pictures{display:flex;flex-wrap:wrap;gap:8px 28px}
@@ -54,6 +57,8 @@ font-variant-numeric:tabular-nums;overflow-wrap:break-word}
 @media (max-width:700px){.seedbed-report{padding:10px}.seedbed-report th.number,.seedbed-report td.number{display:none}}
 .seedbed-report svg rect{fill:var(--bar)}.seedbed-report svg text{fill:var(--soft);font:10px system-ui,sans-serif}
 """
+STYLE = RULES.replace(".seedbed-report", 3 * ".seedbed-report")
+"""The rules, each more specific than what Jupyter says of tables: two classes, a pseudo-class at most, two elements."""
 VERDICT_CLASS = {"READY": "pass", "DESCRIBED": "skip", "NOT READY": "fail", "INCOMPLETE": "warn"}
 BADGE_COLOURS = {"pass": "#1a7f37", "fail": "#b42318", "warn": "#8a5a00", "skip": "#5b6570"}
 
@@ -80,7 +85,7 @@ def report_fragment(report: "ValidationReport") -> str:
         f'<p class="verdict"><b class="{VERDICT_CLASS[report.verdict]}">{escape(report.verdict)}</b>'
         f"{escape(report.sentence)}</p>",
         f'<p class="soft">{escape(report.scope)}</p>',
-        *(finding_html(finding) for finding in report.findings),
+        *(finding_html(finding, report.arguments) for finding in report.findings),
         "<table><thead><tr><th>check</th><th>status</th><th class='number'>value</th>"
         "<th class='number'>threshold</th><th class='number'>seconds</th><th>why</th></tr></thead><tbody>",
         *(_row(result, told=True) for result in folded(report.results)),
@@ -113,8 +118,13 @@ def result_html(result: CheckResult) -> str:
     return f'<div class="seedbed-report"><style>{STYLE}</style>{body}{table}</div>'
 
 
-def finding_html(finding: Finding) -> str:
-    """Return one finding: what, where, evidence, why it matters, what to do."""
+def finding_html(finding: Finding, arguments: str = "") -> str:
+    """Return one finding: what, where, evidence, why it matters, what to do.
+
+    Args:
+        finding: What was found.
+        arguments: What `utils.show` takes beside the model.
+    """
     lines = [
         f'<p><b class="{finding.severity}">{finding.severity}</b> <b>{escape(finding.code)}</b> '
         f"<code>{escape(finding.where)}</code></p>",
@@ -125,7 +135,7 @@ def finding_html(finding: Finding) -> str:
     lines.append(f"<p><b>Fix:</b> {escape(finding.hint)}</p>")
     if finding.location:
         lines.append(f"<p><b>Code:</b> <code>{escape(finding.location)}</code></p>")
-    lines.append(f"<p><b>See it:</b> <code>utils.show(&quot;{escape(finding.code)}&quot;, model)</code></p>")
+    lines.append(f"<p><b>See it:</b> <code>utils.show(&quot;{escape(finding.code)}&quot;, model{arguments})</code></p>")
     if finding.reproduction:
         lines.append(f"<details><summary>reproduce it</summary><pre>{escape(finding.reproduction)}</pre></details>")
     return f'<div class="finding is-{finding.severity}">{"".join(lines)}</div>'

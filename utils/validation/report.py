@@ -83,6 +83,8 @@ class ValidationReport:
     """The tiers that ran."""
     detections: tuple[dict[str, Any], ...] = ()
     """What was found out about the model, each fact with its reason."""
+    arguments: str = ""
+    """What `utils.show` takes beside the model to find the same, such as ``, spec=spec``."""
 
     @property
     def failures(self) -> tuple[CheckResult, ...]:
@@ -173,7 +175,7 @@ class ValidationReport:
             lines += _wrap(meaning, " " * 10) if meaning else []
             lines += _wrap(f"Fix: {finding.hint}", " " * 10)
             lines += _wrap(f"Code: {finding.location}", " " * 10) if finding.location else []
-            lines.append(f'{"":10}See it: utils.show("{finding.code}", model)')
+            lines.append(f'{"":10}See it: utils.show("{finding.code}", model{self.arguments})')
             lines += [f"{'':12}{line}" for line in finding.reproduction.splitlines()]
         lines += ["", f"{'check':<20} {'status':<6} {'value':>12} {'threshold':>12} {'seconds':>8}  why"]
         for result in folded(self.results):

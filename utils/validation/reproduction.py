@@ -28,6 +28,8 @@ READERS = {
 BACKWARD = "y = a.logits(x); a.loss(y, a.random_labels(y)).backward()"
 GRADIENTS = "print({n: float(p.grad.norm()) for n, p in m.named_parameters() if p.grad is not None})"
 
+OTHER_TOKENS = "# These are other tokens than the check's, so the number differs. It is about 0 where nothing leaks."
+
 
 def default_lines(adapter: ModelAdapter, finding: Finding) -> str:
     """Return lines that show a finding, empty where there are none for its code.
@@ -139,11 +141,16 @@ def ignored(adapter: ModelAdapter, name: str, value: Tensor) -> str:
     return f"{opening(adapter)}\nprint((a.logits(x) - a.logits({{**x, {name!r}: {other}}})).abs().max())"
 
 
-def _adapter(adapter: ModelAdapter) -> str:
-    """Return the expression for the adapter, with what the user stated."""
+def more_arguments(adapter: ModelAdapter) -> str:
+    """Return what is to be written behind ``model`` where a model was validated with a config or a spec."""
     stated = any(getattr(adapter.spec, field.name) is not field.default for field in fields(adapter.spec))
     bare = isinstance(adapter.origin, nn.Module) and adapter.config and not hasattr(adapter.module, "config")
-    return f"ModelAdapter(model{', config=config' if bare else ''}{', spec=spec' if stated else ''})"
+    return (", config=config" if bare else "") + (", spec=spec" if stated else "")
+
+
+def _adapter(adapter: ModelAdapter) -> str:
+    """Return the expression for the adapter, with what the user stated."""
+    return f"ModelAdapter(model{more_arguments(adapter)})"
 
 
 def _inputs(adapter: ModelAdapter, length: int | None = None, samples: int = 2) -> str:
@@ -210,7 +217,7 @@ def _later_tokens(adapter: ModelAdapter, finding: Finding) -> str:
     if value.is_floating_point():
         later = f"torch.randn_like(i[:, {cut}:])"
     other = f"torch.cat([(i := x[{name!r}])[:, :{cut}], {later}], 1)"
-    return f"print((a.logits(x) - a.logits({{**x, {name!r}: {other}}}))[:, :{cut}].abs().max())"
+    return f"print((a.logits(x) - a.logits({{**x, {name!r}: {other}}}))[:, :{cut}].abs().max())\n{OTHER_TOKENS}"
 
 
 def _padding_row(adapter: ModelAdapter, finding: Finding) -> str:

@@ -20,7 +20,7 @@ from utils.validation.codes import CALLED, MADE, OF_NAN, RAISED
 from utils.validation.containment import NOT_RUN, UnusableModel, contained
 from utils.validation.probing import ModelCrash, crash_line, first_line, is_out_of_memory
 from utils.validation.report import ValidationReport
-from utils.validation.reproduction import copyable, default_lines, on_a_copy
+from utils.validation.reproduction import copyable, default_lines, more_arguments, on_a_copy
 
 CHANGED = "state_across_calls"
 CRASHED = "crash on a legal input"
@@ -85,6 +85,7 @@ def run_checks(
         seconds=time.perf_counter() - started,
         tiers=tuple(sorted({check.tier for check in checks})),
         detections=tuple(adapter.describe() if adapter.failure is None else ()),
+        arguments=more_arguments(adapter),
     )
 
 

@@ -1,5 +1,6 @@
 """One finding, reproduced: its check runs again, alone, and the evidence is shown as numbers and pictures."""
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -18,6 +19,8 @@ from utils.validation.probing import has_length
 from utils.validation.runner import run_check
 
 MATRIX_LENGTH = 24
+ANYWHERE = ("process_died", "timed_out")
+"""Codes that no check looks for and that any pass of a model can meet."""
 SECONDS = 30.0
 
 
@@ -63,10 +66,9 @@ def reproduce(code: str, adapter: ModelAdapter, checks: Sequence[Check]) -> Show
     Raises:
         ConfigError: No check looks for this code.
     """
-    wanted = [check for check in checks if code in check.codes]
+    wanted = [check for check in checks if code in check.codes or code in ANYWHERE]
     if not wanted:
-        known = sorted({name for check in checks for name in check.codes})
-        raise ConfigError(f"No check looks for {code!r}.", f"The codes are {', '.join(known)}.")
+        raise _unknown(code, checks)
     results = tuple(run_check(adapter, check, SECONDS / len(wanted)) for check in wanted)
     findings = [finding for result in results for finding in result.findings if finding.code == code]
     numbers: dict[str, Any] = {result.check: result.details for result in results}
@@ -78,6 +80,18 @@ def reproduce(code: str, adapter: ModelAdapter, checks: Sequence[Check]) -> Show
         numbers, pictures = numbers | more, [*drawn, *pictures]
     text = "; ".join(f"{finding.where}: {finding.message}" for finding in findings)
     return Shown(code, bool(findings), text or "not found in this model", numbers, tuple(pictures), results)
+
+
+def _unknown(code: str, checks: Sequence[Check]) -> ConfigError:
+    """Return the error for a code that there is not, with the one that was probably meant."""
+    known = sorted({*ANYWHERE, *(name for check in checks for name in check.codes)})
+    found, listed = f"No check looks for {code!r}.", f"The codes are {', '.join(known)}."
+    # The name of a check is what the report's first column shows.
+    named = next((check.codes for check in checks if check.id == code), ())
+    if named:
+        return ConfigError(f"{found} It is the name of a check.", f"Its codes are {', '.join(named)}.")
+    close = difflib.get_close_matches(str(code), known, n=1)
+    return ConfigError(found, listed, f"Did you mean {close[0]!r}?" if close else "")
 
 
 def _influence(adapter: ModelAdapter, numbers: dict[str, Any]) -> tuple[dict[str, Any], list[Picture]]:
