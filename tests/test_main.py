@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -36,7 +37,7 @@ def test_tier_2_and_the_badge(tmp_path, tiny, capsys):
     assert json.loads(capsys.readouterr().out)["verdict"] == "DESCRIBED"
     assert ">described</text>" in badge.read_text()
     assert main([*validate, "--tiers", "two"]) == 2
-    assert "Tier two was asked for" in capsys.readouterr().out
+    assert "Tier 'two' was asked for" in capsys.readouterr().out
 
 
 def test_validate_train_resume_export(tmp_path, tiny, text, capsys):
@@ -48,8 +49,22 @@ def test_validate_train_resume_export(tmp_path, tiny, text, capsys):
     train = ["train", "example:gpt", "--model-config", tiny, "--data", text, "--run-dir", run, "--batch-size", "4"]
     assert main([*train, "--max-steps", "6", "--time-budget-minutes", "1e-9", "--quiet"]) == 1
     assert "stopped by its time budget at step 1 of 6" in capsys.readouterr().out
+    assert main(["report", run]) == 0
+    said = capsys.readouterr().out
+    assert "status  stopped by its time budget" in said and f"continue with: python -m utils resume {run}" in said
+    # What a kill leaves: checkpoints, and no word on how the session ended.
+    (tmp_path / "run" / "summary.json").unlink()
+    assert main(["report", run]) == 0
+    said = capsys.readouterr().out
+    assert "status  killed, or still running\nstep  1\ntotal_steps  6\n" in said
+    assert f"continue with: python -m utils resume {run}" in said
     assert main(["resume", run, "--time-budget-minutes", "60", "--json", "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out)["status"] == "finished"
+    ended = json.loads(capsys.readouterr().out)
+    assert ended["status"] == "finished" and ended["notes"] == []
+    assert main(["resume", run, "--quiet"]) == 0
+    assert "The run was finished already; nothing was trained." in capsys.readouterr().out
+    assert main(["report", run]) == 0
+    assert "continue with" not in capsys.readouterr().out
     assert main(["export", run, str(tmp_path / "out"), "--formats", "safetensors", "--quiet"]) == 0
     assert "safetensors" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -76,6 +91,13 @@ def test_a_fault_gives_status_1_and_the_finding(tmp_path, capsys):
         (["validate", "example:gtp"], "There is no example named 'gtp'"),
         (["resume", "nowhere"], "RunError: There is no directory nowhere"),
         (["validate", "example:gpt", "--model-config", "absent.json"], "absent.json cannot be read as JSON"),
+        (["validate", ""], "ModelReferenceError: The reference is empty. "),
+        (
+            ["validate", "example:gpt", "--html", "."],
+            "--html '.' is a folder. Expected a file's path. Add a name, such as",
+        ),
+        (["validate", "example:gpt", "--badge", ""], "--badge '' is empty. Expected a file's path. Give one"),
+        (["benchmark", "example:gpt", "--html", f"{__file__}/x"], "test_main.py is no folder that can be written."),
         (["train", "example:gpt", "--run-dir", "x", "--learning-rate", "1e9"], "learning_rate is 1000000000.0"),
         (["train", "example:gpt", "--run-dir", "x", "--max-epochs", "1", "--max-steps", "3"], "exactly one of them"),
     ],
@@ -95,6 +117,22 @@ def test_ctrl_c_is_one_line_and_status_130(tiny, capsys, monkeypatch):
     assert main(["validate", "example:gpt", "--model-config", tiny, "--quiet"]) == 130
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "Interrupted.\n")
+
+
+def test_what_loading_found_is_told_before_the_model_is_validated(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.tier1_critical_validation.validate", interrupted)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nclass Net(nn.Linear):\n    def __init__(self, width=4):\n"
+        "        super().__init__(width, width)\n"
+    )
+    (tmp_path / "own.json").write_text('{"widht": 8}')
+    arguments = ["validate", str(tmp_path / "net.py"), "--model-config", str(tmp_path / "own.json"), "--json"]
+    assert main(arguments) == 130
+    captured = capsys.readouterr()
+    assert "note: Net takes no widht, which was left out; did you mean width?" in captured.err and not captured.out
 
 
 def test_errors_as_json(capsys):
@@ -276,6 +314,40 @@ def test_it_runs_as_a_module(root):
     assert result.stdout.startswith("Seedbed 0.")
 
 
+def test_without_torch_it_says_which_environment_to_use(root):
+    """The first command on a new machine, before anything is installed: no site-packages, as in a bare Python."""
+    result = subprocess.run([sys.executable, "-S", "-m", "utils"], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert " has no package " in result.stderr and "Run 'make environment' once, then " in result.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_is_no_error(root, tmp_path, unbuffered):
+    """As in ``| head``, whether it is noticed at once or at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "utils", "link", "example:gpt", "--output", str(tmp_path)]
+    buffering = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(command, cwd=root, env=buffering, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_report_is_printed_even_if_its_file_cannot_be_written(tmp_path, tiny, capsys, monkeypatch):
+    """The disk may fill up while the checks run."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.validation.report.write_atomic", full)
+    page = str(tmp_path / "x.html")
+    validate = ["validate", "example:gpt", "--model-config", tiny, "--quiet", "--tiers", "2", "--time-budget", "1"]
+    assert main([*validate, "--html", page, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["verdict"] == "DESCRIBED"
+    assert captured.err == f"{page} was not written: No space left on device.\n"
+
+
 RECOMMENDER = """from torch import nn
 
 class Recommender(nn.Module):
@@ -309,6 +381,19 @@ def test_example_inputs_come_from_a_file(tmp_path, capsys, kind):
         pytest.importorskip("safetensors.numpy").save_file({n: numpy.array(v) for n, v in values.items()}, path)
     assert main([*validate, "--example-inputs", str(path)]) == 0
     assert capsys.readouterr().out.startswith("READY  Recommender")
+
+
+def test_lines_to_begin_with_define_the_spec_that_a_finding_uses(tmp_path, capsys):
+    source = "from torch import nn\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    source += "        self.lin = nn.Linear(8, 8)\n\n    def forward(self, x):\n        return self.lin(x)\n"
+    (tmp_path / "net.py").write_text(source)
+    (tmp_path / "x.json").write_text('{"x": [[1.0, 2.0], [3.0, 4.0]]}')
+    arguments = ["validate", str(tmp_path / "net.py"), "--quiet", "--example-inputs", str(tmp_path / "x.json")]
+    assert main(arguments) == 1
+    told, _, lines = capsys.readouterr().out.partition("To see and reproduce a finding in Python, begin with:\n")
+    scope = {}
+    exec(lines, scope)
+    assert 'utils.show("shape_crash", model, spec=spec)' in told and scope["spec"].example_inputs["x"].shape == (2, 2)
 
 
 def test_example_inputs_are_never_unpickled(tmp_path, capsys):

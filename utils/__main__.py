@@ -3,11 +3,14 @@
 ``--config run.yaml`` says everything about a run in one file (`utils.training.run_file`); options override it.
 
 Exit status: 0 when all is well, 1 when a model is not ready, an export failed or a run stopped before its end, 2 when
-the input cannot be used, 130 after an interrupt that no run could turn into a clean stop.
+the input cannot be used, 130 after an interrupt that no run could turn into a clean stop, 141 when whoever reads the
+output has gone.
 """
 
 import argparse
 import json
+import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,17 +18,36 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
-from utils.adapters.spec import ModelSpec
-from utils.runtime.errors import ConfigError, SeedbedError
-from utils.runtime.files import write_atomic
-from utils.runtime.project import VERSION
-from utils.runtime.settings import field_help
-from utils.training.config import NOT_YET, TrainingConfig
-from utils.training.run_file import RunFile
-from utils.ui.command_options import REFERENCE_HELP, add_loading_options, in_options, load, needed, run_file, spec_of
-from utils.ui.shipping_verbs import add_shipping_verbs, run_bundle, run_export, run_generate, run_publish
+try:
+    from utils.adapters.spec import ModelSpec
+    from utils.runtime.errors import ConfigError, SeedbedError
+    from utils.runtime.files import write_atomic
+    from utils.runtime.project import VERSION
+    from utils.runtime.settings import field_help
+    from utils.training.config import NOT_YET, TrainingConfig
+    from utils.training.run_file import RunFile
+    from utils.ui.command_options import (
+        REFERENCE_HELP,
+        add_loading_options,
+        check_writable,
+        in_options,
+        load,
+        needed,
+        run_file,
+        spec_of,
+    )
+    from utils.ui.shipping_verbs import add_shipping_verbs, run_bundle, run_export, run_generate, run_publish
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__" or str(missing.name).startswith("utils"):
+        raise
+    print(
+        f"{sys.executable} has no package {missing.name}. Expected the environment of this project. "
+        "Run 'make environment' once, then '.venv/bin/python -m utils ...' or 'source .venv/bin/activate'.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
-INTERRUPTED = 130
+INTERRUPTED, NOBODY_READS = 130, 141
 DATA = "builtin:python-docs"
 
 
@@ -165,17 +187,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "export": _printed(run_export), "bundle": _printed(run_bundle), "publish": _printed(run_publish),
             "generate": _printed(run_generate), "report": _report, "link": _link,
         }  # fmt: skip
-        return verbs[options.verb](options)
+        status = verbs[options.verb](options)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     except (SeedbedError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return NOBODY_READS
         said = in_options(str(error))
         if options.json:
             print(json.dumps({"error": said, "kind": type(error).__name__}))
         else:
             print(f"{type(error).__name__}: {said}", file=sys.stderr)
         return 2
+
+
+def _nobody_reads() -> bool:
+    """Tell whether standard output has lost its reader, as in ``| head``; then nothing more is written to it."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    # What failed to be written may be gone, so that another flush proves nothing.
+    watch = select.poll()
+    watch.register(number, 0)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    # Python flushes once more at its end, and would complain.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+    return True
 
 
 def _printed(verb: Callable[[argparse.Namespace], tuple[str, int]]) -> Callable[[argparse.Namespace], int]:
@@ -198,7 +242,11 @@ def _validate(options: argparse.Namespace) -> int:
     from utils.tier1_critical_validation import validate
 
     tiers = [_value(part) for part in options.tiers.split(",")]
+    check_writable("--html", options.html)
+    check_writable("--badge", options.badge)
     model = load(options)
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
     spec = spec_of(options, model)
     report = validate(model, tiers, spec, None, options.time_budget, progress=not options.quiet)
     told = tuple(
@@ -210,13 +258,19 @@ def _validate(options: argparse.Namespace) -> int:
         for result in report.results
     )
     report = replace(report, results=told)
-    for path, write in ((options.html, report.to_html), (options.badge, report.badge)):
-        if path:
-            print(f"wrote {write(path).resolve()}", file=sys.stderr)
+    # Minutes may have passed: the report comes first, whatever happens to the files.
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.text())
     if report.findings and not options.json:
         print(f"To see and reproduce a finding in Python, begin with:\n{_lines_to_load(options)}")
-    return 0 if report.passed else 1
+    written = True
+    for path, write in ((options.html, report.to_html), (options.badge, report.badge)):
+        if path:
+            try:
+                print(f"wrote {write(path).resolve()}", file=sys.stderr)
+            except OSError as error:
+                written = False
+                print(f"{path} was not written: {error.strerror or error}.", file=sys.stderr)
+    return (0 if report.passed else 1) if written else 2
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -240,10 +294,13 @@ def _train(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     from utils.training.resume import resume
+    from utils.training.run_report import read_facts
 
     file = run_file(options)
+    directory = needed(options.run_dir or file.run_dir, "run_dir", "DIR", options)
+    before = read_facts(directory).summary.get("status")
     run = resume(
-        needed(options.run_dir or file.run_dir, "run_dir", "DIR", options),
+        directory,
         trust=options.trust,
         time_budget_minutes=options.time_budget_minutes,
         devices=options.devices,
@@ -252,6 +309,8 @@ def _resume(options: argparse.Namespace) -> int:
         mirror=options.mirror or file.mirror,
         progress=not options.quiet,
     )
+    if run.finished and before == run.status:
+        run.notes.append("The run was finished already; nothing was trained.")
     return _show_run(run, options.json)
 
 
@@ -289,6 +348,7 @@ def _benchmark(options: argparse.Namespace) -> int:
 
     file = run_file(options)
     seeds = [_value(part) for part in options.seeds.split(",")]
+    check_writable("--html", options.html)
     comparison = benchmark(
         load(options, file), options.data or file.data or DATA, _config(options, file), options.folder,
         seeds=seeds, spec=ModelSpec(task=options.task or file.task), progress=not options.quiet,
@@ -309,11 +369,22 @@ def _report(options: argparse.Namespace) -> int:
         text, facts, fragment = result.text(), result.to_dict(), result._repr_html_()
     else:
         from utils.training.run_report import read_facts, run_report
+        from utils.training.unfinished import unfinished_runs
 
         written, run = run_report(directory), read_facts(directory)
-        lines = [f"{name}  {value}" for name, value in run.summary.items() if value is not None]
-        text = "\n".join([*lines, f"report  {written}", *written.notes])
-        facts = {"report": str(written.path), "summary": dict(run.summary), "config": run.settings,
+        summary, notes = dict(run.summary), []
+        for waiting in unfinished_runs(directory):
+            if waiting.status == "killed":
+                # The session could not say how it ended; an older summary is that of another step.
+                summary = {
+                    "status": "killed, or still running",
+                    "step": waiting.step,
+                    "total_steps": waiting.total_steps,
+                }
+            notes = [f"continue with: python -m utils resume {directory}"]
+        lines = [f"{name}  {value}" for name, value in summary.items() if value is not None]
+        text = "\n".join([*lines, f"report  {written}", *written.notes, *notes])
+        facts = {"report": str(written.path), "summary": summary, "config": run.settings,
                  "compared_with": list(written.neighbours), "notes": list(written.notes)}  # fmt: skip
         fragment = written._repr_html_()
     if options.html:
@@ -386,7 +457,11 @@ def _lines_to_load(options: argparse.Namespace) -> str:
     given = {"config": options.model_config, "revision": options.revision, "trust": options.trust}
     said = "".join(f", {name}={value!r}" for name, value in given.items() if value)
     lines = f"import utils\nmodel = utils.load_model({options.model!r}{said}).module"
-    return lines + (f"\nspec = utils.ModelSpec(task={options.task!r})" if options.task else "")
+    stated = [f"task={options.task!r}"] if options.task else []
+    if options.example_inputs:
+        lines += "\nfrom utils.loading.example_files import read_examples"
+        stated.append(f"example_inputs=read_examples({options.example_inputs!r}, model)")
+    return lines + (f"\nspec = utils.ModelSpec({', '.join(stated)})" if stated else "")
 
 
 def _value(text: str) -> Any:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 import utils
 from tests.training.test_publish import TOKEN, server  # noqa: F401
 from utils.__main__ import main
+from utils.runtime.errors import ExportError
 from utils.training import TrainingConfig
 from utils.training.resume import train
 
@@ -65,8 +68,33 @@ def test_one_file_drives_bundle_publish_and_generate(runs, bundled, tmp_path, ca
     assert json.loads(capsys.readouterr().out)["weights"] == "the weights after step 12"
     assert main(["publish", "--config", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["repo_id"] == "me/model"
-    assert main(["generate", "--config", str(file), "--tokens", "3", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["ids"]) <= 3
+    assert main(["generate", "--config", str(file), "The", "--tokens", "3", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["prompt"] == "The" and len(written["ids"]) <= 3
+
+
+def test_a_bundle_takes_the_weights_of_the_section_export_unless_its_own_says_others(runs, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(*arguments, weights, **more):
+        asked.append(weights)
+        raise ExportError("Nothing is made.", "Expected nothing.")
+
+    monkeypatch.setattr("utils.training.bundle.bundle", stop)
+    file = tmp_path / "run.yaml"
+    said = f"run_dir: {runs / 'gpt'}\nexport: {{weights: best}}\nbundle: {{directory: {tmp_path / 'out'}"
+    for more in ("", ", weights: last"):
+        file.write_text(f"{said}{more}}}\n")
+        assert main(["bundle", "--config", str(file), "--quiet"]) == 2
+    assert main(["bundle", "--config", str(file), "--weights", "average", "--quiet"]) == 2
+    assert asked == ["best", "last", "average"]
+
+
+def test_publish_works_in_a_process_that_has_imported_nothing_else(bundled, root):
+    command = [sys.executable, "-m", "utils", "publish", str(bundled), "me/model"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Would send" in result.stdout
 
 
 def test_publish_shows_and_sends_with_yes_and_never_says_the_token(bundled, server, capsys):  # noqa: F811
@@ -141,6 +169,8 @@ def test_generate_takes_the_weights_that_were_asked_for(runs, capsys):
         (["generate", "{gpt}", "A", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "{gpt}", "A", "--top-k", "-1"], "top_k is -1"),
         (["generate"], "without RUN, and there is no --config"),
+        (["generate", "{gpt}"], "without PROMPT. Expected a text to go on from"),
+        (["generate", "--config", "{file}"], "without PROMPT. Expected a text to go on from"),
         (["bundle", "{gpt}"], "without DIRECTORY, and there is no --config"),
         (["bundle", "{gpt}", "{out}", "--formats", "gguf"], "The export format 'gguf' is unknown"),
         (["bundle", "--config", "{file}"], "names the run .*missing, and there is none"),

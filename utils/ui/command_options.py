@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def load(options: argparse.Namespace, file: RunFile | None = None) -> Any:
     from utils.loading import load_model
 
     file = file or RunFile()
-    reference = needed(options.model or file.model, "model", "MODEL", options)
+    # An empty text is a reference that says nothing, and the loader tells so.
+    reference = options.model if options.model is not None else needed(file.model, "model", "MODEL", options)
     # Another model than the file's does not take the settings of that one.
     own = file if options.model in (None, file.model) else RunFile()
     config = _read_json(options.model_config) if options.model_config else own.model_config
@@ -71,6 +73,26 @@ def spec_of(options: argparse.Namespace, model: Any, task: str | None = None) ->
 
     examples = read_examples(options.example_inputs, model) if options.example_inputs else None
     return ModelSpec(task=options.task or task, example_inputs=examples)
+
+
+def check_writable(option: str, path: str | None) -> None:
+    """Make sure, before anything takes time, that a file can be written.
+
+    Raises:
+        ConfigError: The path is a folder, or its folder cannot be written.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    if not path or target.is_dir():
+        action = f"Add a name, such as {option} {target / option.strip('-')}." if path else "Give one, or leave it out."
+        raise ConfigError(f"{option} {path!r} is {'a folder' if path else 'empty'}.", "Expected a file's path.", action)
+    # Folders that are missing are made.
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{option} {path}: {folder} is no folder that can be written.", "Expected one.", "Choose another."
+        )
 
 
 def in_options(text: str) -> str:

@@ -45,8 +45,8 @@ def add_shipping_verbs(verb: NewVerb) -> None:
 
     generate = verb("generate", "Let a trained language model go on from a prompt", 'generate runs/first "A list is"')
     generate.add_argument("run_dir", metavar="RUN", nargs="?", help="the run's directory")
-    generate.add_argument("prompt", nargs="?", default="", help="text to go on from (default: a document's start)")
-    generate.add_argument("--config", metavar="FILE", help="run file that names the run")
+    generate.add_argument("prompt", nargs="?", help="text to go on from; '' is a document's start")
+    generate.add_argument("--config", metavar="FILE", help="run file that names the run; then PROMPT can stand alone")
     generate.add_argument("--trust", action="store_true", help="run the model's code even if the audit finds something")
     generate.add_argument("--tokens", type=int, default=100, help="how many to write at most (default: %(default)s)")
     generate.add_argument(
@@ -95,7 +95,8 @@ def run_bundle(options: argparse.Namespace) -> tuple[str, int]:
     file = run_file(options)
     said = file.bundle
     directory = needed(options.directory or said.get("directory"), "bundle.directory", "DIRECTORY", options)
-    weights = _weights(options, said)
+    # Weights that the file chose for the export are meant for whatever is given to others.
+    weights = _weights(options, {"weights": file.export.get("weights"), **said})
     model, spec = _model(options, file)
     made = bundle(
         model, directory, _formats(options.formats or said.get("formats") or BUNDLE_FORMATS), weights=weights,
@@ -121,12 +122,22 @@ def run_generate(options: argparse.Namespace) -> tuple[str, int]:
     from utils.training.generation import generate
     from utils.training.resume import open_run
 
-    directory = needed(options.run_dir or run_file(options).run_dir, "run_dir", "RUN", options)
+    run_dir, prompt, named = options.run_dir, options.prompt, run_file(options).run_dir
+    if prompt is None and named is not None:
+        # The file names the run, so what stands alone is the prompt.
+        run_dir, prompt = named, run_dir
+    directory = needed(run_dir or named, "run_dir", "RUN", options)
+    if prompt is None:
+        raise ConfigError(
+            "python -m utils generate was called without PROMPT.",
+            "Expected a text to go on from.",
+            "Add one in quotes; '' starts where a document starts.",
+        )
     weights = _weights(options, {})
     run = open_run(directory, trust=options.trust)[0]
     with chosen_weights(run, weights) as chosen:
         made = generate(
-            run, options.prompt, options.tokens, temperature=options.temperature, top_k=options.top_k or None,
+            run, prompt, options.tokens, temperature=options.temperature, top_k=options.top_k or None,
             seed=options.seed,
         )  # fmt: skip
     return _said(options, {**made.to_dict(), "weights": chosen.text}, str(made)), 0
