@@ -112,7 +112,7 @@ def test_no_usable_checkpoint_is_an_error_that_lists_what_is_there(manager, mode
         manager.latest()
     (manager.save(1, model, {}) / STATE).unlink()
     with (
-        pytest.warns(UserWarning, match="does not verify"),
+        pytest.warns(UserWarning, match=r"does not verify \(state.pt is missing\)\. It is left on disk"),
         pytest.raises(CheckpointError, match="step-00000001: state.pt is missing"),
     ):
         manager.latest()

@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from utils.runtime.errors import DataError
-from utils.training import corpora
-from utils.training.dataset_utilities import load_data, load_prepared, split_documents
+from utils.training import TrainingConfig, corpora
+from utils.training.dataset_utilities import load_data, load_prepared, prepare_data, split_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -270,6 +271,15 @@ CAUSAL = {"task": "causal_lm", "vocab_size": 300, "max_length": 32}
         ("hub:some/data", CAUSAL, r"hub:some/data cannot be reached \(HF_HUB_OFFLINE is set\).*file:PATH"),
         ("hub:", CAUSAL, "names no dataset"),
         ("file:a.csv?colour=red", CAUSAL, r"has the option 'colour=red'.*one of text, label.*\?text=body&label=stars"),
+        (
+            "file:a.csv?text=body&label=author",
+            {"task": "masked_lm"},
+            r"names 'author' as the label column.*is masked_lm.*takes \?text=COLUMN\. Leave out label=author, or, if "
+            r"text_classification or regression is meant, say ModelSpec\(task=",
+        ),
+        ("hub:a/b?source=en&target=de", CAUSAL, "names 'en' as the source column.*if seq2seq is meant, say"),
+        ("file:a.csv?text=t&stream=true&image=i", CAUSAL, r"as the image column.*Leave out image=i\.$"),
+        ("file:a.csv?text=t", {"task": "regression", "features": 2}, r"as the text column.*takes \?label=COLUMN and"),
         ("file:a.csv?samples=0", CAUSAL, "says 'samples=0'.*whole number above 0"),
         ("builtin:digits?stream=true", CAUSAL, "cannot be read while training.*Leave out stream=true"),
         ("file:a.csv?stream=true", {"task": "seq2seq"}, "read while training, and the model's task is seq2seq"),
@@ -334,3 +344,24 @@ def test_folders_without_text_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match=r"All 1 text files in .* are empty"):
         load_data(f"file:{tmp_path}", **CAUSAL)
+
+
+def test_a_path_alone_is_answered_with_how_to_write_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.csv").write_text("text\na\n")
+    for path in ("book.csv", "./book.csv?text=text", str(tmp_path)):
+        with pytest.raises(DataError, match="does not say what kind it is.*name exists") as caught:
+            load_data(path, **CAUSAL)
+        assert str(caught.value).endswith(f"Write file:{path}")
+    for text in ("absent.csv", ".", "", "a" * 5000, "a\0b"):
+        with pytest.raises(DataError, match="is not available"):
+            load_data(text, **CAUSAL)
+
+
+def test_a_batch_larger_than_the_data_is_told(folder, tiny_gpt):
+    config = TrainingConfig(batch_size=10**6, context_length=16)
+    with pytest.warns(UserWarning, match=r"batch_size is 1000000, and file:.* has \d+ samples.*more than once"):
+        data = prepare_data(tiny_gpt, f"file:{folder}", config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_data(tiny_gpt, data, config.with_changes(batch_size=data.train_samples))

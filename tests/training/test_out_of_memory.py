@@ -60,7 +60,7 @@ def test_the_last_whole_step_is_saved_and_goes_on_to_the_same_end(tmp_path, text
         start(tmp_path / "run", text_file, CONFIG)
     assert str(caught.value) == (
         "Memory ran out in step 7, with batches of 4 (CUDA out of memory. Tried to allocate 2.00 GiB). Expected a step "
-        f"to fit; the state after step 6 is saved. Continue with utils.resume('{tmp_path / 'run'}', batch_size=2): the "
+        f"to fit; the state after step 6 is saved. Try utils.resume('{tmp_path / 'run'}', batch_size=2): the "
         "same samples in each step, in 4 passes."
     )
     again = resume(tmp_path / "run", progress=False)
@@ -110,6 +110,12 @@ def test_batches_must_make_up_the_same_steps():
         with pytest.raises(RunError, match=r"takes 12 samples on each device.*Pass one of 1, 2, 3, 4, 6, 12\."):
             in_batches_of(config, size)
     assert [smaller_batch(config.with_changes(batch_size=n)) for n in (1, 2, 3, 5, 6, 7)] == [0, 1, 1, 2, 3, 2]
+
+
+def test_the_batch_that_is_advised_holds_no_sample_twice():
+    config = TrainingConfig(batch_size=10**6)
+    assert smaller_batch(config) == 500_000
+    assert smaller_batch(config, 300) == 250
 
 
 class Killed(torch.utils.data.Dataset):

@@ -133,8 +133,15 @@ def test_a_stream_has_no_number_of_passes(reference, tiny_gpt):
 
 def test_too_few_documents_to_split_are_refused(tmp_path):
     (tmp_path / "one.txt").write_text(prose(50))
-    with pytest.raises(DataError, match=r"documents to train on and .* held out.*leave out \?stream=true"):
+    with pytest.raises(
+        DataError, match=r"one.txt\?stream=true holds one document\. .*at least 2: .* Leave out \?stream"
+    ):
         load_data(f"file:{tmp_path}/one.txt?stream=true", **CAUSAL)
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(prose(50, number))
+    for share, words in ((1e-9, "and 0 held out.*a larger share"), (1 - 1e-9, "hold 0 documents.*a smaller share")):
+        with pytest.raises(DataError, match=rf"{words}.*leave out \?stream=true"):
+            load_data(f"file:{tmp_path}?stream=true", **CAUSAL | {"validation_share": share})
 
 
 def test_augmenting_a_text_is_refused(reference):

@@ -187,14 +187,16 @@ class CheckpointManager:
             CheckpointError: There is none.
         """
         failures = []
-        for directory in self._directories():
+        directories = self._directories()
+        for directory in directories:
             problem = self.problem(directory)
             if problem is None:
                 self._trust(directory)
                 return Checkpoint(directory, _step(directory))
             failures.append(f"{directory.name}: {problem}")
+            older = "" if directory == directories[-1] else "; the next older one is used"
             warnings.warn(
-                f"The checkpoint {directory.name} does not verify ({problem}); the next older one is used. "
+                f"The checkpoint {directory.name} does not verify ({problem}){older}. "
                 "It is left on disk; delete it when you do not need it.",
                 stacklevel=2,
             )

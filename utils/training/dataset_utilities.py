@@ -34,7 +34,7 @@ from utils.training.hub_data import (
 )
 from utils.training.images import prepare_column, prepare_digits, prepare_folder
 from utils.training.language import prepare_language, prepare_large
-from utils.training.needs import DEFAULT_LENGTH, LANGUAGE_TASKS, Needs
+from utils.training.needs import COLUMNS, DEFAULT_LENGTH, LANGUAGE_TASKS, Needs
 from utils.training.prepared_data import PreparedData, load_prepared
 from utils.training.references import (
     IMAGE_BUILTINS,
@@ -123,7 +123,9 @@ def load_for(reference: object, needs: Needs) -> PreparedData:
     if is_dataset(reference):
         data = _from_tables(*object_tables(reference), {}, needs, object_name(reference))
     elif isinstance(reference, str):
-        data = _from_reference(parse_reference(reference), needs)
+        parsed = parse_reference(reference)
+        _check_columns(parsed, needs)
+        data = _from_reference(parsed, needs)
     else:
         raise DataError(
             f"Data given as {type(reference).__module__}.{type(reference).__qualname__} is not available.",
@@ -146,7 +148,7 @@ def prepare_data(model: Any, reference: object, config: TrainingConfig | None = 
         DataError: See `load_data`; or prepared data holds ids or classes that the model does not know.
 
     Warns:
-        UserWarning: A setting has no effect on this data.
+        UserWarning: A setting has no effect on this data, or a batch is larger than the data.
     """
     adapter = model if isinstance(model, ModelAdapter) else ModelAdapter(model)
     config = config or TrainingConfig()
@@ -186,6 +188,12 @@ def _check_settings(data: PreparedData, config: TrainingConfig) -> None:
         warnings.warn(
             f"TrainingConfig.workers is {config.workers}, and {data.reference} is read in its order, by the training "
             "process alone: no worker is started.",
+            stacklevel=3,
+        )
+    if data.stream is None and config.batch_size > data.train_samples:
+        warnings.warn(
+            f"TrainingConfig.batch_size is {config.batch_size}, and {data.reference} has {data.train_samples} samples "
+            "to train on: each batch holds samples more than once.",
             stacklevel=3,
         )
 
@@ -396,6 +404,21 @@ def _check_task(reference: str, content: str, task: str, possible: tuple[str, ..
         f"Use {other} for this model; " + describe_references()
         + " If the task was detected wrongly, say ModelSpec(task=...).",
     )  # fmt: skip
+
+
+def _check_columns(reference: DataReference, needs: Needs) -> None:
+    """Refuse a named column that the model's task has no use for: most often the task is not the one meant."""
+    unused = next((name for name in reference.columns if name not in needs.columns), None)
+    if unused is None or not needs.columns:
+        return
+    others = [task for task, names in COLUMNS.items() if task != needs.task and set(reference.columns) <= set(names)]
+    meant = f", or, if {' or '.join(others)} is meant, say ModelSpec(task=...)"
+    raise DataError(
+        f"{reference.text} names {reference.columns[unused]!r} as the {unused} column, and the model's task is "
+        f"{needs.task}, which has no use for it.",
+        f"{needs.task} takes {' and '.join(f'?{name}=COLUMN' for name in needs.columns)}.",
+        f"Leave out {unused}={reference.columns[unused]}{meant if others else ''}.",
+    )
 
 
 def _check_memory(path: Path, size: int) -> None:

@@ -10,6 +10,16 @@ LANGUAGE_TASKS = ("causal_lm", "masked_lm")
 DEFAULT_LENGTH = 256
 """Longest window unless the user says otherwise; the whole length of models that read less."""
 SHORTEST_LENGTH = 8
+COLUMNS = {
+    "causal_lm": ("text",),
+    "masked_lm": ("text",),
+    "seq2seq": ("source", "target"),
+    "text_classification": ("text", "label"),
+    "image_classification": ("image", "label"),
+    "tabular_classification": ("label",),
+    "regression": ("text", "label", "target"),
+}
+"""By task, which columns of a table can be named for it."""
 TEXT_SHARE, SAMPLE_SHARE = 0.05, 0.2
 """Shares that are held out unless the user says otherwise: of a text, and of samples with labels."""
 
@@ -40,6 +50,12 @@ class Needs:
     """Chooses what is held out."""
     share: float | None = None
     """Share that is held out."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Which columns of a table can be named; none for a task without data."""
+        names = COLUMNS.get(self.task, ())
+        return names if self.features is None else tuple(name for name in names if name != "text")
 
     @property
     def share_of_text(self) -> float:

@@ -32,10 +32,16 @@ def in_batches_of(config: TrainingConfig, batch_size: int) -> TrainingConfig:
     return config.with_changes(batch_size=batch_size, accumulate=samples // batch_size)
 
 
-def smaller_batch(config: TrainingConfig) -> int:
-    """Return the largest batch of at most half the size that makes up the same steps; 0 for single samples."""
-    samples = config.batch_size * config.accumulate
-    return next((size for size in range(config.batch_size // 2, 0, -1) if samples % size == 0), 0)
+def smaller_batch(config: TrainingConfig, available: int | None = None) -> int:
+    """Return the largest batch of at most half the size that makes up the same steps; 0 for single samples.
+
+    Args:
+        config: The settings whose batch is too large.
+        available: Different samples that there are, which the batch shall not exceed.
+    """
+    samples, half = config.batch_size * config.accumulate, config.batch_size // 2
+    largest = half if available is None else min(half, available)
+    return next((size for size in range(largest, 0, -1) if samples % size == 0), 0)
 
 
 def out_of_memory(callback: "SessionCallback", reason: str) -> RunError:
@@ -53,9 +59,10 @@ def out_of_memory(callback: "SessionCallback", reason: str) -> RunError:
         torch.cuda.empty_cache()
     _save(callback)
     saved = callback.writer.saved_step if callback.writer is not None else 0
-    half = smaller_batch(config)
+    # Of a text that is read while training nobody knows how many samples it has.
+    half = smaller_batch(config, None if callback.stream.sequential else callback.stream.samples)
     action = (
-        f"Continue with utils.resume({str(run.directory)!r}, batch_size={half}): the same samples in each step, in "
+        f"Try utils.resume({str(run.directory)!r}, batch_size={half}): the same samples in each step, in "
         f"{config.batch_size * config.accumulate // half} passes."
         if half
         else "Shorten the samples with context_length, or set gradient_checkpointing=True, in a new run."

@@ -3,6 +3,7 @@
 file:reviews.csv?text=body&label=stars       hub:owner/name/config?split=train&samples=5000       builtin:digits
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,14 @@ def parse_reference(text: str) -> DataReference:
     """
     kind, colon, rest = text.partition(":")
     if not colon or kind not in ("builtin", "file", "hub"):
+        # `os.path` says no where `Path` raises: any text may stand here.
+        there = next((path for path in (text, text.partition("?")[0]) if os.path.exists(os.path.expanduser(path))), "")
+        if Path(there).name:
+            raise DataError(
+                f"The data reference {text!r} does not say what kind it is.",
+                "Expected builtin:NAME, file:PATH or hub:owner/name; a file or folder of this name exists.",
+                f"Write file:{text}",
+            )
         raise DataError(f"The data reference {text!r} is not available.", describe_references())
     name, _, query = rest.rpartition("?") if "?" in rest else (rest, "", "")
     if kind == "file" and query and Path(rest).expanduser().exists():

@@ -255,12 +255,19 @@ def prepare_stream(source: Mapping[str, Any], needs: Needs, reference: str) -> P
             kept.append(text)
         if read > LOOKED_AT:
             break
+    if len(kept) + len(held) < 2:
+        raise DataError(
+            f"{reference} holds {'one document' if kept or held else 'no document'}.",
+            "Expected at least 2: a stream is split by whole documents.",
+            "Leave out ?stream=true.",
+        )
     if not kept or not held:
         raise DataError(
             f"The first {read:,} characters of {reference} hold {len(kept)} documents to train on and {len(held)} held "
             "out.",
             "Expected both: a stream is split by whole documents.",
-            "Hold out a larger share with TrainingConfig.validation_share, or leave out ?stream=true.",
+            f"Hold out a {'larger' if kept else 'smaller'} share with TrainingConfig.validation_share, or leave out "
+            "?stream=true.",
         )
     tokenizer = train_tokenizer(kept, needs, 0.0)
     encoded = tokenizer.encode(kept)
