@@ -92,6 +92,8 @@ def server(monkeypatch):
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{made.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    # Read from the environment at the first import, which may be in a test that keeps the network away.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield made
     made.shutdown()

@@ -100,9 +100,11 @@ def publish(
         ExportError: The folder is no bundle or was changed, there is no token, or the Hub refused.
     """
     hub = require("huggingface_hub", "publish a model")
+    # The package loads its submodules when they are asked for by import only.
+    tools = require("huggingface_hub.utils", "publish a model")
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     try:
-        hub.utils.validate_repo_id(repo_id)
+        tools.validate_repo_id(repo_id)
         if str(repo_id).count("/") != 1:
             raise ValueError("there is no owner in it")
     except ValueError as error:
@@ -183,8 +185,9 @@ def _send(
     hub: Any, endpoint: str, secret: str, repo_id: str, private: bool, paths: list[tuple[str, Path]], message: str
 ) -> str:
     """Make the repository if it is not there, and add the files in one commit; return the commit's address."""
-    shown = hub.utils.are_progress_bars_disabled()
-    hub.utils.disable_progress_bars()
+    tools = require("huggingface_hub.utils", "publish a model")
+    silent = tools.are_progress_bars_disabled()
+    tools.disable_progress_bars()
     try:
         api = hub.HfApi(endpoint=endpoint, token=secret)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -199,5 +202,5 @@ def _send(
             "Check both and publish again; files that arrived are not sent twice.",
         ) from None
     finally:
-        if not shown:
-            hub.utils.enable_progress_bars()
+        if not silent:
+            tools.enable_progress_bars()
