@@ -194,3 +194,18 @@ def test_the_model_stays_as_it_is():
     codes(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(part.training != model.training for part in model.modules())
+
+
+def test_parameters_without_numbers_are_passed_over():
+    """MobileBERT's head has a second table that is empty when its sizes are equal."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.extra = nn.Linear(12, 24), nn.Linear(12, 0, bias=False)
+            self.head = nn.Linear(24, 3)
+
+        def forward(self, x):
+            return self.head(torch.cat([torch.tanh(self.body(x)), self.extra(x)], dim=-1))
+
+    assert found(check_initialization, Head()) == []

@@ -142,7 +142,7 @@ def _equal_sisters(module: nn.Module) -> list[tuple[str, list[str]]]:
     for parent, owner in module.named_modules():
         groups: list[tuple[list[nn.Parameter], list[str]]] = []
         for key, child in owner.named_children():
-            held = list(child.parameters())
+            held = [p for p in child.parameters() if p.numel()]
             # Norms and the like start equal everywhere: something drawn must be equal.
             if not any(p.dim() > 1 and p.requires_grad and bool((p != p.flatten()[:1]).any()) for p in held):
                 continue
