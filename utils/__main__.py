@@ -298,7 +298,8 @@ def _resume(options: argparse.Namespace) -> int:
 
     file = run_file(options)
     directory = needed(options.run_dir or file.run_dir, "run_dir", "DIR", options)
-    before = read_facts(directory).summary.get("status")
+    known = (Path(directory) / "run.json").is_file()
+    before = read_facts(directory).summary.get("status") if known else None
     run = resume(
         directory,
         trust=options.trust,

@@ -190,9 +190,10 @@ def _check_settings(data: PreparedData, config: TrainingConfig) -> None:
             "process alone: no worker is started.",
             stacklevel=3,
         )
-    if data.stream is None and config.batch_size > data.train_samples:
+    size = config.batch_size
+    if data.stream is None and isinstance(size, int) and size > data.train_samples:
         warnings.warn(
-            f"TrainingConfig.batch_size is {config.batch_size}, and {data.reference} has {data.train_samples} samples "
+            f"TrainingConfig.batch_size is {size}, and {data.reference} has {data.train_samples} samples "
             "to train on: each batch holds samples more than once.",
             stacklevel=3,
         )
