@@ -294,11 +294,12 @@ def _train(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     from utils.training.resume import resume
+    from utils.training.run import RECORD
     from utils.training.run_report import read_facts
 
     file = run_file(options)
     directory = needed(options.run_dir or file.run_dir, "run_dir", "DIR", options)
-    known = (Path(directory) / "run.json").is_file()
+    known = (Path(directory) / RECORD).is_file()
     before = read_facts(directory).summary.get("status") if known else None
     run = resume(
         directory,

@@ -22,6 +22,11 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
 
 
+def trained_bytes(module: nn.Module) -> int:
+    """Return the bytes of all parameters that train."""
+    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+
+
 def activation_bytes(adapter: ModelAdapter, data: PreparedData, config: TrainingConfig) -> int:
     """Return the bytes that one sample keeps for its backward pass, counted on the longest one where the model is.
 
@@ -73,7 +78,7 @@ def run_bytes(adapter: ModelAdapter, config: TrainingConfig, device: torch.devic
     a checkpoint takes in memory before it is written.
     """
     weights = tensor_bytes(adapter.module)
-    trained = sum(p.nbytes for p in adapter.module.parameters() if p.requires_grad)
+    trained = trained_bytes(adapter.module)
     average = weights if config.ema_decay is not None else 0
     if device.type == "cuda":
         return weights + 3 * trained + average
@@ -83,7 +88,7 @@ def run_bytes(adapter: ModelAdapter, config: TrainingConfig, device: torch.devic
 def checkpoint_bytes(adapter: ModelAdapter, config: TrainingConfig) -> int:
     """Return the bytes of a checkpoint: weights, AdamW's two averages, and the moving average where there is one."""
     weights = tensor_bytes(adapter.module)
-    trained = sum(p.nbytes for p in adapter.module.parameters() if p.requires_grad)
+    trained = trained_bytes(adapter.module)
     return weights + 2 * trained + (weights if config.ema_decay is not None else 0)
 
 

@@ -40,7 +40,7 @@ from utils.training.learning_rate_finder import STEPS as RANGE_STEPS
 from utils.training.prepared_data import PreparedData
 from utils.training.recomputation import recomputed_blocks
 from utils.training.schedules import make_optimizer
-from utils.training.step_memory import SPARE, activation_bytes, checkpoint_bytes, tensor_bytes
+from utils.training.step_memory import SPARE, activation_bytes, checkpoint_bytes, tensor_bytes, trained_bytes
 from utils.training.text_stream import open_stream
 from utils.ui.estimate_view import Estimate, duration
 
@@ -186,8 +186,7 @@ def _measure(
 ) -> tuple[_Measured | None, str]:
     """Run some steps; return what they showed, or why there is none."""
     weights = tensor_bytes(adapter.module)
-    trained = sum(p.nbytes for p in adapter.module.parameters() if p.requires_grad)
-    least = weights + 3 * trained
+    least = weights + 3 * trained_bytes(adapter.module)
     there = _memory_there(device)
     if least > there:
         return None, (

@@ -13,7 +13,6 @@ from utils.ui.command_options import REFERENCE_HELP, add_loading_options, in_opt
 
 FORMATS = "safetensors,onnx,torch_export"
 BUNDLE_FORMATS = "safetensors,onnx"
-WEIGHTS = ("last", "best", "average")
 NewVerb = Callable[[str, str, str], argparse.ArgumentParser]
 
 
@@ -182,9 +181,11 @@ def _is_missing(reference: str) -> bool:
 
 def _weights(options: argparse.Namespace, said: dict[str, Any]) -> str | None:
     """Return which weights are wanted, before anything is loaded."""
+    from utils.training.export_weights import CHOICES
+
     weights = options.weights or said.get("weights")
-    if weights is not None and weights not in WEIGHTS:
-        raise ConfigError(f"--weights is {weights}.", f"Expected one of {', '.join(WEIGHTS)}.")
+    if weights is not None and weights not in CHOICES:
+        raise ConfigError(f"--weights is {weights}.", f"Expected one of {', '.join(CHOICES)}.")
     return weights
 
 
