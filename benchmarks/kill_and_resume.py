@@ -66,6 +66,17 @@ class Setting:
     mirrored: bool = False
 
 
+GROWTH = {
+    "schedule": [
+        {"at": 9, "operator": "depth", "amount": 1, "where": 0},
+        {"at": 17, "operator": "feed_forward", "amount": 24},
+        {"at": 28, "operator": "depth", "amount": 1},
+    ]
+}
+TRIGGERED = {
+    "operators": ["depth", "feed_forward"], "triggers": ["plateau", "benefit"], "needed": 1, "check_every_steps": 5,
+    "cooldown_steps": 10, "patience": 1, "improvement": 0.5, "benefit_threshold": 0.01, "hysteresis": 1.0,
+}  # fmt: skip
 SETTINGS = {
     "shuffled": Setting(),
     "workers": Setting(changes={"workers": 2, "max_steps": 40}),
@@ -80,6 +91,9 @@ SETTINGS = {
     "bf16": Setting(changes={"precision": "bf16-mixed"}),
     "wsd-smoothing": Setting(changes={"schedule": "wsd", "label_smoothing": 0.1}),
     "mirrored": Setting(mirrored=True, changes={"keep_every_steps": 20}),
+    "growth": Setting(changes={"growth": GROWTH, "ema_decay": 0.99, "schedule": "wsd"}),
+    "growth-by-triggers": Setting(changes={"growth": TRIGGERED}),
+    "growth-two-processes": Setting(changes={"growth": GROWTH, "devices": 2, "max_steps": 40}),
     "two-processes": Setting(changes={"devices": 2, "accumulate": 2, "log_every_steps": 3, "max_steps": 40}),
     "two-parts": Setting(
         changes={"devices": 2, "strategy": "fsdp", "accumulate": 2, "ema_decay": 0.9, "max_steps": 24}
@@ -270,6 +284,8 @@ def differences(one: Path, two: Path) -> list[str]:
     for state in states:
         for name in OF_A_SESSION:
             state["progress"].pop(name)
+        for event in state.get("growth", {}).get("events", ()):
+            event.pop("seconds")
     found += [name for name in states[0] if not same(states[0][name], states[1].get(name))]
     logs = [
         [{n: v for n, v in row.items() if n not in TIMINGS} for row in read_metrics(place / "metrics.csv")]

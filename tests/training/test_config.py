@@ -56,7 +56,7 @@ def test_round_trip_through_a_dict():
         ({"time_budget_minutes": INF}, ["time_budget_minutes is inf", "None for no limit"]),
         ({"session_limit_minutes": INF}, ["session_limit_minutes is inf", "None for no limit"]),
         ({"learning_rate": INF}, ["learning_rate is inf", "at most 1"]),
-        ({"growth": {"at": [10]}}, ["growth is set", "not available in this version"]),
+        ({"growth": "depth"}, ["growth is 'depth'", "names and values", "or None"]),
         ({"continual": {"method": "ewc"}}, ["continual is set", "not available in this version"]),
         ({"tracking": "mlflow"}, ["tracking is 'mlflow'", "wandb, tensorboard"]),
     ],

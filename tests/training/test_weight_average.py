@@ -4,7 +4,7 @@ from torch import nn
 
 import utils
 from utils.training.resume import resume, train
-from utils.training.state import MigrationError, ModelChange
+from utils.training.state import Insertion, ModelChange, TensorChange
 from utils.training.weight_average import WeightAverage
 
 
@@ -67,8 +67,30 @@ def test_its_state_comes_back():
     other.load_state_dict(average.state_dict())
     assert other.updates == 1
     assert torch.equal(other.average["weight"], average.average["weight"])
-    with pytest.raises(MigrationError, match="cannot follow a changed model"):
-        other.migrate(ModelChange("append", 1))
+
+
+def test_it_follows_a_model_that_grows_and_goes_back():
+    module = nn.Linear(2, 2, bias=False)
+    average = WeightAverage(module, 0.9)
+    average.average["weight"] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    before = average.average
+    module.weight = nn.Parameter(torch.full((3, 2), 7.0))
+    widened = TensorChange(source="weight", insertions=(Insertion(0, ((1, 1),)),), factor=2.0)
+    change = ModelChange("widen", 1, dict(module.named_parameters()), changes={"weight": widened})
+    undo = average.migrate(change)
+    assert average.average["weight"].tolist() == [[2.0, 4.0], [0.0, 0.0], [6.0, 8.0]]
+    undo()
+    assert average.average is before
+
+
+def test_what_it_never_saw_begins_with_its_present_value():
+    module = nn.Sequential(nn.Linear(2, 1, bias=False))
+    average = WeightAverage(module, 0.9)
+    module.append(nn.Linear(1, 1, bias=False))
+    change = ModelChange("insert", 1, dict(module.named_parameters()), changes={"1.weight": TensorChange()})
+    average.migrate(change)
+    assert torch.equal(average.average["1.weight"], module[1].weight)
+    assert average.average["1.weight"].data_ptr() != module[1].weight.data_ptr()
 
 
 def test_the_average_is_what_is_measured_and_survives_a_stop(tmp_path, text_file, tiny_gpt, quick):

@@ -104,6 +104,14 @@ class Checkpoint:
             CheckpointError: It belongs to another model, or its state cannot be read.
         """
         load_weights(module, self.directory / WEIGHTS)
+        return self.states()
+
+    def states(self) -> dict[str, Any]:
+        """Return the states of all parts but the weights.
+
+        Raises:
+            CheckpointError: They cannot be read.
+        """
         try:
             state = torch.load(self.directory / STATE, map_location="cpu", weights_only=True)
             version = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))["format_version"]

@@ -28,7 +28,9 @@ MOST = 1e300
 """Bound of other numbers, infinity excluded: JSON has none, and arithmetic with one fails in the middle of a run."""
 BOUNDS = {"max_epochs": (-LARGEST, LARGEST), "workers": (0, 1024), "seed": (-(2**63), 2**64 - 1)}
 """Other bounds, by setting; a seed is what random streams take."""
-NOT_YET = {"growth": "Growing a model while it trains", "continual": "Continual learning"}
+NESTED = {"growth": "{'schedule': [{'at': 0.5, 'operator': 'depth', 'amount': 1}]}"}
+"""Settings that hold settings of their own, with an example; the layer that they belong to checks what is in them."""
+NOT_YET = {"continual": "Continual learning"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class TrainingConfig:
     devices: int = 1
     """Number of devices, one process each; batch_size counts the samples of one device."""
     growth: Mapping[str, Any] | None = None
-    """Settings of growth; not available in this version."""
+    """When, where and how the model grows while it trains, see docs/growth.md; None never grows it."""
     continual: Mapping[str, Any] | None = None
     """Settings of continual learning; not available in this version."""
     tracking: str | None = None
@@ -188,6 +190,16 @@ class TrainingConfig:
             )
         self._check_samples()
         self._check_tracking()
+        for name in NESTED:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                if not hasattr(value, "to_dict"):
+                    raise ConfigError(
+                        f"TrainingConfig.{name} is {value!r}.",
+                        f"Expected names and values, such as {NESTED[name]}, or None.",
+                    )
+                # The settings of a layer above, kept as what JSON and a checkpoint can hold.
+                object.__setattr__(self, name, value.to_dict())
         for name, feature in NOT_YET.items():
             if getattr(self, name) is not None:
                 raise ConfigError(

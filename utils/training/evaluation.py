@@ -34,6 +34,31 @@ def held_out_seeds(seed: int, samples: Tensor) -> list[int]:
     return [derive_seed(seed, "validation", number) for number in samples.tolist()]
 
 
+def masked(data: PreparedData, batch: dict[str, Tensor], seed: int | Sequence[int]) -> dict[str, Tensor]:
+    """Return a batch as the model is to see it: of masked language models tokens are hidden, all else stays.
+
+    Args:
+        data: What the batch is from.
+        batch: What `utils.training.batching.collate` returns.
+        seed: Seed of the masking, or one for each sample.
+    """
+    if data.task != "masked_lm":
+        return batch
+    tokenizer = data.tokenizer
+    assert tokenizer is not None
+    assert tokenizer.mask_id is not None
+    # Only what texts are made of is hidden, or put in the place of something hidden.
+    special = {i for i in (*tokenizer.special_ids, tokenizer.eos_id, tokenizer.pad_id) if i is not None}
+    rows, seeds = ((batch["input_ids"],), (seed,)) if isinstance(seed, int) else (batch["input_ids"].split(1), seed)
+    hidden = [
+        mask_tokens(row, tokenizer.mask_id, tokenizer.vocab_size, special, seed=own)
+        for row, own in zip(rows, seeds, strict=True)
+    ]
+    inputs, labels = (torch.cat(parts) for parts in zip(*hidden, strict=True))
+    # What fills up the last window counts for no one.
+    return {"input_ids": inputs, "labels": torch.where(batch["labels"] == IGNORED, IGNORED, labels)}
+
+
 def objective(
     adapter: ModelAdapter,
     data: PreparedData,
@@ -53,20 +78,7 @@ def objective(
     Returns:
         The mean loss in nats (a scalar), the logits, and the labels with `IGNORED` where nothing is predicted.
     """
-    if data.task == "masked_lm":
-        tokenizer = data.tokenizer
-        assert tokenizer is not None
-        assert tokenizer.mask_id is not None
-        # Only what texts are made of is hidden, or put in the place of something hidden.
-        special = {i for i in (*tokenizer.special_ids, tokenizer.eos_id, tokenizer.pad_id) if i is not None}
-        rows, seeds = ((batch["input_ids"],), (seed,)) if isinstance(seed, int) else (batch["input_ids"].split(1), seed)
-        masked = [
-            mask_tokens(row, tokenizer.mask_id, tokenizer.vocab_size, special, seed=own)
-            for row, own in zip(rows, seeds, strict=True)
-        ]
-        inputs, labels = (torch.cat(parts) for parts in zip(*masked, strict=True))
-        # What fills up the last window counts for no one.
-        batch = {"input_ids": inputs, "labels": torch.where(batch["labels"] == IGNORED, IGNORED, labels)}
+    batch = masked(data, batch, seed)
     logits = adapter.logits(model_inputs(adapter, batch, data))
     labels = batch["labels"]
     if data.task in REAL_VALUED:

@@ -1,12 +1,15 @@
 """The parts of a run's state that training itself brings: counters, and Lightning's objects behind the protocol."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
+from utils.training.optimizer_migration import migrate_optimizer
 from utils.training.sharding import divided_state
-from utils.training.state import MigrationError, ModelChange
+from utils.training.state import ModelChange, Undo
 
 KERNELS = ("fused", "foreach", "capturable")
 """Settings of an optimizer that say how it computes, and not what."""
@@ -15,9 +18,15 @@ KERNELS = ("fused", "foreach", "capturable")
 class LightningPart:
     """The optimizer, its schedule or the gradient scaler as a part of the run's state."""
 
-    def __init__(self, name: str, target: Any) -> None:
-        """Wrap what has ``state_dict`` and ``load_state_dict``."""
-        self.name, self.target = name, target
+    def __init__(self, name: str, target: Any, grouping: Callable[[], list[dict[str, Any]]] | None = None) -> None:
+        """Wrap what has ``state_dict`` and ``load_state_dict``.
+
+        Args:
+            name: For messages.
+            target: The object.
+            grouping: Returns an optimizer's groups as a session that starts with the present model would make them.
+        """
+        self.name, self.target, self.grouping = name, target, grouping
 
     def state_dict(self) -> dict[str, Any]:
         """Return its state."""
@@ -32,9 +41,26 @@ class LightningPart:
             state = divided_state({**state, "param_groups": groups}, self.target)
         self.target.load_state_dict(state)
 
-    def migrate(self, change: ModelChange) -> None:
-        """Refuse: this version knows no operator that changes a model."""
-        raise MigrationError(f"the {self.name} cannot follow a changed model in this version")
+    def migrate(self, change: ModelChange) -> Undo | None:
+        """Follow a change of the model; a gradient scaler has nothing that belongs to a parameter."""
+        if isinstance(self.target, LambdaLR):
+            return _schedule_followed(self.target)
+        if isinstance(self.target, torch.optim.Optimizer):
+            return migrate_optimizer(self.target, change, None if self.grouping is None else self.grouping())
+        return None
+
+
+def _schedule_followed(schedule: LambdaLR) -> Undo:
+    """Let a schedule drive as many groups as its optimizer has; all of them have the same rate."""
+    before = schedule.base_lrs, schedule.lr_lambdas
+    count = len(schedule.optimizer.param_groups)
+    schedule.base_lrs = [schedule.base_lrs[0]] * count
+    schedule.lr_lambdas = [schedule.lr_lambdas[0]] * count
+
+    def undo() -> None:
+        schedule.base_lrs, schedule.lr_lambdas = before
+
+    return undo
 
 
 def _regrouped(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from utils.training.automatic_settings import asked_for, resolved
 from utils.training.background import copy_at_the_end, within
 from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import prepare_data, reference_of
+from utils.training.extensions import adopted, extensions_of
 from utils.training.figures import save_training_figure
 from utils.training.metrics import read_metrics
 from utils.training.mirror import claim
@@ -111,13 +112,18 @@ def train(
     loaded = _loaded_of(model)
     adapter = ModelAdapter(model, spec=spec)
     _check_trainable(adapter)
+    config = adopted(config, adapter)
+    extensions = extensions_of(config)
     prepared = prepare_data(adapter, data, config)
     check_free(Path(run_dir))
     _check_devices(config, loaded, adapter)
     with session_lock(Path(run_dir)):
+        for extension in extensions.values():
+            extension.begin(adapter)
+        states = {name: extension.state_dict() for name, extension in extensions.items()}
         config, found = resolved(adapter, prepared, config, progress)
-        run = create_run(Path(run_dir), adapter, loaded, prepared, config, found)
-        run = _session(run, {}, mirror, progress, observers)
+        run = create_run(Path(run_dir), adapter, loaded, prepared, config, found, states)
+        run = _session(run, states, mirror, progress, observers)
         run.notes = [*(finding.text() for finding in found.values()), *run.notes]
         return run
 
@@ -220,6 +226,9 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
     run = Run(directory, adapter, load_prepared(directory / "data"), config, loaded)
     freeze(adapter.module, record["model"]["frozen"])
     checkpoint = run.checkpoints.latest()
+    for name, extension in extensions_of(config).items():
+        if name in (states := checkpoint.states()):
+            extension.restore(adapter, states[name])
     state = checkpoint.load_into(adapter.module)
     try:
         ModuleMemory(adapter.module).load_state_dict(state["memory"])
@@ -315,7 +324,7 @@ def _session(
         with suppress(OSError):
             within(CLAIM_PATIENCE, lambda: claim(run.directory, target))
     with tracked(run, observers, first=not rank) as watching:
-        fit(run, state, progress, watching, target)
+        fit(run, state, progress, watching, target, extensions_of(run.config))
     if not rank:
         _conclude(run, target)
     # The first process writes for all. One that left before it would have torchrun end them both.

@@ -169,6 +169,7 @@ def create_run(
     data: PreparedData,
     config: TrainingConfig,
     found: Mapping[str, Any] | None = None,
+    states: Mapping[str, Any] | None = None,
 ) -> Run:
     """Write everything that a run needs to be continued; ``run.json`` comes last.
 
@@ -179,6 +180,7 @@ def create_run(
         data: What it is trained on.
         config: How, in numbers.
         found: How those settings were found that had been ``auto``, by name.
+        states: States of extensions that have acted on the model already, by name.
 
     Raises:
         RunError: The directory holds something already, or cannot be written.
@@ -194,7 +196,8 @@ def create_run(
         data.save(directory / "data")
         run = Run(directory, adapter, data, config, loaded)
         # The weights to start from: without them a run that is killed before its first checkpoint could not go on.
-        run.checkpoints.save(0, adapter.module, {"memory": ModuleMemory(adapter.module).state_dict()})
+        memory = {"memory": ModuleMemory(adapter.module).state_dict()}
+        run.checkpoints.save(0, adapter.module, {**memory, **(states or {})})
         spec = {name: getattr(adapter.spec, name) for name in SPEC_FIELDS}
         record = {
             "format_version": FORMAT_VERSION,

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules: what changes the weights, and by how much at which step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def learning_rate_share(step: int, total_steps: int, config: TrainingConfig) -> 
     return final + (1 - final) * left
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into those that decay and those that do not, with their names.
 
     Matrices and larger tensors decay. What scales or shifts features one by one does not, whatever its shape: decay is
@@ -52,7 +53,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     decaying = {name for name, p in trainable if _decays(module.get_submodule(name.rpartition(".")[0]), p)}
-    groups: list[dict[str, object]] = [
+    groups: list[dict[str, Any]] = [
         {"params": [(name, p) for name, p in trainable if name in decaying], "weight_decay": weight_decay},
         {"params": [(name, p) for name, p in trainable if name not in decaying], "weight_decay": 0.0},
     ]

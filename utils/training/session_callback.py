@@ -6,7 +6,7 @@ Nothing is logged from inside ``training_step``: losses stay tensors and are rea
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +21,15 @@ from utils.training.checkpoint_manager import take_snapshot
 from utils.training.clean_stop import MARGIN_MINUTES, CleanStop, session_minutes
 from utils.training.diagnosis import culprit, held_out_culprit, not_finite
 from utils.training.evaluation import evaluate
+from utils.training.extensions import Extension
 from utils.training.metrics import MetricsLog
 from utils.training.module_memory import ModuleMemory
 from utils.training.parts import LightningPart, Progress
 from utils.training.processes import agreed
 from utils.training.run import METRICS, Run
+from utils.training.schedules import parameter_groups
 from utils.training.sharding import whole
-from utils.training.state import RunState, StatefulPart
+from utils.training.state import ModelChange, RunState, Undo
 from utils.training.stream import SampleStream
 from utils.training.training_module import TrainingModule
 from utils.training.weight_average import WeightAverage
@@ -57,7 +59,7 @@ class SessionCallback(pl.Callback):
         resumed: dict[str, Any] | None,
         observers: list[Observer],
         mirror: Path | None,
-        extra_parts: dict[str, StatefulPart] | None = None,
+        extensions: Mapping[str, Extension] | None = None,
     ) -> None:
         """Drive a run.
 
@@ -68,7 +70,7 @@ class SessionCallback(pl.Callback):
             resumed: States of all parts from a checkpoint; None or without progress at the very beginning.
             observers: What follows the metrics; only in the first process.
             mirror: Where a second copy of the run is kept.
-            extra_parts: Parts of the state that layers above training bring, by name.
+            extensions: What layers above training bring, by name.
         """
         self.run, self.module, self.stream, self.resumed = run, module, stream, resumed or {}
         self.config, self.observers = run.config, observers
@@ -79,7 +81,8 @@ class SessionCallback(pl.Callback):
         self.prints: dict[str, Any] | None = None
         self.looked = 0
         self.parts = RunState({"progress": self.progress, "stream": stream, "metrics": self.history, "memory": memory})
-        for name, part in (extra_parts or {}).items():
+        self.extensions = dict(extensions or {})
+        for name, part in self.extensions.items():
             self.parts.add(name, part)
         self.average: WeightAverage | None = None
         self.writer = CheckpointWriter(run.checkpoints, run.directory, mirror) if first else None
@@ -96,7 +99,7 @@ class SessionCallback(pl.Callback):
         """Take over the state of a checkpoint, before the first batch is fetched."""
         self.stop.listen()
         self.optimizer = trainer.optimizers[0]
-        self.parts.add("optimizer", LightningPart("optimizer", self.optimizer))
+        self.parts.add("optimizer", LightningPart("optimizer", self.optimizer, self._groups))
         self.parts.add("schedule", LightningPart("schedule", trainer.lr_scheduler_configs[0].scheduler))
         if self.config.ema_decay is not None:
             self.average = WeightAverage(self.run.model, self.config.ema_decay)
@@ -106,6 +109,8 @@ class SessionCallback(pl.Callback):
             self.parts.add("scaler", LightningPart("gradient scaler", scaler))
         if "progress" not in self.resumed:
             self.history.load_state_dict({"rows": 0})
+            for name in self.extensions.keys() & self.resumed.keys():
+                self.extensions[name].load_state_dict(self.resumed[name])
         else:
             states = dict(self.resumed)
             if scaler is None:
@@ -125,7 +130,31 @@ class SessionCallback(pl.Callback):
         self.run.sessions = self.progress.sessions
         self.minutes_before, self.seconds_before = session_minutes(), self.progress.seconds
         self.module.batch_number = self.progress.batches
+        for extension in self.extensions.values():
+            extension.start(self)
         self.session_start = self.last_save = self.row_start = time.monotonic()
+
+    def migrate(self, change: ModelChange) -> Undo:
+        """Let everything that holds something about the model follow a change of it, or nothing.
+
+        Returns:
+            What puts everything back.
+
+        Raises:
+            MigrationError: A part cannot follow.
+        """
+        undo_parts = self.parts.migrate(change)
+        self.module.follow_model()
+
+        def undo() -> None:
+            undo_parts()
+            self.module.follow_model()
+
+        return undo
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the groups that a new optimizer of the present model would have."""
+        return parameter_groups(self.run.model, self.config.weight_decay)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -153,6 +182,8 @@ class SessionCallback(pl.Callback):
             self._log_training(trainer, batch)
         if last or step % config.val_every_steps == 0:
             self._measure(trainer)
+        for extension in self.extensions.values():
+            extension.after_step(self, batch)
         self.stopped = not last and self._must_stop(trainer)
         if last or self.stopped or self._is_agreed(self._save_is_due()):
             self.save(wait=last or self.stopped)

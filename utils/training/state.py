@@ -8,11 +8,11 @@ Random streams are no part: they are derived from (seed, purpose, step) at every
 there is nothing to remember and nothing that validation or a checkpoint could disturb.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from utils.runtime.errors import CheckpointError, SeedbedError
@@ -22,16 +22,59 @@ class MigrationError(SeedbedError):
     """A part cannot follow a change of the model."""
 
 
+Undo = Callable[[], None]
+"""Puts back what a migration changed, the very same objects included."""
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """New entries along one axis of a tensor."""
+
+    axis: int
+    """Which axis."""
+    places: tuple[tuple[int, int], ...]
+    """Pairs (place, count), the places ascending: so many new entries before the old entry of that number."""
+
+    def applied(self, value: Tensor, new: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """Return a tensor with new entries.
+
+        Args:
+            value: The old values.
+            new: Makes the entries of one place, given their shape.
+        """
+        pieces, start = [], 0
+        for place, count in self.places:
+            shape = (*value.shape[: self.axis], count, *value.shape[self.axis + 1 :])
+            pieces += [value.narrow(self.axis, start, place - start), new(shape).to(value)]
+            start = place
+        return torch.cat([*pieces, value.narrow(self.axis, start, value.shape[self.axis] - start)], self.axis)
+
+
 @dataclass(frozen=True)
 class TensorChange:
-    """How one parameter became another."""
+    """How one tensor of a model became another."""
 
-    shape: tuple[int, ...]
-    """Shape of the new parameter."""
-    placement: tuple[slice, ...] | None
-    """Where the old values lie inside the new ones; None when there was no old parameter."""
     source: str | None = None
-    """Name of the old parameter, when it differs from the new name."""
+    """Name of the old tensor; None when there was none, or when its values were given up."""
+    like: str | None = None
+    """Name of the old tensor on which one without a source was modelled."""
+    insertions: tuple[Insertion, ...] = ()
+    """New entries, in the order in which they were made."""
+    factor: float = 1.0
+    """What the old values were multiplied by."""
+
+    def carried(self, value: Tensor, factor: float = 1.0, mean: bool = False) -> Tensor:
+        """Return what belongs to the old tensor entry by entry, such as a moment of its gradient, for the new one.
+
+        Args:
+            value: Of the old tensor's shape.
+            factor: What the old values are multiplied by.
+            mean: New entries are the mean of the old ones; zero otherwise.
+        """
+        filled = float(value.mean()) if mean and value.numel() else 0.0
+        for insertion in self.insertions:
+            value = insertion.applied(value, lambda shape: torch.full(shape, filled))
+        return value.clone() if factor == 1.0 else value * factor
 
 
 @dataclass(frozen=True)
@@ -44,8 +87,18 @@ class ModelChange:
     """Optimizer steps done when it happened."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     """The parameters after the change, by name."""
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    """The buffers after the change, by name."""
     changes: Mapping[str, TensorChange] = field(default_factory=dict)
-    """New name of each changed or added parameter; all others are untouched."""
+    """New name of each tensor that was changed, added or renamed; all others are untouched."""
+    before: Mapping[str, Tensor] = field(default_factory=dict)
+    """The parameters before the change, by their old names."""
+    mean: bool = False
+    """What is new in an optimizer's second moments is the mean of the tensor's, not zero."""
+
+    def of(self, name: str) -> TensorChange:
+        """Return how a tensor of the new model came about."""
+        return self.changes.get(name, TensorChange(source=name))
 
 
 class StatefulPart(Protocol):
@@ -57,11 +110,14 @@ class StatefulPart(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state that `state_dict` returned."""
 
-    def migrate(self, change: ModelChange) -> None:
+    def migrate(self, change: ModelChange) -> Undo | None:
         """Follow a change of the model.
 
+        Returns:
+            What puts everything back as it was; None when there was nothing to do.
+
         Raises:
-            MigrationError: This part cannot.
+            MigrationError: This part cannot, and has changed nothing.
         """
 
 
@@ -111,21 +167,30 @@ class RunState:
         for name, part in self._parts.items():
             part.load_state_dict(states[name])
 
-    def migrate(self, change: ModelChange) -> None:
+    def migrate(self, change: ModelChange) -> Undo:
         """Let all parts follow a change of the model, or none.
+
+        Returns:
+            What puts all of them back.
 
         Raises:
             MigrationError: A part refused; those that had followed are back at their old state.
         """
-        before: list[tuple[StatefulPart, dict[str, Any]]] = []
+        undos: list[Undo] = []
+
+        def undo() -> None:
+            while undos:
+                undos.pop()()
+
         for name, part in self._parts.items():
-            before.append((part, copy.deepcopy(part.state_dict())))
             try:
-                part.migrate(change)
+                followed = part.migrate(change)
             except Exception as error:
-                for followed, state in reversed(before):
-                    followed.load_state_dict(state)
+                undo()
                 raise MigrationError(
                     f"The part {name!r} cannot follow {change.kind} at step {change.step}: {error}",
                     action="Nothing was changed.",
                 ) from error
+            if followed is not None:
+                undos.append(followed)
+        return undo

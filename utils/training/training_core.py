@@ -13,7 +13,7 @@ What is unusual here:
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from utils.runtime.progress import progress_bar
 from utils.runtime.resources import is_out_of_memory
 from utils.runtime.seeding import isolated_streams
 from utils.training.clean_stop import interruptible
+from utils.training.extensions import Extension
 from utils.training.out_of_memory import lost_worker, out_of_memory
 from utils.training.processes import processes_here, rank_and_world
 from utils.training.recomputation import recomputed_blocks
@@ -35,7 +36,6 @@ from utils.training.run import Run
 from utils.training.session_callback import Observer, SessionCallback
 from utils.training.sharding import Sharding, explained, is_sharded
 from utils.training.shielding import Shielded
-from utils.training.state import StatefulPart
 from utils.training.stream import SampleStream
 from utils.training.text_stream import open_stream
 from utils.training.training_module import TrainingModule
@@ -75,7 +75,7 @@ def fit(
     progress: bool = True,
     observers: list[Observer] | None = None,
     mirror: Path | None = None,
-    extra_parts: dict[str, StatefulPart] | None = None,
+    extensions: Mapping[str, Extension] | None = None,
 ) -> Run:
     """Train a run from where it stands to its end, its time budget or a signal.
 
@@ -85,7 +85,7 @@ def fit(
         progress: Show a progress bar.
         observers: Follow the metrics while they come.
         mirror: Where a second copy of the run is kept, brought up to date after each checkpoint.
-        extra_parts: Parts of the state that layers above training bring, by name.
+        extensions: What layers above training bring, by name.
 
     Returns:
         The same run.
@@ -105,7 +105,7 @@ def fit(
     spare = world > 1 and sharding is None and leaves_some_out(run.adapter, run.data, config)
     module = TrainingModule(run.adapter, run.data, config, run.total_steps, sharding)
     watching: list[Observer] = [Shielded(observer) for observer in observers or []] if rank == 0 else []
-    callback = SessionCallback(run, module, stream, resumed, watching, mirror, extra_parts)
+    callback = SessionCallback(run, module, stream, resumed, watching, mirror, extensions)
     remaining = (run.total_steps - done) * config.accumulate
     run.step = done
     with ExitStack() as stack:

@@ -92,7 +92,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Look up, once, what every step needs."""
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._look_up_trained()
         self.optimizer: Any = self.trainer.optimizers[0]
         self.schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
         self.scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -109,6 +109,23 @@ class TrainingModule(pl.LightningModule):
             even=self.data.task in (*CLASSIFIERS, *REAL_VALUED),
             summed=self._summed,
         )
+
+    def _look_up_trained(self) -> None:
+        """Note the parameters that a step clips and measures, in the order of the model."""
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def follow_model(self) -> None:
+        """Go on with the parameters that the model has now, in all that wraps it."""
+        self._look_up_trained()
+        if self.config.compile:
+            # What was compiled holds the old parameters.
+            torch._dynamo.reset()
+            self.model.compile()
+        strategy: Any = self.trainer.strategy
+        if self.trainer.world_size > 1 and self.sharding is None:
+            # The wrapper exchanges the gradients of the parameters that it was made with, and of no others.
+            strategy.model = strategy._setup_model(self)
+            strategy._register_ddp_hooks()
 
     def _summed(self, value: Tensor) -> Tensor:
         """Add a tensor up over all processes."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.training.sharding import divided, local
-from utils.training.state import MigrationError, ModelChange
+from utils.training.state import ModelChange, Undo
 
 
 class WeightAverage:
@@ -100,9 +100,21 @@ class WeightAverage:
             else:
                 self.average[name] = value.detach().clone().to(device)
 
-    def migrate(self, change: ModelChange) -> None:
-        """Refuse: this version knows no operator that changes a model."""
-        raise MigrationError("the average of the weights cannot follow a changed model in this version")
+    def migrate(self, change: ModelChange) -> Undo:
+        """Carry the averages over; what is new begins with its present value."""
+        before = self.average
+        after: dict[str, Tensor] = {}
+        for name, tensor in self._present().items():
+            how = change.of(name)
+            known = None if how.source is None else before.get(how.source)
+            moved = None if known is None else how.carried(known, how.factor)
+            after[name] = moved if moved is not None and _alike(moved, tensor) else tensor.detach().clone()
+        self.average = after
+
+        def undo() -> None:
+            self.average = before
+
+        return undo
 
 
 def _alike(first: Tensor, second: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """One row of a form for each setting: a widget, its help from the dataclass, and room for what is wrong with it."""
 
+import ast
+import json
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -8,7 +10,17 @@ from typing import Any, get_type_hints
 
 from utils.runtime.errors import ConfigError
 from utils.runtime.settings import field_help
-from utils.training.config import AUTO, AUTOMATIC, NOT_YET, PRECISIONS, SCHEDULES, STRATEGIES, TRACKERS, TrainingConfig
+from utils.training.config import (
+    AUTO,
+    AUTOMATIC,
+    NESTED,
+    NOT_YET,
+    PRECISIONS,
+    SCHEDULES,
+    STRATEGIES,
+    TRACKERS,
+    TrainingConfig,
+)
 from utils.ui.compat import widgets, with_tooltip
 
 NOTHING = ""
@@ -30,6 +42,7 @@ GROUPS = {
         "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "keep_best", "keep_every_steps",
         "val_every_steps", "log_every_steps",
     ),
+    "Growth": ("growth",),
     "Machine": ("precision", "gradient_checkpointing", "compile", "workers", "devices", "strategy"),
 }  # fmt: skip
 """Where a setting is shown; one that is named nowhere is shown under Machine."""
@@ -115,7 +128,8 @@ class SettingRow(Row):
     def put(self, value: Any) -> None:
         """Show a value."""
         if self.typed:
-            self.widget.value = "" if value is None else value if value == AUTO else f"{value!r}"
+            shown = json.dumps(value) if self.name in NESTED else f"{value!r}"
+            self.widget.value = "" if value is None else value if value == AUTO else shown
         else:
             self.widget.value = NOTHING if value is None else value
 
@@ -133,11 +147,33 @@ class SettingRow(Row):
             return None
         if self.name in AUTOMATIC and text.lower() == AUTO:
             return AUTO
+        if self.name in NESTED:
+            return nested(self.name, held)
         try:
             return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
         except ValueError:
             other = "auto" if self.name in AUTOMATIC else "nothing for none"
             raise ConfigError(f"TrainingConfig.{self.name} is {held!r}.", f"Expected a number, or {other}.") from None
+
+
+def nested(name: str, text: str) -> Any:
+    """Read settings within a setting from a line of text.
+
+    Raises:
+        ConfigError: It is no JSON with names and values.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        value, said = None, f" ({error})"
+    else:
+        said = ""
+    if not isinstance(value, dict):
+        example = json.dumps(ast.literal_eval(NESTED[name]))
+        raise ConfigError(
+            f"TrainingConfig.{name} is {text!r}{said}.", "Expected names and values in JSON.", f"For example {example}"
+        )
+    return value
 
 
 def fields_in(text: str) -> list[str]:

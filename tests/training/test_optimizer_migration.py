@@ -1,0 +1,152 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from utils.training.optimizer_migration import migrate_optimizer
+from utils.training.state import Insertion, MigrationError, ModelChange, TensorChange
+
+NEW_ROWS = Insertion(0, ((2, 1),))
+
+
+def trained(make, steps=3):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3)).double()
+    optimizer = make(model)
+    for _ in range(steps):
+        model(torch.randn(4, 3).double()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def widened(model):
+    """Give the hidden layer one unit that does nothing."""
+    before = dict(model.named_parameters())
+    with torch.no_grad():
+        model[0].weight = nn.Parameter(torch.cat([model[0].weight, torch.zeros(1, 3).double()]))
+        model[0].bias = nn.Parameter(torch.cat([model[0].bias, torch.zeros(1).double()]))
+        model[1].weight = nn.Parameter(torch.cat([model[1].weight, torch.zeros(3, 1).double()], 1))
+    changes = {
+        "0.weight": TensorChange("0.weight", insertions=(NEW_ROWS,)),
+        "0.bias": TensorChange("0.bias", insertions=(NEW_ROWS,)),
+        "1.weight": TensorChange("1.weight", insertions=(Insertion(1, ((2, 1),)),)),
+    }
+    return ModelChange("widen", 3, dict(model.named_parameters()), changes=changes, before=before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: torch.optim.AdamW(m.parameters(), 1e-2),
+        lambda m: torch.optim.AdamW(m.parameters(), 1e-2, amsgrad=True, fused=True),
+        lambda m: torch.optim.SGD(m.parameters(), 1e-2, momentum=0.9),
+        lambda m: torch.optim.RMSprop(m.parameters(), 1e-3, centered=True, momentum=0.5),
+        lambda m: torch.optim.Adagrad(m.parameters(), 1e-2),
+        lambda m: torch.optim.NAdam(m.parameters(), 1e-3),
+    ],
+    ids=["adamw", "amsgrad-fused", "sgd-momentum", "rmsprop", "adagrad", "nadam"],
+)
+def test_the_old_entries_go_on_as_in_a_model_that_did_not_grow(make):
+    """New units whose both sides are zero never move, so the old ones must take the very steps of the small model."""
+    model, optimizer = trained(make)
+    twin = copy.deepcopy(model)
+    twin_optimizer = make(twin)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    migrate_optimizer(optimizer, widened(model))
+    for number in range(3):
+        data = torch.randn(4, 3, generator=torch.Generator().manual_seed(number)).double()
+        for one, its in ((model, optimizer), (twin, twin_optimizer)):
+            its.zero_grad()
+            one(data).square().mean().backward()
+            its.step()
+    assert torch.allclose(model[0].weight[:2], twin[0].weight, atol=1e-12)
+    assert torch.allclose(model[1].weight[:, :2], twin[1].weight, atol=1e-12)
+    assert torch.allclose(model[1].bias, twin[1].bias, atol=1e-12)
+
+
+def test_the_undo_brings_back_the_very_same_state():
+    model, optimizer = trained(lambda m: torch.optim.AdamW(m.parameters(), 1e-2))
+    groups, state = [dict(g) for g in optimizer.param_groups], dict(optimizer.state)
+    before = copy.deepcopy(optimizer.state_dict())
+    undo = migrate_optimizer(optimizer, widened(model))
+    assert optimizer.param_groups[0]["params"][0].shape == (3, 3)
+    undo()
+    assert optimizer.param_groups == groups
+    assert all(optimizer.state[p] is entry for p, entry in state.items())
+    assert str(optimizer.state_dict()) == str(before)
+
+
+def test_a_scaled_parameter_has_its_moments_scaled_the_other_way():
+    model, optimizer = trained(lambda m: torch.optim.AdamW(m.parameters(), 1e-2))
+    old = optimizer.state[model[0].weight]
+    first, second = old["exp_avg"].clone(), old["exp_avg_sq"].clone()
+    before = dict(model.named_parameters())
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+    change = ModelChange("scale", 3, dict(model.named_parameters()),
+                         changes={"0.weight": TensorChange("0.weight", factor=2.0)}, before=before)  # fmt: skip
+    migrate_optimizer(optimizer, change)
+    new = optimizer.state[model[0].weight]
+    assert torch.equal(new["exp_avg"], first / 2)
+    assert torch.equal(new["exp_avg_sq"], second / 4)
+    assert new["step"] == old["step"]
+    assert new["step"] is not old["step"]
+
+
+def test_new_second_moments_may_be_the_mean():
+    model, optimizer = trained(lambda m: torch.optim.AdamW(m.parameters(), 1e-2))
+    mean = optimizer.state[model[0].weight]["exp_avg_sq"].mean()
+    change = widened(model)
+    migrate_optimizer(optimizer, ModelChange(**{**vars(change), "mean": True}))
+    entry = optimizer.state[model[0].weight]
+    assert torch.allclose(entry["exp_avg_sq"][2], mean.expand(3))
+    assert entry["exp_avg"][2].tolist() == [0, 0, 0]
+
+
+def test_factored_state_of_a_changed_tensor_begins_anew_and_that_alone():
+    model, optimizer = trained(lambda m: torch.optim.Adafactor(m.parameters(), 1e-2))
+    kept = optimizer.state[model[1].bias]
+    migrate_optimizer(optimizer, widened(model))
+    assert model[0].weight not in optimizer.state
+    assert optimizer.state[model[1].bias] is kept
+    model(torch.randn(4, 3).double()).square().mean().backward()
+    optimizer.step()
+
+
+def test_new_parameters_join_the_group_of_the_one_they_are_modelled_on():
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    optimizer = torch.optim.SGD(
+        [{"params": [m.weight for m in model], "lr": 0.1}, {"params": [m.bias for m in model], "lr": 0.2}]
+    )
+    before = dict(model.named_parameters())
+    model.append(nn.Linear(2, 2))
+    changes = {f"2.{leaf}": TensorChange(like=f"1.{leaf}") for leaf in ("weight", "bias")}
+    change = ModelChange("insert", 0, dict(model.named_parameters()), changes=changes, before=before)
+    undo = migrate_optimizer(optimizer, change)
+    assert [[p.dim() for p in g["params"]] for g in optimizer.param_groups] == [[2, 2, 2], [1, 1, 1]]
+    undo()
+    with pytest.raises(MigrationError, match="which of the optimizer's groups the new parameter 2.weight joins"):
+        unlike = {name: TensorChange() for name in changes}
+        migrate_optimizer(optimizer, ModelChange("insert", 0, change.parameters, changes=unlike, before=before))
+
+
+def test_a_state_in_one_piece_is_refused_by_name():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 2)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(MigrationError, match="LBFGS keeps `al` for all parameters in one piece"):
+        migrate_optimizer(optimizer, ModelChange("widen", 1, before=dict(model.named_parameters())))
+
+
+def test_parameters_of_another_model_are_refused():
+    _, optimizer = trained(lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    with pytest.raises(MigrationError, match="parameters that are none of the model's"):
+        migrate_optimizer(optimizer, ModelChange("widen", 1, before=dict(nn.Linear(2, 2).named_parameters())))

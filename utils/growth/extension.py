@@ -1,0 +1,195 @@
+"""Growth as a part of a run: what the settings ask for happens at its step, and everything that remembers follows.
+
+An event comes at the end of an optimizer step: gradients are used up, so none is half accumulated. Whatever decides
+about it is in the checkpoint (`GrowthExtension.state_dict`) or derived from (seed, step), so a run that is killed
+before, at or after an event repeats it bit for bit.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.adapters import ModelAdapter
+from utils.growth.budget import BudgetError
+from utils.growth.config import FULL, GrowthConfig, ScheduledGrowth
+from utils.growth.controller import Controller
+from utils.growth.edits import GrowthError
+from utils.growth.lineage import GrowthEvent, lineage_of, rebuild, remember, save_lineage
+from utils.growth.planning import begin_with, forget_sizes, plan_growth
+from utils.growth.request import Request
+from utils.growth.transaction import Grown, grow_by
+from utils.runtime.errors import ConfigError, SeedbedError
+from utils.training.batch_inputs import model_inputs
+from utils.training.config import TrainingConfig
+from utils.training.evaluation import masking_seed, objective
+from utils.training.processes import agreed
+from utils.training.sharding import is_sharded
+from utils.training.state import ModelChange, Undo
+
+
+class GrowthExtension:
+    """Lets a run's model grow.
+
+    Attributes:
+        config: When, where and how.
+        events: The lineage so far.
+        refusals: What was asked for and could not be: step, operator and why.
+        controller: Decides about growth that no schedule asks for.
+    """
+
+    def __init__(self, config: GrowthConfig) -> None:
+        """Start with a model that never grew."""
+        self.config = config
+        self.events: list[GrowthEvent] = []
+        self.refusals: list[dict[str, Any]] = []
+        self.controller = Controller(config)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the lineage and what the decisions depend on."""
+        return {
+            "events": [event.to_dict() for event in self.events],
+            "refusals": [dict(refusal) for refusal in self.refusals],
+            "controller": self.controller.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; the model has grown through it already."""
+        self.events = [GrowthEvent.from_dict(values) for values in state["events"]]
+        self.refusals = [dict(refusal) for refusal in state["refusals"]]
+        self.controller.load_state_dict(state["controller"])
+
+    def migrate(self, change: ModelChange) -> Undo | None:
+        """The lineage is written when the event has been certified; the triggers begin anew then."""
+
+    def restore(self, adapter: ModelAdapter, state: Mapping[str, Any]) -> None:
+        """Let a model that was just built from its source grow through a checkpoint's lineage."""
+        rebuild(adapter.module, [GrowthEvent.from_dict(values) for values in state["events"]])
+        forget_sizes(adapter)
+
+    def begin(self, adapter: ModelAdapter) -> None:
+        """Take over what a model grew through before this run, and let it begin with fewer blocks if it is to.
+
+        Raises:
+            GrowthRefusedError: It cannot begin so.
+        """
+        self.events = list(lineage_of(adapter.module))
+        if self.config.begin_blocks is not None:
+            self.events.append(begin_with(adapter, self.config.begin_blocks))
+            remember(adapter.module, self.events)
+
+    def start(self, session: Any) -> None:
+        """Note what the run begins with."""
+        self.controller.start(session)
+        if self.events and session.writer is not None:
+            save_lineage(session.run.directory, self.events)
+
+    def after_step(self, session: Any, batch: Mapping[str, Tensor]) -> None:
+        """Make the events that are due after this step."""
+        step, total = session.progress.step, session.run.total_steps
+        if step == total:
+            return
+        for wish in self.config.schedule:
+            if wish.step(total) == step:
+                self.grow(session, batch, self._request(wish), f"scheduled for step {step}")
+        wanted = self.controller.decide(session, batch)
+        if wanted is not None:
+            grown = self.grow(session, batch, wanted.request, wanted.why, wanted.signals)
+            self.controller.note(wanted, grew=grown is not None)
+
+    def grow(
+        self,
+        session: Any,
+        batch: Mapping[str, Tensor],
+        request: Request,
+        why: str,
+        signals: tuple[dict[str, Any], ...] = (),
+    ) -> Grown | None:
+        """Make one event; None when it was refused or taken back, and the run goes on as it is.
+
+        Args:
+            session: The run's `SessionCallback`.
+            batch: The batch that was just trained on.
+            request: What is wanted.
+            why: For the lineage.
+            signals: What the triggers said.
+        """
+        run, step = session.run, session.progress.step
+        seed = masking_seed(run.config.seed, session.progress.batches, session.stream.rank)
+
+        def loss() -> float:
+            return float(objective(run.adapter, run.data, dict(batch), seed)[0])
+
+        try:
+            plan = plan_growth(run.adapter, request)
+            self.controller.check_budget(session, plan, len(self.events))
+            grown = grow_by(
+                run.adapter, plan, model_inputs(run.adapter, dict(batch), run.data), loss, session.migrate,
+                run.config.seed, step, self.config.new_second_moment == "mean",
+                self._tolerance(run.adapter), why, signals, agreed,
+            )  # fmt: skip
+        except (GrowthError, BudgetError) as error:
+            self._refused(session, request, error)
+            return None
+        self.events.append(grown.event)
+        remember(run.model, self.events)
+        self.controller.reset()
+        if session.writer is not None:
+            save_lineage(run.directory, self.events)
+        return grown
+
+    def _request(self, wish: ScheduledGrowth) -> Request:
+        """Return a scheduled event as a request; the full depth is what a run that began with fewer blocks had."""
+        beginnings = [event.plan.before for event in self.events if event.certificate is None]
+        to = beginnings[-1] if wish.to == FULL else wish.to
+        assert not isinstance(to, str)
+        return Request(wish.operator, wish.amount, to, wish.where)
+
+    def _tolerance(self, adapter: ModelAdapter) -> float | None:
+        """Return the bound of the settings, which is one for float32."""
+        return self.config.tolerance if adapter.real_dtype == torch.float32 else None
+
+    def _refused(self, session: Any, request: Request, error: SeedbedError) -> None:
+        """Remember that a wish could not be met, and say so once."""
+        step = session.progress.step
+        self.refusals.append({"step": step, "operator": request.operator, "why": str(error)})
+        if session.writer is None:
+            return
+        said = f"At step {step} the model did not grow in {request.operator}: {error}"
+        session.run.notes.append(said)
+        if self.config.on_refusal == "stop":
+            session.run.stop_requested = f"stopped, because growth in {request.operator} was refused at step {step}"
+            said += " The run stops, as on_refusal says; resumed, it goes on without this event."
+        else:
+            said += " The run goes on as it is."
+        warnings.warn(said, stacklevel=2)
+
+
+def has_grown(adapter: ModelAdapter) -> bool:
+    """Tell whether a model is another than the one that its source builds, so that a run has to keep its lineage."""
+    return bool(lineage_of(adapter.module))
+
+
+def make_extension(config: TrainingConfig) -> GrowthExtension:
+    """Return growth as the settings of a run ask for it.
+
+    Raises:
+        ConfigError: The settings of growth are wrong, or contradict others.
+    """
+    settings = config.growth
+    growth = settings if isinstance(settings, GrowthConfig) else GrowthConfig.from_dict(settings or {})
+    if config.devices > 1 and is_sharded(config):
+        raise ConfigError(
+            f"TrainingConfig.growth is set and strategy is {config.strategy!r}.",
+            "Expected ddp, or one device: weights that are divided among devices cannot grow.",
+            "Set strategy to ddp, or leave growth at None.",
+        )
+    if config.devices > 1 and growth.automatic:
+        raise ConfigError(
+            f"GrowthConfig.operators is {', '.join(growth.operators)} and TrainingConfig.devices is {config.devices}.",
+            "Expected a schedule on several devices: triggers look at the batches of one process only.",
+            "Say with schedule when to grow, or train on one device.",
+        )
+    return GrowthExtension(growth)

@@ -1,0 +1,94 @@
+"""Add hidden units to feed-forward pairs: random rows in, zero columns out.
+
+The new units' contribution is zero times whatever they compute (Net2Wider without replication, Chen et al.,
+arXiv:1511.05641; Gesmundo & Maile, arXiv:2308.06103, theorem 1), so the function stays, up to the order in which a
+longer sum is added. Their outgoing weights get a gradient in the first step, their incoming ones from the second on.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from utils.adapters.structure import Structure
+from utils.adapters.wiring import FeedForward, Projection
+from utils.growth.edits import Edit, GrowthRefusedError, Plan, Widen
+from utils.growth.numbers import owned_sizes, settled
+from utils.growth.request import Request
+from utils.growth.scratch import Scratch
+
+WORDS = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "mlp_dim", "ffn_hidden_size", "dim_feedforward")
+"""How the names end of numbers that count hidden units."""
+
+
+def plan_feed_forward(scratch: Scratch, found: Structure, request: Request) -> Plan:
+    """Plan more hidden units in one block's feed-forward pair, or in all of them.
+
+    Args:
+        scratch: A copy of the model.
+        found: Its parts.
+        request: How many units, and in which block.
+
+    Raises:
+        GrowthRefusedError: There is no such pair, or the function would change.
+    """
+    pairs = chosen(found.feed_forwards.value, scratch.module, found, request)
+    if not pairs:
+        raise GrowthRefusedError(
+            f"There is no feed-forward pair to widen: {found.feed_forwards.reason}.",
+            "Expected two linear layers with an activation between that lead back to the same width.",
+            "Grow the depth, or channels.",
+        )
+    sizes = {pair.hidden for pair in pairs}
+    if len(sizes) > 1:
+        raise GrowthRefusedError(
+            f"The feed-forward pairs have {', '.join(map(str, sorted(sizes)))} hidden units.",
+            "Expected pairs of one size, or one of them named by `where`.",
+        )
+    hidden = sizes.pop()
+    added = request.added(hidden, "hidden units")
+    edits: list[Edit] = []
+    grown: set[str] = set()
+    for pair in pairs:
+        for projection, fill in ((pair.up, "like"), (pair.gate, "like"), (pair.down, "zero")):
+            if projection is not None and projection.weight not in grown:
+                grown.add(projection.weight)
+                edits += widened(scratch.module, projection, added, fill)
+    where = tuple(pair.name or pair.up.module for pair in pairs)
+    plan = Plan("feed_forward", where, tuple(edits), hidden, hidden + added, "bounded", None,
+                (found.feed_forwards.reason, pairs[0].reason))  # fmt: skip
+    numbers = [(hidden, hidden + added), (2 * hidden, 2 * (hidden + added))]
+    # A config that other pairs share speaks of these only when all of them grow.
+    return settled(scratch, plan, numbers, WORDS, everywhere=len(pairs) == len(found.feed_forwards.value))
+
+
+def chosen(pairs: Sequence[FeedForward], module: nn.Module, found: Structure, request: Request) -> list[FeedForward]:
+    """Return the pairs of the block or module that was asked for; all when none was."""
+    if request.where is None:
+        return list(pairs)
+    name = request.where
+    if isinstance(name, int):
+        blocks = found.blocks.value
+        if not -len(blocks) <= name < len(blocks):
+            raise GrowthRefusedError(
+                f"Block {name} was asked for, and there are {len(blocks)}.", "Expected the number of a block."
+            )
+        name = blocks[name]
+    inside = [pair for pair in pairs if f"{pair.up.module}.".startswith(f"{name}.")]
+    if not inside:
+        raise GrowthRefusedError(
+            f"There is no feed-forward pair in {name!r}.",
+            f"Expected one of {', '.join(dict.fromkeys(pair.block or pair.name for pair in pairs))}.",
+        )
+    return inside
+
+
+def widened(module: nn.Module, projection: Projection, added: int, fill: str) -> list[Edit]:
+    """Return the edits that add entries behind each group of a projection's axis, its bias included."""
+    weight = module.get_parameter(projection.weight)
+    size = weight.shape[projection.axis]
+    places = tuple((max(group) + 1, added) for group in sorted(projection.groups))
+    after = size + added * len(places)
+    edits: list[Edit] = [Widen(projection.weight, projection.axis, places, fill)]
+    if projection.bias is not None:
+        edits.append(Widen(projection.bias, 0, places, "zero"))
+    return [*edits, *owned_sizes(module, projection.weight, projection.axis, size, after)]

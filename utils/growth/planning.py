@@ -1,0 +1,73 @@
+"""From a wish to a plan: the operator that fits, tried on a copy."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from utils.adapters import ModelAdapter
+from utils.adapters.structure import Structure, structure
+from utils.growth.config import OPERATORS
+from utils.growth.edits import GrowthRefusedError, Plan
+from utils.growth.lineage import GrowthEvent
+from utils.growth.operators.depth import plan_beginning, plan_depth
+from utils.growth.operators.expert import plan_expert
+from utils.growth.operators.feed_forward import plan_feed_forward
+from utils.growth.operators.heads import plan_heads
+from utils.growth.operators.vocabulary import plan_classes, plan_vocabulary
+from utils.growth.request import Request
+from utils.growth.scratch import Scratch
+from utils.growth.surgery import Surgery
+
+Planner = Callable[[Scratch, Structure, Request], Plan]
+PLANNERS: Mapping[str, Planner] = {
+    "depth": plan_depth,
+    "feed_forward": plan_feed_forward,
+    "heads": plan_heads,
+    "vocabulary": plan_vocabulary,
+    "classes": plan_classes,
+    "expert": plan_expert,
+}
+
+
+def plan_growth(adapter: ModelAdapter, request: Request, found: Structure | None = None) -> Plan:
+    """Find out how a model can grow as asked; the model itself is not touched.
+
+    Args:
+        adapter: The model.
+        request: What is wanted.
+        found: Its parts, where they are known already.
+
+    Returns:
+        A plan that was tried on a copy.
+
+    Raises:
+        GrowthRefusedError: The model cannot grow so; the message says why.
+    """
+    planner = PLANNERS.get(request.operator)
+    if planner is None:
+        raise GrowthRefusedError(
+            f"There is no growth operator {request.operator!r}.", f"Expected one of {', '.join(OPERATORS)}."
+        )
+    return planner(Scratch(adapter), found or structure(adapter), request)
+
+
+def begin_with(adapter: ModelAdapter, blocks: int) -> GrowthEvent:
+    """Take all blocks but the first ones away from a model that has not been trained.
+
+    Returns:
+        The first event of its lineage.
+
+    Raises:
+        GrowthRefusedError: The model does not run so; it is as it was.
+    """
+    started, before = time.perf_counter(), adapter.num_parameters
+    plan = plan_beginning(Scratch(adapter), structure(adapter), blocks)
+    Surgery(adapter.module, plan)
+    forget_sizes(adapter)
+    why = f"begin_blocks is {blocks}"
+    return GrowthEvent(0, 0, plan, None, why, before, adapter.num_parameters, time.perf_counter() - started)
+
+
+def forget_sizes(adapter: ModelAdapter) -> None:
+    """Let an adapter look up anew what it knows about the size of its model, after that has changed."""
+    for name in ("num_parameters", "vocab_size", "num_labels"):
+        adapter.__dict__.pop(name, None)

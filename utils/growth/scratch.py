@@ -1,0 +1,227 @@
+"""A copy of a model on which plans are tried before the model itself is touched."""
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.adapters import ModelAdapter
+from utils.adapters.capture import first_tensor, observe
+from utils.growth.edits import GrowthRefusedError, LineageError, Plan
+from utils.growth.surgery import Surgery
+from utils.runtime.printing import captured_output
+from utils.runtime.seeding import isolated_streams
+
+CLOSE = 1e-4
+"""Largest change of the output, as a share of its size, that a trial lets pass; the certificate decides."""
+LEARNS = 1e-12
+"""A gradient of the new entries above this share of the largest one is one."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of a plan on the copy."""
+
+    problem: str | None
+    """Why it does not fit; None when it does."""
+    difference: float = 0.0
+    """Largest change of the output, as a share of its size."""
+    ran: bool = True
+    """It did not crash."""
+
+
+class Scratch:
+    """A copy of a model in eval mode, in double precision where it can compute in it, on the CPU.
+
+    Attributes:
+        adapter: An adapter of the copy.
+        inputs: What it is tried on.
+        expected: What the copy answers as it is.
+        exact: Whether it is in double precision.
+    """
+
+    def __init__(self, adapter: ModelAdapter, batch_size: int = 2) -> None:
+        """Copy a model.
+
+        Raises:
+            GrowthRefusedError: It cannot be copied, or does not run.
+        """
+        last: Exception | None = None
+        for double in (True, False):
+            try:
+                self.adapter, self.inputs, self.expected = _twin(adapter, double, batch_size)
+                self.exact = double
+                return
+            except Exception as error:
+                last = error
+        raise GrowthRefusedError(
+            f"{adapter.name} cannot be copied and run ({type(last).__name__}: {last}).",
+            "Expected a model that copy.deepcopy copies: every growth step is tried on a copy first.",
+            "Move what cannot be copied (files, locks, handles) out of the module.",
+        ) from last
+
+    @property
+    def module(self) -> nn.Module:
+        """The copy."""
+        return self.adapter.module
+
+    def attempt(
+        self,
+        plan: Plan,
+        must_run: Iterable[str] = (),
+        seed: int = 0,
+        also: Callable[[Surgery], str | None] | None = None,
+        learns: bool = True,
+    ) -> Trial:
+        """Try a plan; the copy comes back as it was.
+
+        Args:
+            plan: What to try.
+            must_run: Names of modules, after the change, that a forward pass has to reach.
+            seed: Seed of what is drawn.
+            also: Called with the change while it is made; returns a problem, or None.
+            learns: A gradient has to reach something that is new.
+        """
+        try:
+            surgery = Surgery(self.module, plan, seed)
+        except LineageError as error:
+            return Trial(str(error.found), ran=False)
+        try:
+            reached: set[str] = set()
+            try:
+                with captured_output(), isolated_streams("growth"):
+                    with observe(self.module, lambda name, *_: reached.add(name)):
+                        output = self.adapter.logits(self.inputs)
+                    missing = [name for name in must_run if name not in reached]
+                    if missing:
+                        return Trial(f"{missing[0]} is never run")
+                    difference = changed_by(self.expected, output, plan.outputs)
+                    if difference <= CLOSE and learns and not self._learns(surgery):
+                        return Trial("no gradient reaches what is new", difference)
+                    if difference <= CLOSE and also is not None:
+                        with captured_output(), isolated_streams("growth"):
+                            problem = also(surgery)
+                        if problem is not None:
+                            return Trial(problem, difference)
+            except Exception as error:
+                return Trial(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", ran=False)
+        finally:
+            surgery.undo()
+            for parameter in self.module.parameters():
+                parameter.grad = None
+        if difference > CLOSE:
+            return Trial(f"the output changes by {difference:.2g} of its size", difference)
+        return Trial(None, difference)
+
+    def _learns(self, surgery: Surgery) -> bool:
+        """Tell whether a gradient reaches something that is new."""
+        output = self.adapter.logits(self.inputs)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        fresh = {
+            name: how
+            for name, how in surgery.change.changes.items()
+            if (how.insertions or how.source is None) and name in surgery.change.parameters
+        }
+        trained = {name: surgery.change.parameters[name] for name in fresh}
+        trained = {name: parameter for name, parameter in trained.items() if parameter.requires_grad}
+        if not trained:
+            # What was frozen stays so; what is new in it has nothing to learn.
+            return not fresh
+        gradients = torch.autograd.grad((output * weights).sum(), list(trained.values()), allow_unused=True)
+        for name, gradient in zip(trained, gradients, strict=True):
+            if gradient is None:
+                continue
+            how = fresh[name]
+            old = gradient
+            for insertion in reversed(how.insertions):
+                old = _without(old, insertion.axis, insertion.places)
+            whole, kept = float(gradient.abs().sum()), float(old.abs().sum()) if how.source is not None else 0.0
+            if whole - kept > LEARNS * max(whole, 1e-30) and whole > 0:
+                return True
+        return False
+
+    def block_call(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what a module of the copy is called with.
+
+        Raises:
+            GrowthRefusedError: It is not called.
+        """
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def hook(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args, kwargs))
+
+        handle = self.module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with torch.no_grad(), captured_output(), isolated_streams("growth"):
+                self.adapter.logits(self.inputs)
+        finally:
+            handle.remove()
+        if len(calls) != 1:
+            raise GrowthRefusedError(
+                f"The block {name} runs {len(calls)} times in one forward pass.",
+                "Expected once: a block that is shared or skipped has no neighbour of its own.",
+                "Grow another part, such as the feed-forward width.",
+            )
+        return calls[0]
+
+
+def changed_by(before: Tensor, after: Tensor, outputs: int | None = None) -> float:
+    """Return the largest change of an output as a share of its size; infinite when the shapes differ.
+
+    Args:
+        before: The old answer.
+        after: The new one.
+        outputs: Compare so many entries of the last axis, where the new answer has more.
+    """
+    if outputs is not None:
+        after = after[..., :outputs]
+    if before.shape != after.shape:
+        return float("inf")
+    finite = torch.isfinite(before)
+    if not bool((finite == torch.isfinite(after)).all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    old, new = before[finite].detach().double(), after[finite].detach().double()
+    size = float((old - old.mean()).square().mean().sqrt()) or float(old.abs().max()) or 1.0
+    return float((new - old).abs().max()) / size
+
+
+def _without(value: Tensor, axis: int, places: tuple[tuple[int, int], ...]) -> Tensor:
+    """Return what was there before new entries were inserted."""
+    kept, start, shift = [], 0, 0
+    for place, count in places:
+        kept.append(value.narrow(axis, start + shift, place - start))
+        shift, start = shift + count, place
+    kept.append(value.narrow(axis, start + shift, value.shape[axis] - start - shift))
+    return torch.cat(kept, axis)
+
+
+def _twin(adapter: ModelAdapter, double: bool, batch_size: int) -> tuple[ModelAdapter, dict[str, Tensor], Tensor]:
+    """Return an adapter of a copy, inputs for it and its answer."""
+    twin = copy.copy(adapter)
+    with captured_output():
+        module = copy.deepcopy(adapter.module).to("cpu").eval()
+        for parameter in module.parameters():
+            parameter.grad = None
+        twin.module = module.double() if double else module
+        inputs = twin.example_inputs(batch_size)
+        with isolated_streams("growth"), torch.no_grad():
+            expected = twin.logits(inputs)
+    if double and expected.dtype != torch.float64:
+        raise TypeError("a part computes in single precision whatever its input")
+    return twin, inputs, expected
+
+
+def identity_error(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return by how much a block changes its first tensor, as a share of its size; infinite when the shape differs."""
+    with torch.no_grad(), suppress(Exception), captured_output(), isolated_streams("growth"):
+        answer, given = first_tensor(block(*args, **kwargs)), first_tensor((args, tuple(kwargs.values())))
+        if answer is not None and given is not None:
+            return changed_by(given, answer)
+    return float("inf")

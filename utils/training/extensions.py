@@ -1,0 +1,70 @@
+"""Slots for the layers above training: growth and continual learning take part in a run without training knowing them.
+
+A setting of `TrainingConfig` with the name of a slot fills it: the package of that name, above this one, brings the
+extension. Nothing of it is imported before a run asks for it.
+"""
+
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from utils.adapters import ModelAdapter
+from utils.training.config import TrainingConfig
+from utils.training.state import StatefulPart
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from utils.training.session_callback import SessionCallback
+
+SLOTS: Mapping[str, str] = {"growth": "utils.growth.extension"}
+"""The setting that fills a slot, and the module that brings what goes into it: ``make_extension(config)``, and
+``has_grown(adapter)``, which tells whether a model needs it whatever the settings say."""
+
+
+class Extension(StatefulPart, Protocol):
+    """Something that takes part in a run; its state is a part of the checkpoints, under the name of its slot."""
+
+    def begin(self, adapter: ModelAdapter) -> None:
+        """Act on a model with which a new run begins, before anything is measured or written.
+
+        Raises:
+            SeedbedError: The model cannot begin so; it is as it was.
+        """
+
+    def restore(self, adapter: ModelAdapter, state: Mapping[str, Any]) -> None:
+        """Bring a model that was just built from its source into the shape that a checkpoint's weights have.
+
+        Args:
+            adapter: The model.
+            state: What `state_dict` returned when the checkpoint was written.
+        """
+
+    def start(self, session: "SessionCallback") -> None:
+        """Get ready; the states of all parts are loaded."""
+
+    def after_step(self, session: "SessionCallback", batch: "Mapping[str, Tensor]") -> None:
+        """Act after an optimizer step, before it is decided whether the run stops or saves."""
+
+
+def adopted(config: TrainingConfig, adapter: ModelAdapter) -> TrainingConfig:
+    """Return settings with the slots filled that a model needs because of what was done with it before."""
+    for name, module in SLOTS.items():
+        # What was never imported has done nothing.
+        if getattr(config, name) is None and module in sys.modules and sys.modules[module].has_grown(adapter):
+            config = config.with_changes(**{name: {}})
+    return config
+
+
+def extensions_of(config: TrainingConfig) -> dict[str, Extension]:
+    """Return the extensions that a run's settings ask for, by slot.
+
+    Raises:
+        ConfigError: A slot's own settings are wrong.
+    """
+    return {
+        name: importlib.import_module(module).make_extension(config)
+        for name, module in SLOTS.items()
+        if getattr(config, name) is not None
+    }
