@@ -1,8 +1,8 @@
 """Seedbed: know whether a PyTorch model is sound, train it where machines vanish, ship it.
 
 The public surface, loaded on first use: `load_model`, `read_code`, `validate`, `show`, `train`, `resume`, `export`,
-`unfinished_runs`, `bundle`, `publish`, `generate`, `ModelSpec`, `ModelAdapter`, `LoadedModel`, `TrainingConfig`.
-Importing this package imports only the standard library.
+`grow`, `unfinished_runs`, `bundle`, `publish`, `generate`, `ModelSpec`, `ModelAdapter`, `LoadedModel` and
+`TrainingConfig`. Importing this package imports only the standard library.
 """
 
 from importlib import import_module
@@ -12,6 +12,7 @@ from utils.runtime.project import VERSION as __version__
 
 if TYPE_CHECKING:
     from utils.adapters import ModelAdapter, ModelSpec
+    from utils.growth.growing import grow
     from utils.loading import LoadedModel, load_model, read_code
     from utils.tier1_critical_validation import show, validate
     from utils.tier3_training_utilities import export, resume, train
@@ -35,6 +36,7 @@ _HOMES = {
     "bundle": "utils.training.bundle",
     "publish": "utils.training.publish",
     "generate": "utils.training.generation",
+    "grow": "utils.growth.growing",
     "unfinished_runs": "utils.training.unfinished",
     "TrainingConfig": "utils.training",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "bundle",
     "export",
     "generate",
+    "grow",
     "load_model",
     "publish",
     "read_code",

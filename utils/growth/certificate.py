@@ -6,7 +6,6 @@ shows. Both are taken in eval mode: dropout draws other masks for a larger model
 """
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,8 +32,8 @@ class Answers:
     """Of the first samples."""
     double: Tensor | None
     """The same in float64; None where it was not computed."""
-    loss: float
-    """Mean loss of the batch in nats; nan where there are no labels."""
+    loss: float | None
+    """Mean loss of the batch in nats; None where there are no labels."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,25 @@ class Certificate:
     """The same in float64; None where it was not measured."""
     bound: float
     """What the change had to stay below."""
-    loss_before: float
-    """Loss of the batch before, in nats."""
-    loss_after: float
+    loss_before: float | None
+    """Loss of the batch before, in nats; None where there are no labels."""
+    loss_after: float | None
     """After."""
     samples: int
     """Samples whose answers were compared."""
 
     @property
-    def jump(self) -> float:
-        """By how much the loss rose, in nats."""
+    def jump(self) -> float | None:
+        """By how much the loss rose, in nats; None where it was not measured."""
+        if self.loss_before is None or self.loss_after is None:
+            return None
         return self.loss_after - self.loss_before
 
     def describe(self) -> str:
         """Say it in one line."""
         exact = "bit-equal" if self.equal else f"largest change {self.difference:.1e} of the answers' size"
         double = "" if self.double_difference is None else f", {self.double_difference:.1e} in float64"
-        loss = "" if math.isnan(self.loss_before) else f"; loss {self.loss_before:.6f} -> {self.loss_after:.6f}"
+        loss = "" if self.jump is None else f"; loss {self.loss_before:.6f} -> {self.loss_after:.6f}"
         return f"{'kept' if self.passed else 'NOT KEPT'}: {exact}{double} (bound {self.bound:.0e}){loss}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def answers(adapter: ModelAdapter, inputs: Mapping[str, Any], loss: Any = None) 
     }
     with adapter.isolated():
         logits = adapter.logits(few).detach().clone()
-        measured = math.nan if loss is None else float(loss())
+        measured = None if loss is None else float(loss())
         double = _in_double(adapter, few) if adapter.num_parameters <= DOUBLE_PARAMETERS else None
     return Answers(logits, double, measured)
 

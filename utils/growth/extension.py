@@ -16,9 +16,10 @@ from utils.adapters import ModelAdapter
 from utils.growth.budget import BudgetError
 from utils.growth.config import FULL, GrowthConfig, ScheduledGrowth
 from utils.growth.controller import Controller
-from utils.growth.edits import GrowthError
+from utils.growth.edits import GrowthError, GrowthRefusedError
 from utils.growth.lineage import GrowthEvent, lineage_of, rebuild, remember, save_lineage
 from utils.growth.planning import begin_with, forget_sizes, plan_growth
+from utils.growth.probe import probe
 from utils.growth.request import Request
 from utils.growth.transaction import Grown, grow_by
 from utils.runtime.errors import ConfigError, SeedbedError
@@ -125,6 +126,14 @@ class GrowthExtension:
         try:
             plan = plan_growth(run.adapter, request)
             self.controller.check_budget(session, plan, len(self.events))
+            if signals and self.config.probe_steps:
+                tried = probe(session, plan, self.config.probe_steps)
+                if not tried.pays:
+                    raise GrowthRefusedError(
+                        f"The probe rejected {plan.describe()}: {tried.why}.",
+                        "Expected the loss to fall by more per FLOP with growth than without.",
+                    )
+                why = f"{why} The probe kept it: {tried.why}."
             grown = grow_by(
                 run.adapter, plan, model_inputs(run.adapter, dict(batch), run.data), loss, session.migrate,
                 run.config.seed, step, self.config.new_second_moment == "mean",

@@ -30,7 +30,10 @@ class GatedBlock(nn.Module):
         if given is None or answer is None or given.shape != answer.shape:
             raise ValueError("a gated block needs an answer of the shape of its input")
         mixed = given + self.gate * (answer - given)
-        return _replaced(output, answer, mixed)
+        replaced = _replaced(output, answer, mixed)
+        if first_tensor(replaced) is not mixed:
+            raise ValueError("a gated block needs an answer that is a tensor, or a tuple, list or dict that holds one")
+        return replaced
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the block what its surroundings ask of it."""
@@ -41,16 +44,16 @@ class GatedBlock(nn.Module):
 
 
 def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
-    """Return an output with one tensor in place of another."""
+    """Return an output with one tensor in place of another, wherever it is inside."""
     if output is old:
         return new
     if isinstance(output, dict):
         made = type(output)()
         for name, value in output.items():
-            made[name] = new if value is old else value
+            made[name] = _replaced(value, old, new)
         return made
     if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*(new if value is old else value for value in output))
+        return type(output)(*(_replaced(value, old, new) for value in output))
     if isinstance(output, (tuple, list)):
-        return type(output)(new if value is old else value for value in output)
-    raise ValueError("a gated block needs an answer that is a tensor, or a tuple or dict that holds one")
+        return type(output)(_replaced(value, old, new) for value in output)
+    return output

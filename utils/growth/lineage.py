@@ -13,10 +13,9 @@ from utils.growth.certificate import Certificate
 from utils.growth.edits import LineageError, Plan
 from utils.growth.surgery import Surgery
 from utils.runtime.files import write_json
+from utils.training.growth_rows import LINEAGE
 
 _GROWN: "WeakKeyDictionary[nn.Module, tuple[GrowthEvent, ...]]" = WeakKeyDictionary()
-LINEAGE = "growth.json"
-"""Name of the lineage in a run directory, for people; what a resume reads is in the checkpoints."""
 
 
 @dataclass(frozen=True)

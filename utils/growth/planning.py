@@ -13,6 +13,7 @@ from utils.growth.operators.expert import plan_expert
 from utils.growth.operators.feed_forward import plan_feed_forward
 from utils.growth.operators.heads import plan_heads
 from utils.growth.operators.vocabulary import plan_classes, plan_vocabulary
+from utils.growth.operators.width import plan_channels, plan_residual
 from utils.growth.request import Request
 from utils.growth.scratch import Scratch
 from utils.growth.surgery import Surgery
@@ -25,6 +26,8 @@ PLANNERS: Mapping[str, Planner] = {
     "vocabulary": plan_vocabulary,
     "classes": plan_classes,
     "expert": plan_expert,
+    "channels": plan_channels,
+    "residual": plan_residual,
 }
 
 

@@ -93,7 +93,7 @@ class Scratch:
         try:
             reached: set[str] = set()
             try:
-                with captured_output(), isolated_streams("growth"):
+                with captured_output(), isolated_streams("growth"), torch.enable_grad():
                     with observe(self.module, lambda name, *_: reached.add(name)):
                         output = self.adapter.logits(self.inputs)
                     missing = [name for name in must_run if name not in reached]
@@ -103,8 +103,7 @@ class Scratch:
                     if difference <= CLOSE and learns and not self._learns(surgery):
                         return Trial("no gradient reaches what is new", difference)
                     if difference <= CLOSE and also is not None:
-                        with captured_output(), isolated_streams("growth"):
-                            problem = also(surgery)
+                        problem = also(surgery)
                         if problem is not None:
                             return Trial(problem, difference)
             except Exception as error:

@@ -245,7 +245,10 @@ class Surgery:
         block = table[key]
         assert block is not None
         wrapped = GatedBlock(block).train(block.training)
-        self._history[id(wrapped.gate)] = TensorChange()
+        first = next(iter(block.parameters()), None)
+        # An optimizer with groups of its own trains the gate as it trains the block.
+        like = None if first is None else self._history[id(first)]
+        self._history[id(wrapped.gate)] = TensorChange(like=None if like is None else like.source or like.like)
         self._put(table, key, wrapped)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.training.state import MigrationError, ModelChange, TensorChange, Undo
 
@@ -81,7 +81,7 @@ def _placed(change: ModelChange, held: list[list[str | None]]) -> list[list[str]
         number = group_of.get(how.source or how.like)
         if number is not None:
             placed[number].append(name)
-        elif how.source is None and isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+        elif how.source is None and how.like is None and parameter.requires_grad:
             if len(held) > 1:
                 raise MigrationError(f"nothing says which of the optimizer's groups the new parameter {name} joins")
             placed[0].append(name)

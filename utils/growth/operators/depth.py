@@ -102,6 +102,9 @@ def _chosen(module: nn.Module, found: Structure, request: Request) -> tuple[list
     """Return the stack, and the place in it of the block behind which the new ones go."""
     stacks = found.stacks.value or [[name] for name in _alone(module)]
     if not stacks:
+        for name, child in module.named_modules():
+            if isinstance(child, nn.ModuleList) and len(set(child)) < len(child):
+                raise _several_times(name)
         raise GrowthRefusedError(
             f"There are no repeated blocks: {found.stacks.reason}.",
             "Expected blocks in an nn.ModuleList, or at least two alike children of one container.",
@@ -147,12 +150,17 @@ def _container(module: nn.Module, stack: Sequence[str]) -> tuple[str, list[int]]
             "Put the blocks into an nn.ModuleList.",
         )
     if len({id(child) for child in children}) < len(children):
-        raise GrowthRefusedError(
-            f"{container} holds one block several times.",
-            "Expected blocks of their own: a copy would share nothing with the others, and they would not grow.",
-            "Build each block anew, as in nn.ModuleList(make() for _ in range(n)), or grow the width.",
-        )
+        raise _several_times(container)
     return container, [int(name.rpartition(".")[2]) for name in stack]
+
+
+def _several_times(container: str) -> GrowthRefusedError:
+    """Return the refusal of a container whose blocks are one and the same."""
+    return GrowthRefusedError(
+        f"{container} holds one block several times.",
+        "Expected blocks of their own: a copy would share nothing with the others, and they would not grow.",
+        "Build each block anew, as in nn.ModuleList(make() for _ in range(n)), or grow the width.",
+    )
 
 
 def _ways(
