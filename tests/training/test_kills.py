@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "shuffled", "workers", "accumulation", "pending-losses", "checkpoint-on-validation", "epoch-boundaries",
-    "streaming-text", "masked-lm", "images-augmented", "average", "bf16", "wsd-smoothing", "mirrored", "two-processes",
+    "streaming-text", "masked-lm", "images-augmented", "average", "bf16", "wsd-smoothing", "mirrored",
+    "growth", "growth-by-triggers", "growth-two-processes", "two-processes",
     "two-parts",
 )  # fmt: skip
 QUICK = "checkpoint-on-validation"
@@ -25,7 +26,7 @@ def test_a_run_that_is_killed_ends_bitwise_like_one_that_is_not(tmp_path, settin
     result = subprocess.run(
         [
             sys.executable, str(ROOT / "benchmarks" / "kill_and_resume.py"), "--settings", setting, "--json",
-            "--kills", "1" if setting in (QUICK, "two-parts") else "3", "--keep", str(tmp_path),
+            "--kills", "1" if setting in (QUICK, "two-parts", "growth-two-processes") else "3", "--keep", str(tmp_path),
             # New processes once; forks, which take a third of the time, otherwise.
             "--fresh", "1" if setting == QUICK else "0",
         ],

@@ -16,16 +16,18 @@ from utils.adapters import ModelAdapter
 from utils.growth.budget import BudgetError
 from utils.growth.config import FULL, GrowthConfig, ScheduledGrowth
 from utils.growth.controller import Controller
-from utils.growth.edits import GrowthError, GrowthRefusedError
+from utils.growth.edits import GrowthError, GrowthRefusedError, LineageError
 from utils.growth.lineage import GrowthEvent, lineage_of, rebuild, remember, save_lineage
+from utils.growth.lineage_view import save_lineage_figure
 from utils.growth.planning import begin_with, forget_sizes, plan_growth
 from utils.growth.probe import probe
 from utils.growth.request import Request
 from utils.growth.transaction import Grown, grow_by
-from utils.runtime.errors import ConfigError, SeedbedError
+from utils.runtime.errors import ConfigError, MissingPackageError, SeedbedError
 from utils.training.batch_inputs import model_inputs
 from utils.training.config import TrainingConfig
 from utils.training.evaluation import masking_seed, objective
+from utils.training.growth_rows import LINEAGE
 from utils.training.processes import agreed
 from utils.training.sharding import is_sharded
 from utils.training.state import ModelChange, Undo
@@ -84,7 +86,9 @@ class GrowthExtension:
     def start(self, session: Any) -> None:
         """Note what the run begins with."""
         self.controller.start(session)
-        if self.events and session.writer is not None:
+        # A run that was killed soon after its first event may go on from before it.
+        known = self.events or (session.run.directory / LINEAGE).exists()
+        if known and session.writer is not None:
             save_lineage(session.run.directory, self.events)
 
     def after_step(self, session: Any, batch: Mapping[str, Tensor]) -> None:
@@ -99,6 +103,15 @@ class GrowthExtension:
         if wanted is not None:
             grown = self.grow(session, batch, wanted.request, wanted.why, wanted.signals)
             self.controller.note(wanted, grew=grown is not None)
+
+    def end(self, session: Any) -> None:
+        """Draw the lineage; a picture that cannot be drawn or written ends no run."""
+        if not self.events or session.writer is None:
+            return
+        try:
+            save_lineage_figure(session.run.directory)
+        except (OSError, MissingPackageError, LineageError) as error:
+            warnings.warn(f"The picture of the model's growth cannot be made: {error}", stacklevel=2)
 
     def grow(
         self,

@@ -63,10 +63,10 @@ class _Replay:
         self.widths: dict[_Part, list[tuple[int | None, int]]] = {}
         depths = [event.plan for event in events if event.plan.operator == "depth"]
         for plan in depths:
-            for edit in _block_edits(plan.edits)[:1]:
+            for made, edit in enumerate(_block_edits(plan.edits)):
                 self.stacks.setdefault(edit.container, [_Block(None) for _ in range(plan.before)])
                 # A sequence may hold other modules in front of its blocks; the places of the events tell how many.
-                known = edit.first - plan.after if isinstance(edit, KeepBlocks) else edit.index - plan.before
+                known = edit.first - plan.after if isinstance(edit, KeepBlocks) else edit.index - plan.before - made
                 self.offsets[edit.container] = max(self.offsets.get(edit.container, 0), known)
         for number, event in enumerate(events, 1):
             if event.plan.operator == "depth":
@@ -153,24 +153,19 @@ def course(events: Sequence[GrowthEvent], older: int, end: float) -> list[Row]:
         key = operator, rest if block is not None else "", tuple(history)
         if block is None or block in names:
             together.setdefault(key, []).append(part)
-    for (operator, _, history), parts in together.items():
-        sizes = [
-            entry for number, entry in enumerate(history) if began(entry[0]) or not _follows(history, number, older)
-        ]
+    operators = list(dict.fromkeys(operator for operator, _, _ in together))
+    for (operator, _, history), parts in sorted(together.items(), key=lambda item: operators.index(item[0][0])):
         born = min(began(block.event) if block is not None else 0.0 for _, block, _ in parts)
-        bars = []
-        for number, (event, size) in enumerate(sizes):
-            until = began(sizes[number + 1][0]) if number + 1 < len(sizes) else end
-            if until > born or number + 1 == len(sizes):
-                bars.append(Bar(max(began(event), born), until, shown(event), size))
+        starts = [max(began(event), born) for event, _ in history]
+        stretches = zip(history, starts, [*starts[1:], end], strict=True)
+        # What was over before the part, or the run, began is not shown.
+        bars = [
+            Bar(start, until, shown(event), size)
+            for number, ((event, size), start, until) in enumerate(stretches, 1)
+            if until > start or number == len(history)
+        ]
         rows.append(Row(_place(parts, names), operator, tuple(bars)))
     return rows
-
-
-def _follows(history: Sequence[tuple[int | None, int]], number: int, older: int) -> bool:
-    """Tell whether the next entry of a history was there at the beginning of the run too."""
-    following = history[number + 1][0] if number + 1 < len(history) else None
-    return following is not None and following <= older
 
 
 def _block_edits(edits: Iterable[Edit]) -> list[InsertBlock | KeepBlocks]:

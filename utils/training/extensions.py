@@ -47,12 +47,16 @@ class Extension(StatefulPart, Protocol):
     def after_step(self, session: "SessionCallback", batch: "Mapping[str, Tensor]") -> None:
         """Act after an optimizer step, before it is decided whether the run stops or saves."""
 
+    def end(self, session: "SessionCallback") -> None:
+        """Act at the end of a session that no error ended; everything is saved."""
+
 
 def adopted(config: TrainingConfig, adapter: ModelAdapter) -> TrainingConfig:
     """Return settings with the slots filled that a model needs because of what was done with it before."""
     for name, module in SLOTS.items():
-        # What was never imported has done nothing.
-        if getattr(config, name) is None and module in sys.modules and sys.modules[module].has_grown(adapter):
+        # A package that was never imported has done nothing.
+        used = module.rpartition(".")[0] in sys.modules
+        if used and getattr(config, name) is None and importlib.import_module(module).has_grown(adapter):
             config = config.with_changes(**{name: {}})
     return config
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAIN_COLOR, TREND_COLOR, VALIDATION_COLOR, BASELINE_COLOR = "#b9c9d1", "#5b7f92", "#d1662c", "#8a3b3b"
+MARK_COLOR = "#7a6a9a"
 METRICS = {
     "bits_per_byte": "Bits per byte, held out",
     "accuracy": "Accuracy, held out",
@@ -41,12 +42,15 @@ def trend(values: Sequence[float]) -> list[float]:
     return result
 
 
-def training_figure(rows: Sequence[dict[str, Any]], zlib_bits_per_byte: float | None = None) -> "Figure":
+def training_figure(
+    rows: Sequence[dict[str, Any]], zlib_bits_per_byte: float | None = None, marks: Sequence[float] = ()
+) -> "Figure":
     """Draw the loss, the held-out metric, the learning rate and the gradient norm over the steps.
 
     Args:
         rows: Rows of metrics.csv.
         zlib_bits_per_byte: Baseline to draw beside the bits per byte of a language model.
+        marks: Steps at which the model grew, drawn as vertical lines.
     """
     require("matplotlib", "draw the training curves")
     from matplotlib.figure import Figure
@@ -57,7 +61,9 @@ def training_figure(rows: Sequence[dict[str, Any]], zlib_bits_per_byte: float | 
     metric = metric_of(rows)
     figure = Figure(figsize=(11, 5.4) if metric else (11, 3), layout="constrained")
     panels = list(figure.subplots(2, 2).flat) if metric else list(figure.subplots(1, 3).flat)
-    _draw_losses(panels[0], train, validation)
+    draw_losses(panels[0], train, validation, marks)
+    for axis in panels[1:]:
+        draw_marks(axis, marks)
     if metric:
         _draw_metric(panels[1], validation, metric, zlib_bits_per_byte)
     _draw_course(panels[-2], train, "learning_rate", "Learning rate")
@@ -72,8 +78,19 @@ def training_figure(rows: Sequence[dict[str, Any]], zlib_bits_per_byte: float | 
     return figure
 
 
-def _draw_losses(axis: "Axes", train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> None:
-    """Draw the training loss as it was and smoothed, and the held-out loss."""
+def draw_marks(axis: "Axes", marks: Sequence[float], name: str | None = None) -> None:
+    """Draw a vertical line at each of some steps; `name` is for the legend."""
+    for index, step in enumerate(marks):
+        axis.axvline(step, color=MARK_COLOR, ls=(0, (4, 3)), lw=1, alpha=0.7, zorder=1, label=None if index else name)
+
+
+def draw_losses(
+    axis: "Axes",
+    train: Sequence[dict[str, Any]],
+    validation: Sequence[dict[str, Any]],
+    marks: Sequence[float] = (),
+) -> None:
+    """Draw the training loss as it was and smoothed, the held-out loss, and where the model grew."""
     steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
     axis.plot(steps, losses, color=TRAIN_COLOR, lw=1, label="training")
     if len(losses) > 2:
@@ -81,6 +98,7 @@ def _draw_losses(axis: "Axes", train: Sequence[dict[str, Any]], validation: Sequ
     held = ([r["step"] for r in validation], [r["loss"] for r in validation])
     if validation:
         axis.plot(*held, "o-", ms=3.5, color=VALIDATION_COLOR, label="held out")
+    draw_marks(axis, marks, "the model grew")
     axis.set(title="Loss")
     if train or validation:
         axis.legend(frameon=False, fontsize=9)
@@ -108,13 +126,20 @@ def _draw_course(axis: "Axes", train: Sequence[dict[str, Any]], name: str, title
     axis.set_ylim(bottom=0)
 
 
-def figure_png(rows: Sequence[dict[str, Any]], zlib_bits_per_byte: float | None = None, dpi: int = 120) -> bytes:
+def figure_png(
+    rows: Sequence[dict[str, Any]],
+    zlib_bits_per_byte: float | None = None,
+    dpi: int = 120,
+    marks: Sequence[float] = (),
+) -> bytes:
     """Return `training_figure` as PNG."""
     picture = io.BytesIO()
-    training_figure(rows, zlib_bits_per_byte).savefig(picture, format="png", dpi=dpi)
+    training_figure(rows, zlib_bits_per_byte, marks).savefig(picture, format="png", dpi=dpi)
     return picture.getvalue()
 
 
-def save_training_figure(rows: Sequence[dict[str, Any]], path: Path, zlib_bits_per_byte: float | None = None) -> None:
+def save_training_figure(
+    rows: Sequence[dict[str, Any]], path: Path, zlib_bits_per_byte: float | None = None, marks: Sequence[float] = ()
+) -> None:
     """Draw `training_figure` into a PNG file."""
-    write_atomic(path, figure_png(rows, zlib_bits_per_byte))
+    write_atomic(path, figure_png(rows, zlib_bits_per_byte, marks=marks))

@@ -103,7 +103,8 @@ def table_rows(events: Iterable[Mapping[str, Any]], before: int = 0) -> list[dic
         jump = difference = None
         if certificate is not None:
             difference = _finite(certificate["difference"])
-            jump = _finite(certificate["loss_after"] - certificate["loss_before"])
+            if certificate["loss_before"] is not None and certificate["loss_after"] is not None:
+                jump = _finite(certificate["loss_after"] - certificate["loss_before"])
         places = [str(place) for place in plan["where"]]
         more = len(places) - SHOWN_PLACES
         rows.append(

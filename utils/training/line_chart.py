@@ -26,7 +26,11 @@ class Series:
 
 
 def line_chart(
-    series: Sequence[Series], title: str, unit: str = "step", baseline: tuple[str, float] | None = None
+    series: Sequence[Series],
+    title: str,
+    unit: str = "step",
+    baseline: tuple[str, float] | None = None,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> str:
     """Draw curves over common axes; points that are not finite are left out. Empty when there is nothing to draw.
 
@@ -35,12 +39,13 @@ def line_chart(
         title: Line above the chart.
         unit: What the horizontal axis counts.
         baseline: Name and height of a dashed line.
+        marks: Places of vertical lines, and what they say when pointed at.
     """
     curves = [(one, thinned([(x, y) for x, y in one.points if math.isfinite(y)])) for one in series]
     curves = sorted(((one, points) for one, points in curves if points), key=lambda pair: (pair[0].main, pair[0].faint))
     if not curves:
         return ""
-    xs = [x for _, points in curves for x, _ in points]
+    xs = [*(x for _, points in curves for x, _ in points), *(x for x, _ in marks)]
     solid = [y for one, points in curves if not one.faint for _, y in points] or [
         y for _, points in curves for _, y in points
     ]
@@ -75,6 +80,12 @@ def line_chart(
         parts.append(
             f'<line class="baseline" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>'
             f'<text x="{WIDTH - RIGHT}" y="{height - 4:.1f}" text-anchor="end">{escape(baseline[0])}</text>'
+        )
+    for x, said in marks:
+        width, _ = place(x, y_low)
+        parts.append(
+            f'<line class="mark" x1="{width:.1f}" x2="{width:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
+            f"<title>{escape(said)}</title></line>"
         )
     for one, points in curves:
         drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))

@@ -73,18 +73,27 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _placed(change: ModelChange, held: list[list[str | None]]) -> list[list[str]]:
-    """Return the names of each group after a change, in the order of the model."""
+    """Return the names of each group after a change: the old ones in their order, each new one behind its neighbour.
+
+    That is the order of an optimizer that is made anew for the changed model, so that its saved state fits.
+    """
+    now = {change.of(name).source: name for name in change.parameters}
     group_of = {name: number for number, group in enumerate(held) for name in group}
-    placed: list[list[str]] = [[] for _ in held]
+    placed = [[now[name] for name in group if name in now] for group in held]
+    last: dict[int, str] = {}
     for name, parameter in change.parameters.items():
         how = change.of(name)
         number = group_of.get(how.source or how.like)
-        if number is not None:
-            placed[number].append(name)
-        elif how.source is None and how.like is None and parameter.requires_grad:
+        if how.source is None and number is None and how.like is None and parameter.requires_grad:
             if len(held) > 1:
                 raise MigrationError(f"nothing says which of the optimizer's groups the new parameter {name} joins")
-            placed[0].append(name)
+            number = 0
+        if number is None:
+            continue
+        if how.source is None:
+            order = placed[number]
+            order.insert(order.index(last[number]) + 1 if number in last else 0, name)
+        last[number] = name
     return placed
 
 

@@ -7,6 +7,7 @@ Layout::
     data/          the prepared samples and the tokenizer
     checkpoints/   see `utils.training.checkpoint_manager`
     metrics.csv    every number that was measured
+    growth.json    what the model grew through, if it did; growth.png shows it
     figures/       training.png
     report.html    the same in a browser, beside earlier runs
     summary.json   how it stands: status, step, last measurements, SHA-256 of the weights
@@ -35,6 +36,7 @@ from utils.runtime.files import null_nonfinite, sha256_file, tag_nonfinite, unta
 from utils.runtime.project import VERSION
 from utils.training.checkpoint_manager import CheckpointManager
 from utils.training.config import TrainingConfig
+from utils.training.growth_rows import LINEAGE, read_growth
 from utils.training.migrations import FORMAT_VERSION, RECORDS, is_known, migrated
 from utils.training.module_memory import ModuleMemory, frozen_names
 from utils.training.prepared_data import PreparedData
@@ -43,6 +45,9 @@ from utils.training.weights import weights_sha256
 
 RECORD, SUMMARY, METRICS, FIGURE = "run.json", "summary.json", "metrics.csv", "figures/training.png"
 REPORT = "report.html"
+GROWTH_PICTURE = "growth.png"
+FILES = (METRICS, SUMMARY, REPORT, LINEAGE, GROWTH_PICTURE)
+"""What a session writes beside `RECORD`, in no folder."""
 LOCK, PROCESSES_LOCK = ".lock", ".lock-processes"
 PARTS, UNFINISHED = ("model", "data", "checkpoints", "figures"), ".unfinished-run"
 SPEC_FIELDS = ("task", "vocab_size", "max_length", "num_labels", "pad_token_id", "frozen")
@@ -117,6 +122,7 @@ class Run:
             "bits_per_byte": null_nonfinite(validation.get("bits_per_byte")),
             "zlib_bits_per_byte": baseline,
             "lost_checkpoints": self.lost_checkpoints,
+            **({"growth_events": grown} if (grown := len(read_growth(self.directory).rows)) else {}),
             "weights_sha256": weights_sha256(self.model),
         }
 
@@ -262,7 +268,7 @@ def make_empty(directory: Path) -> None:
     if (directory / UNFINISHED).exists():
         for name in PARTS:
             shutil.rmtree(directory / name, ignore_errors=True)
-        for file in (directory / METRICS, directory / SUMMARY, directory / REPORT, *directory.glob(".*.tmp-*")):
+        for file in (*(directory / name for name in FILES), *directory.glob(".*.tmp-*")):
             file.unlink(missing_ok=True)
     harmless = {UNFINISHED, LOCK, PROCESSES_LOCK}
     if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - harmless):

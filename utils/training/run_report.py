@@ -17,6 +17,7 @@ from utils.runtime.files import write_atomic
 from utils.training.config import TrainingConfig
 from utils.training.figures import METRICS as HELD_OUT_NUMBERS
 from utils.training.figures import metric_of, trend
+from utils.training.growth_rows import GrowthRows, growth_table, read_growth
 from utils.training.line_chart import Series, line_chart
 from utils.training.metrics import read_metrics
 from utils.training.run import METRICS, RECORD, REPORT, SUMMARY, read_record
@@ -24,6 +25,8 @@ from utils.training.run import METRICS, RECORD, REPORT, SUMMARY, read_record
 MOST_NEIGHBOURS = 7
 """Curves beside the run's own; the table lists `MOST_LISTED` runs."""
 MOST_LISTED = 30
+LONGEST_SETTING = 80
+"""Characters of a setting in which another run differs."""
 STYLE = """
 .seedbed-run{--ink:#1c2024;--soft:#5b6570;--line:#d8dde3;--grid:#e9edf1;--paper:#fff;--card:#f6f8fa;--good:#1a7f37;
 --c0:#d1662c;--c1:#4878b0;--c2:#3a8f5c;--c3:#8a63b8;--c4:#a8862c;--c5:#b8527a;--c6:#3e8f95;--c7:#7a8088;
@@ -47,6 +50,9 @@ border-bottom:1px solid var(--line);padding-bottom:3px}
 .seedbed-run svg polyline{fill:none;stroke-width:1.5;stroke-linejoin:round}
 .seedbed-run svg polyline.main{stroke-width:2.4}.seedbed-run svg polyline.faint{stroke-width:1;opacity:.35}
 .seedbed-run svg .grid{stroke:var(--grid)}.seedbed-run svg .baseline{stroke:var(--soft);stroke-dasharray:5 4}
+.seedbed-run svg .mark{stroke:var(--c3);stroke-dasharray:4 3}
+.seedbed-run i.mark{display:inline-block;height:12px;border-left:2px dashed var(--c3);vertical-align:-2px;
+margin-right:7px}
 .seedbed-run .legend{font-size:12px;padding-left:40px}.seedbed-run .legend span{margin-right:16px}
 .seedbed-run .scroll{overflow-x:auto}
 .seedbed-run table{border-collapse:collapse;background:none;color:inherit;font-size:13px}
@@ -74,6 +80,12 @@ class RunFacts:
     record: Mapping[str, Any]
     summary: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
+    growth: GrowthRows = field(default_factory=GrowthRows)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has, as far as it has grown."""
+        return int(self.growth.parameters or self.record["model"].get("parameters") or 0)
 
     @property
     def name(self) -> str:
@@ -143,7 +155,8 @@ def read_facts(directory: str | Path) -> RunFacts:
         summary = dict(json.loads((directory / SUMMARY).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         summary = {}
-    return RunFacts(directory, record, summary, rows)
+    growth = read_growth(directory, record["model"].get("parameters"))
+    return RunFacts(directory, record, summary, rows, growth)
 
 
 def run_report(directory: str | Path) -> RunReport:
@@ -189,10 +202,11 @@ def report_fragment(own: RunFacts, neighbours: Sequence[RunFacts], notes: Sequen
     parts = [
         f"<style>{STYLE}{COLOUR_STYLE}</style>",
         f"<h1>{escape(own.name)}</h1>",
-        f'<p class="soft">{escape(str(model["class"]))}, {model.get("parameters") or 0:,} parameters, on '
+        f'<p class="soft">{escape(str(model["class"]))}, {own.parameters:,} parameters, on '
         f"{escape(str(own.record['data']['reference']))}. Written {written}.</p>",
         _tiles(own),
         _charts(own, shown),
+        _growth(own.growth),
         _table(own, neighbours, colours),
         *(f'<p class="soft">{escape(note)}</p>' for note in notes),
         _settings(own),
@@ -236,10 +250,12 @@ def _charts(own: RunFacts, shown: Sequence[RunFacts]) -> str:
     smooth = list(zip([x for x, _ in raw], trend([y for _, y in raw]), strict=True))
     training = [Series("each row", raw, 7, faint=True), Series("training, smoothed", smooth, 1, main=True),
                 Series("held out", own.points("validation", "loss"), 0, main=True)]  # fmt: skip
-    charts = [line_chart(training, "Loss of this run") + _legend(training)]
+    marks = own.growth.marks
+    charts = [line_chart(training, "Loss of this run", marks=marks) + _legend(training, grew=bool(marks))]
     if shown:
         overlaid = _overlaid(own, shown, "loss")
-        charts.append(line_chart(overlaid, "Held-out loss beside other runs") + _legend(overlaid))
+        beside = line_chart(overlaid, "Held-out loss beside other runs", marks=marks)
+        charts.append(beside + _legend(overlaid, grew=bool(marks)))
     metric = metric_of(list(map(dict, own.rows)))
     if metric:
         zlib = own.summary.get("zlib_bits_per_byte") if metric == "bits_per_byte" else None
@@ -253,7 +269,7 @@ def _charts(own: RunFacts, shown: Sequence[RunFacts]) -> str:
     smoothed = list(zip([x for x, _ in norms], trend([y for _, y in norms]), strict=True))
     charts.append(
         line_chart([Series("gradient norm", norms, 7, faint=True), Series("smoothed", smoothed, 1, main=True)],
-                   "Gradient norm before clipping")
+                   "Gradient norm before clipping", marks=marks)
     )  # fmt: skip
     speed = own.points("train", "samples_per_second")
     charts.append(line_chart([Series("samples per second", speed, 1, main=True)], "Samples per second"))
@@ -261,10 +277,23 @@ def _charts(own: RunFacts, shown: Sequence[RunFacts]) -> str:
     return f'<div class="charts">{drawn}</div>' if drawn else '<p class="soft">Nothing was measured yet.</p>'
 
 
-def _legend(series: Sequence[Series]) -> str:
-    """Name the curves of a chart by colour; empty when nothing is drawn."""
+def _growth(growth: GrowthRows) -> str:
+    """Return through which events the model grew; empty when it never did."""
+    if growth.problem is not None:
+        return f'<h2>Growth</h2><p class="soft">{escape(growth.problem)}</p>'
+    if not growth.rows:
+        return ""
+    return (
+        '<h2>Growth</h2><p class="soft">What the model grew through, and by how much its answers, as a share of their '
+        f"size, and its loss, in nats, changed at that moment.</p>{growth_table(growth.rows)}"
+    )
+
+
+def _legend(series: Sequence[Series], grew: bool = False) -> str:
+    """Name the curves of a chart by colour, and its vertical lines; empty when nothing is drawn."""
     drawn = [one for one in reversed(series) if one.points and not one.faint]
     names = "".join(f'<span><i class="key c{one.colour}"></i>{escape(one.name)}</span>' for one in drawn)
+    names += '<span><i class="mark"></i>the model grew</span>' if names and grew else ""
     return f'<p class="legend soft">{names}</p>' if names else ""
 
 
@@ -298,7 +327,7 @@ def _table(own: RunFacts, neighbours: Sequence[RunFacts], colours: Mapping[str, 
             f'<td class="number{" best" if run.name == best else ""}">{f"{loss[0]:.4f}" if loss else ""}</td>'
             f'<td class="number">{_metric(metric, value)}</td>'
             f'<td class="number">{_time(seconds) if seconds is not None else ""}</td>'
-            f'<td class="number">{run.record["model"].get("parameters") or 0:,}</td>'
+            f'<td class="number">{run.parameters:,}</td>'
             f'<td class="wrap soft">{escape(other + _differences(own, run))}</td></tr>'
         )
     hidden = len(runs) - len(cut)
@@ -330,8 +359,18 @@ def _differences(own: RunFacts, run: RunFacts) -> str:
         parts.append("the model's config")
     mine, other = own.settings, run.settings
     ignored = ("time_budget_minutes", "session_limit_minutes")
-    parts += [f"{name} {other.get(name)}" for name in mine if name not in ignored and other.get(name) != mine.get(name)]
+    parts += [
+        f"{name} {_short(other.get(name))}"
+        for name in mine
+        if name not in ignored and other.get(name) != mine.get(name)
+    ]
     return ", ".join(parts) or "nothing"
+
+
+def _short(value: Any) -> str:
+    """Return a setting as text; one that holds many others is cut."""
+    text = str(value)
+    return text if len(text) <= LONGEST_SETTING else f"{text[: LONGEST_SETTING - 1]}…"
 
 
 def _settings(own: RunFacts) -> str:

@@ -188,6 +188,11 @@ class SessionCallback(pl.Callback):
         if last or self.stopped or self._is_agreed(self._save_is_due()):
             self.save(wait=last or self.stopped)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the extensions end their session too."""
+        for extension in self.extensions.values():
+            extension.end(self)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let the checkpoint that is being written become whole; it was good when it was begun."""
         if self.writer is not None:

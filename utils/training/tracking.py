@@ -15,7 +15,7 @@ import queue
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from utils.runtime.optional import require
 from utils.runtime.secrets import find_secret
 from utils.training.config import TrainingConfig
+from utils.training.growth_rows import COLUMNS, LINEAGE, growth_markdown, read_growth
 from utils.training.run import METRICS, RECORD, Run, read_record
 
 if TYPE_CHECKING:
@@ -202,6 +203,24 @@ def settings_of(run: Run) -> dict[str, Any]:
     }
 
 
+class Growth:
+    """Looks from time to time whether a run's model has grown."""
+
+    def __init__(self, run: Run | None = None) -> None:
+        """Look into a run's directory; without a run there is nothing to see."""
+        self._directory = run.directory if run is not None else None
+        self._parameters = None if run is None else read_record(run.directory)["model"].get("parameters")
+        self._known = 0
+
+    def new_rows(self) -> Sequence[dict[str, Any]]:
+        """Return all events when there are new ones; a record that cannot be read holds none."""
+        rows = () if self._directory is None else read_growth(self._directory, self._parameters).rows
+        if len(rows) <= self._known:
+            return ()
+        self._known = len(rows)
+        return rows
+
+
 class WandbTracker:
     """Weights & Biases: online when there is a key, offline without, always under the run's own id."""
 
@@ -214,10 +233,12 @@ class WandbTracker:
         self.trouble = ""
         self._run: Any = None
         self._skip = 0
+        self._growth = Growth()
 
     def open(self, run: Run) -> None:
         """Begin or continue the run at wandb."""
         wandb: Any = require("wandb", "track a run with wandb")
+        self._growth = Growth(run)
         self.folder = (run.directory / FOLDER).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         secret = find_secret(KEY)
@@ -261,10 +282,21 @@ class WandbTracker:
                 continue
             values = {f"{row['split']}/{name}": value for name, value in row.items() if name not in ("step", "split")}
             self._run.log({"step": row["step"], **values}, step=number)
+        self._log_growth(first + len(rows) - 1)
+
+    def _log_growth(self, number: int) -> None:
+        """Log what the model grew through, under the number of the newest row, when there is something new."""
+        if grown := self._growth.new_rows():
+            import wandb
+
+            table = wandb.Table(columns=list(COLUMNS), data=[[row[name] for name in COLUMNS] for row in grown])
+            self._run.log({"growth": table}, step=max(number, self._skip))
 
     def close(self, run: Run, ended: bool) -> str:
         """Add the finished run's files, and finish."""
         with own_folders(self.folder):
+            # A session may stop at an event, before the next row.
+            self._log_growth(len(run.metrics) - 1)
             if ended and run.finished:
                 self._run.log_artifact(self._artifact(run))
             directory = Path(self._run.dir).parent
@@ -286,6 +318,8 @@ class WandbTracker:
         places = {"weights": newest.directory, "data": run.directory / "data"}
         for path in (run.directory / RECORD, run.directory / METRICS, *places["weights"].glob("*.safetensors")):
             made.add_file(str(path), policy="mutable" if path.name == METRICS else "immutable")
+        if (lineage := run.directory / LINEAGE).exists():
+            made.add_file(str(lineage), policy="mutable")
         if (tokenizer := places["data"] / "tokenizer.json").exists():
             made.add_file(str(tokenizer), policy="immutable")
         return made
@@ -319,7 +353,7 @@ class TensorBoardTracker:
         """Begin nothing yet."""
         self.folder = Path()
         self._writer: Any = None
-        self._text = ""
+        self._growth = Growth()
 
     def open(self, run: Run) -> None:
         """Remove the files of earlier sessions: this one writes all rows."""
@@ -332,6 +366,7 @@ class TensorBoardTracker:
         lines = [f"| {' | '.join(map(str, row))} |" for row in architecture(run)]
         table = ["| module | class | parameters | trained |", "| --- | --- | --- | --- |", *lines]
         self._writer.add_text("architecture", "\n".join(table))
+        self._growth = Growth(run)
 
     def log(self, first: int, rows: list[dict[str, Any]]) -> None:
         """Write each number as a scalar at its step."""
@@ -339,8 +374,15 @@ class TensorBoardTracker:
             for name, value in row.items():
                 if name not in ("step", "split"):
                     self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        self._log_growth(rows[-1]["step"])
 
     def close(self, run: Run, ended: bool) -> str:
         """Flush and close."""
+        self._log_growth(run.step)
         self._writer.close()
         return f"TensorBoard: `tensorboard --logdir {self.folder}`"
+
+    def _log_growth(self, step: int) -> None:
+        """Write what the model grew through as a table, when there is something new."""
+        if grown := self._growth.new_rows():
+            self._writer.add_text("growth", growth_markdown(grown), step)

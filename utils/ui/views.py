@@ -12,6 +12,8 @@ import torch
 from utils.runtime.errors import MissingPackageError
 from utils.runtime.resources import format_bytes, resident_memory
 from utils.training.figures import figure_png
+from utils.training.growth_rows import read_growth
+from utils.training.run import read_record
 from utils.ui.estimates import duration, tokens_per_sample
 from utils.ui.generations import Generation, generate
 
@@ -54,11 +56,13 @@ class LiveCurve:
         self._drawn = 0.0
         self._begun = (0, 0.0)
         self._seen = 0
+        self._parameters: int | None = None
 
     def start(self, run: "Run") -> None:
         """Take note of the run."""
         self._run = run
         self._seen = len(run.metrics)
+        self._parameters = read_record(run.directory)["model"].get("parameters")
         self._begun = (run.step, time.monotonic())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -132,7 +136,8 @@ class LiveCurve:
             for name, text in self.numbers(rows)
         )
         try:
-            png = figure_png(rows, run.data.facts.get("zlib_bits_per_byte"), dpi=100)
+            marks = [step for step, _ in read_growth(run.directory, self._parameters).marks]
+            png = figure_png(rows, run.data.facts.get("zlib_bits_per_byte"), dpi=100, marks=marks)
         except MissingPackageError as error:
             drawn = f"<p>{escape(str(error))}</p>"
         else:

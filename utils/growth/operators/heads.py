@@ -198,7 +198,7 @@ def _ways(
         if edits and any(isinstance(edit, Widen) and edit.fill == "like" for edit in edits):
             yield edits, ""
             if beside:
-                names = ", ".join(edit.name for edit in beside[:3])
+                names = ", ".join([edit.name for edit in beside if isinstance(edit, Widen)][:3])
                 yield [*edits, *beside], f"; what has an entry per head ({names}) gets the mean of the others"
 
 
@@ -269,17 +269,19 @@ def _per_part(parts: Sequence[tuple[Projection, int]]) -> Places:
     return tuple(sorted(counts.items()))
 
 
-def _beside(module: nn.Module, attention: AttentionModule, added: int) -> list[Widen]:
+def _beside(module: nn.Module, attention: AttentionModule, added: int) -> list[Edit]:
     """Return the edits of what else in an attention has one entry per head, such as a table of biases or sinks."""
     parts = (attention.query, attention.key, attention.value, attention.out)
     used = {name for part in parts if part is not None for name in (part.weight, part.bias)}
     prefix = f"{attention.name}." if attention.name else ""
     child = module.get_submodule(attention.name)
-    edits = []
+    edits: list[Edit] = []
     for name, tensor in (*child.named_parameters(), *child.named_buffers()):
         axes = [axis for axis, size in enumerate(tensor.shape) if size == attention.heads]
         if axes and tensor.is_floating_point() and f"{prefix}{name}" not in used:
+            after = attention.heads + added
             edits.append(Widen(f"{prefix}{name}", axes[-1], ((attention.heads, added),), "mean"))
+            edits += owned_sizes(module, f"{prefix}{name}", axes[-1], attention.heads, after)
     return edits
 
 
