@@ -5,7 +5,7 @@ model learns in them the other one knows. That is why they are frozen unless ask
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -85,7 +85,9 @@ class CloneRecord:
             CloneError: It is not that.
         """
         try:
-            rest: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            rest: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+            }
             rest["low_rank"] = None if (said := values["low_rank"]) is None else LowRank.from_dict(said)
             return cls(**rest)
         except (KeyError, TypeError, AttributeError) as error:
@@ -158,10 +160,10 @@ def build(parent: nn.Module, record: CloneRecord) -> nn.Module:
     return twin
 
 
-def freeze(parent: nn.Module, record: CloneRecord) -> None:
-    """Freeze what a clone shares, unless it trains jointly; `thaw` undoes it."""
+def freeze(parent: nn.Module, names: Iterable[str]) -> None:
+    """Freeze parameters of a parent; `thaw` undoes it, and leaves alone what was frozen before."""
     named = dict(parent.named_parameters(remove_duplicate=False))
-    for name in record.shared if record.trunk == "frozen" else ():
+    for name in names:
         if named[name].requires_grad:
             _FROZEN.setdefault(parent, set()).add(name)
             named[name].requires_grad_(False)

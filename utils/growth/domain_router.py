@@ -1,301 +1,144 @@
-"""Several clones of one parent as one model, with a router that sends each sample to the clone of its domain.
+"""Fitting the router between the domains of a model: a softmax regression on features that stay as they are."""
 
-The router reads what the parent's trunk makes of a sample, as the mean over its places, and has one linear row per
-domain. Each row is a parameter of its own, so a further domain leaves the others' logits as they are, bit for bit, and
-an optimizer keeps what it knows of them. The features are taken without gradients and in eval mode.
-
-A mean over a whole text sees its end: for a language model a forward pass without ``domain`` is not causal. Name the
-domain while training, and in generation take it from the prompt (`MultiDomainModel.route`).
-"""
-
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from utils.adapters import ModelAdapter
-from utils.adapters.capture import first_tensor, tensor_at
-from utils.adapters.roles import role_of
-from utils.adapters.structure import structure
-from utils.growth.clone_record import CloneError, DomainClone
-from utils.training.weights import weights_sha256
-
-ROUTES = ("hard", "soft")
-CLOSED = -1e4
-"""Bias of a row that is not fitted yet, beside rows that are: its domain is not chosen, and its probability is 0."""
+from utils.growth.multi_domain import MultiDomainModel
+from utils.runtime.errors import ConfigError, DataError
+from utils.runtime.seeding import derive_seed
 
 
 @dataclass(frozen=True)
-class DomainAdded:
-    """One domain of a model."""
+class RouterFit:
+    """How well a router tells domains apart."""
 
-    domain: str
-    """Its name."""
-    row: int
-    """Its row of the router."""
-    record: dict[str, Any] | None
-    """Where its clone comes from; None for the parent itself."""
-    fitted_before: bool
-    """The router had been fitted when it was added, and has to be fitted again to choose it."""
+    accuracy: float
+    """Share of the held-out examples that it sends to their domain."""
+    control: float
+    """Share of them that are of the domain with the most examples to learn from: what no router reaches."""
+    by_domain: dict[str, float]
+    """Accuracy for the held-out examples of each domain."""
+    loss: float
+    """Mean cross-entropy of the held-out examples, in nats."""
+    learnt_from: int
+    """Examples that it was fitted to."""
+    held_out: int
+    """Examples that it was tested on."""
+    steps: int
+    """Optimizer steps."""
+    seed: int
+    """Of the split and the order."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
         return asdict(self)
 
 
-class MultiDomainModel(nn.Module):
-    """A model that answers each sample with the clone of its domain: takes what the parent does, returns its logits.
+def fit_router(
+    model: MultiDomainModel,
+    examples_by_domain: Mapping[str, Tensor | Mapping[str, Tensor]],
+    steps: int = 200,
+    seed: int = 0,
+    *,
+    held_out: float = 0.25,
+    batch_size: int = 64,
+    learning_rate: float = 0.01,
+) -> RouterFit:
+    """Fit the router anew, from zero, by the cross-entropy of the domains; nothing else of the model changes.
 
-    ``forward`` has the parent's arguments and one more, ``domain``: a name for all samples, a list with one per sample,
-    or None to let the router decide. Hard routing answers with the likeliest domain's clone; the samples of a clone
-    run as one batch. Soft routing answers with sum_d p_d(x) f_d(x) over all clones (Jacobs et al., 1991, equation 1).
+    Args:
+        model: The model.
+        examples_by_domain: For every domain at least two samples: the main input, or inputs by name, batch first.
+            Examples that overlap, such as windows of one text, must not be spread over the split by chance: cut the
+            text into pieces that have nothing in common.
+        steps: Steps of Adam (Kingma and Ba, 2015).
+        seed: Of the split and of the order.
+        held_out: Share of each domain's examples that only the accuracy is measured with, above 0 and below 1.
+        batch_size: Examples per step and per forward pass.
+        learning_rate: Of Adam.
 
-    Attributes:
-        parent: What the clones were made from; it makes the router's features.
-        experts: The clones, in the order of `domains`.
-        rows: The router's rows, in the same order.
-        domains: Names.
-        route_by: ``"hard"`` or ``"soft"``.
-        features_at: The module of the parent whose answer (or, for a head, input) the router reads.
-        lineage: How each domain came in.
+    Raises:
+        DataError: A domain is unknown, missing, or has too few examples.
+        ConfigError: A setting is out of range.
     """
+    if steps < 1 or batch_size < 1 or not 0 < held_out < 1 or not learning_rate > 0:
+        raise ConfigError(
+            f"fit_router was given steps={steps}, batch_size={batch_size}, held_out={held_out} and "
+            f"learning_rate={learning_rate}.",
+            "Expected at least 1 step and 1 example, a share between 0 and 1 and a rate above 0.",
+        )
+    if set(examples_by_domain) != set(model.domains):
+        raise DataError(
+            f"Examples were given for {', '.join(map(str, examples_by_domain)) or 'no domain'}.",
+            f"Expected them for {', '.join(model.domains)}, all and no others.",
+            "Add a clone for a new domain with add_domain first.",
+        )
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(derive_seed(seed, "router"))
+    learn: list[Tensor] = []
+    test: list[Tensor] = []
+    for domain in model.domains:
+        features = _features_of(model, domain, examples_by_domain[domain], batch_size, device)
+        order = torch.randperm(len(features), generator=generator)
+        count = min(len(order) - 1, max(1, round(held_out * len(order))))
+        test.append(features[order[:count]])
+        learn.append(features[order[count:]])
+    x, y = _joined(learn)
+    weight = torch.zeros(len(learn), x.shape[1], requires_grad=True)
+    bias = torch.zeros(len(learn), requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
+    with torch.enable_grad():
+        for _ in range(steps):
+            some = torch.randint(len(x), (min(batch_size, len(x)),), generator=generator)
+            loss = F.cross_entropy(F.linear(x[some], weight, bias), y[some])
+            weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
+            optimizer.step()
+    with torch.no_grad():
+        for row, w, b in zip(model.router_rows(), weight, bias, strict=True):
+            row.weight.copy_(w[None])
+            row.bias.copy_(b[None])
+        x, y = _joined(test)
+        logits = F.linear(x, weight, bias)
+        right = logits.argmax(dim=-1) == y
+        most = max(range(len(learn)), key=lambda number: len(learn[number]))
+        return RouterFit(
+            accuracy=float(right.double().mean()),
+            control=float((y == most).double().mean()),
+            by_domain={name: float(right[y == number].double().mean()) for number, name in enumerate(model.domains)},
+            loss=float(F.cross_entropy(logits, y)),
+            learnt_from=sum(map(len, learn)),
+            held_out=len(y),
+            steps=steps,
+            seed=seed,
+        )
 
-    def __init__(
-        self,
-        clones: Sequence[DomainClone],
-        route_by: str = "hard",
-        *,
-        parent_domain: str | None = None,
-        features_at: str | None = None,
-        adapter: ModelAdapter | None = None,
-    ) -> None:
-        """Put clones together.
 
-        Args:
-            clones: Clones of one parent, each for another domain.
-            route_by: ``"hard"`` or ``"soft"``.
-            parent_domain: A domain for which the parent itself answers.
-            features_at: The module of the parent whose answer the router reads (default: the cut of the clones if all
-                have the same, else the last block, else what the head is given).
-            adapter: An adapter of the parent, where its inputs cannot be guessed.
+def _joined(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return features of all domains with the domains' numbers."""
+    return torch.cat(parts), torch.cat([torch.full((len(part),), number) for number, part in enumerate(parts)])
 
-        Raises:
-            CloneError: The clones do not belong together, or the parent gives nothing to route by.
-        """
-        super().__init__()
-        if not clones:
-            raise CloneError("No clone was given.", "Expected at least one.", "Make one with clone_for_domain.")
-        if route_by not in ROUTES:
-            raise CloneError(f"route_by is {route_by!r}.", f"Expected one of {', '.join(ROUTES)}.")
-        self.parent = clones[0].parent
-        if "domain" in (known := inspect.signature(self.parent.forward).parameters):
-            raise CloneError(
-                f"{type(self.parent).__name__}.forward() has an argument `domain` of its own.",
-                f"Expected it free for the router, beside {', '.join(known)}.",
-                "Rename it.",
-            )
-        if (config := getattr(self.parent, "config", None)) is not None:
-            self.config = config
-        self.route_by = route_by
-        self.domains: list[str] = []
-        self.lineage: tuple[DomainAdded, ...] = ()
-        self.experts, self.rows = nn.ModuleList(), nn.ModuleList()
-        adapter = ModelAdapter(self.parent) if adapter is None else adapter
-        self._path = adapter.output.value or ""
-        few, more = adapter.example_inputs(2), adapter.example_inputs(3)
-        self._by_sample = {name for name in few if few[name].dim() and few[name].shape[:1] != more[name].shape[:1]}
-        self._example = {name: value.cpu() for name, value in more.items()}
-        with adapter.isolated():
-            self._shape = tuple(adapter.logits(more).shape)
-        self.features_at, self._given = _place(adapter, clones, features_at)
-        self._check_features(adapter, few, more)
-        if parent_domain is not None:
-            self._add(parent_domain, self.parent, None)
-        for clone in clones:
-            self.add_domain(clone)
 
-    @property
-    def forward(self) -> Callable[..., Tensor]:  # type: ignore[override]
-        """Answer a batch; the signature is the parent's with ``domain=None`` added.
-
-        Returns:
-            Logits as the parent's, batch first.
-        """
-        call: Any = partial(self._answer)
-        known = list(inspect.signature(self.parent.forward).parameters.values())
-        extra = inspect.Parameter("domain", inspect.Parameter.KEYWORD_ONLY, default=None)
-        at = len(known) - (bool(known) and known[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        call.__signature__ = inspect.Signature([*known[:at], extra, *known[at:]])
-        return call
-
-    @property
-    def fitted(self) -> bool:
-        """Whether any row of the router has learnt something."""
-        return any(bool(row.weight.detach().any()) for row in self._rows())
-
-    def add_domain(self, clone: DomainClone) -> None:
-        """Add a domain; the router grows by one row, and the others' logits stay as they are.
-
-        Beside fitted rows the new domain is not chosen before `fit_router` has run again.
-
-        Raises:
-            CloneError: The clone has another parent, another kind of answer, or a domain that is there already.
-        """
-        if clone.parent is not self.parent:
-            raise CloneError(
-                f"The clone for {clone.domain!r} has another parent, whose weights have the SHA-256 "
-                f"{weights_sha256(clone.parent)}.",
-                f"Expected the parent of the others, whose weights have {weights_sha256(self.parent)}.",
-                "Make or load all clones with one and the same parent object.",
-            )
-        self._add(clone.domain, clone.module, clone)
-
-    def _add(self, domain: str, expert: nn.Module, clone: DomainClone | None) -> None:
-        """Add a domain after a trial."""
-        if not isinstance(domain, str) or not domain.strip() or domain in self.domains:
-            raise CloneError(
-                f"The domain {domain!r} is {'there already' if domain in self.domains else 'no name'}.",
-                f"Expected a name beside {', '.join(self.domains) or 'none yet'}.",
-                "Make the clone for another domain.",
-            )
-        held = next(iter(self.parent.parameters()))
-        try:
-            with torch.no_grad(), _evaluating(expert):
-                example = {name: value.to(held.device) for name, value in self._example.items()}
-                shape: Any = tuple(self._logits(expert, (), example).shape)
-        except CloneError:
-            raise
-        except Exception as error:
-            shape = f"{type(error).__name__}: {error}"
-        if shape != self._shape:
-            raise CloneError(
-                f"The clone for {domain!r} answers the parent's example with {shape}.",
-                f"Expected {self._shape}, the answer of {', '.join(self.domains) or 'the parent'}: one vocabulary, or "
-                "one set of classes, for all.",
-                "Use clones whose vocabulary and head have not changed.",
-            )
-        fitted = self.fitted
-        row = nn.Linear(self._width, 1, device=held.device)
-        nn.init.zeros_(row.weight)
-        nn.init.constant_(row.bias, CLOSED if fitted else 0.0)
-        record = None if clone is None else clone.record.to_dict()
-        self.lineage = (*self.lineage, DomainAdded(domain, len(self.rows), record, fitted))
-        self.domains.append(domain)
-        self.experts.append(expert)
-        self.rows.append(row)
-        # The parent's own answer may be nobody's: what only its features need is not for training.
-        used = {id(parameter) for module in self.experts for parameter in module.parameters()}
-        for parameter in self.parent.parameters():
-            if id(parameter) not in used:
-                parameter.requires_grad_(False)
-
-    def features(self, *args: Any, **inputs: Any) -> Tensor:
-        """Return what the router reads, ``(batch, width)``: the mean over places, brought to mean 0 and variance 1.
-
-        Places that an attention mask leaves out do not count. The parent runs no further than it must.
-        """
-        module = self.parent.get_submodule(self.features_at)
-        module_hook = module.register_forward_pre_hook if self._given else module.register_forward_hook
-        handle = module_hook(partial(_stop, self._given), with_kwargs=True)
-        try:
-            with torch.no_grad(), _evaluating(self.parent):
-                self.parent(*args, **inputs)
-        except _Enough as enough:
-            state = enough.state
-        else:
-            raise CloneError(
-                f"{self.features_at} did not run for this input.",
-                "Expected it in every forward pass: the router reads its answer.",
-                "Choose another module with MultiDomainModel(features_at=...).",
-            )
-        finally:
-            handle.remove()
-        bound = self._bound(args, inputs)
-        return F.layer_norm(_pooled(state.detach().float(), bound), (self._width,))
-
-    def router_logits(self, *args: Any, **inputs: Any) -> Tensor:
-        """Return one logit per sample and domain, ``(batch, domains)``."""
-        return self._scores(self.features(*args, **inputs))
-
-    def route(self, *args: Any, **inputs: Any) -> list[str]:
-        """Return the likeliest domain of each sample."""
-        return [self.domains[number] for number in self.router_logits(*args, **inputs).argmax(dim=-1).tolist()]
-
-    def _scores(self, features: Tensor) -> Tensor:
-        # One product per row: a wider one would round otherwise.
-        return torch.cat([row(features) for row in self._rows()], dim=-1)
-
-    def _rows(self) -> Iterator[nn.Linear]:
-        for row in self.rows:
-            assert isinstance(row, nn.Linear)
-            yield row
-
-    def _answer(self, *args: Any, domain: str | Sequence[str] | None = None, **inputs: Any) -> Tensor:
-        """Answer a batch; see `forward`."""
-        batch = len(next(value for value in (*args, *inputs.values()) if isinstance(value, Tensor)))
-        if isinstance(domain, str):
-            return self._logits(self.experts[self._number(domain)], args, inputs)
-        if domain is not None:
-            if len(domain) != batch:
-                raise CloneError(
-                    f"{len(domain)} domains were given for {batch} samples.",
-                    "Expected one name for all, or a list with one per sample.",
-                )
-            chosen = torch.tensor([self._number(name) for name in domain])
-        elif self.route_by == "soft":
-            shares = self.router_logits(*args, **inputs).softmax(dim=-1)
-            answers = [self._logits(expert, args, inputs) for expert in self.experts]
-            parts = (s.to(a).reshape(-1, *[1] * (a.dim() - 1)) * a for s, a in zip(shares.T, answers, strict=True))
-            return torch.stack(list(parts)).sum(dim=0)
-        else:
-            chosen = self.router_logits(*args, **inputs).argmax(dim=-1).cpu()
-        order, parts_by_domain = [], []
-        for number in chosen.unique().tolist():
-            members = (chosen == number).nonzero().flatten()
-            given = (args, inputs) if len(members) == batch else self._some(args, inputs, members, batch)
-            parts_by_domain.append(self._logits(self.experts[number], *given))
-            order.append(members)
-        answer = torch.cat(parts_by_domain)
-        return answer if len(order) == 1 else answer[torch.cat(order).argsort().to(answer.device)]
-
-    def _number(self, domain: str) -> int:
-        if domain not in self.domains:
-            raise CloneError(
-                f"The domain {domain!r} is unknown.",
-                f"Expected one of {', '.join(self.domains)}.",
-                "Add a clone for it with add_domain.",
-            )
-        return self.domains.index(domain)
-
-    def _some(
-        self, args: tuple[Any, ...], inputs: Mapping[str, Any], members: Tensor, batch: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments for some of the samples."""
-        names = list(inspect.signature(self.parent.forward).parameters)
-
-        def rows(name: str, value: Any) -> Any:
-            # Arguments that the examples do not show go by their size.
-            mine = name in self._by_sample or name not in self._example
-            if not isinstance(value, Tensor) or not mine or value.shape[:1] != (batch,):
-                return value
-            return value[members.to(value.device)]
-
-        few = tuple(rows(name, value) for name, value in zip(names, args, strict=False))
-        return few, {name: rows(name, value) for name, value in inputs.items()}
-
-    def _logits(self, expert: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Tensor:
-        output = expert(*args, **inputs)
-        try:
-            return tensor_at(output, self._path)
-        except KeyError:
-            raise CloneError(
-                f"A clone returned {type(output).__name__} without `{self._path}`.",
-                "Expected the logits where the parent has them.",
-                "Return the same structure for every input.",
-            ) from None
+def _features_of(
+    model: MultiDomainModel, domain: str, examples: Tensor | Mapping[str, Tensor], batch_size: int, device: torch.device
+) -> Tensor:
+    """Return the features of a domain's examples, on the CPU."""
+    named = examples if isinstance(examples, Mapping) else {}
+    values = list(named.values()) if named else [examples] if isinstance(examples, Tensor) else []
+    sizes = sorted({len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in values})
+    if len(sizes) != 1 or sizes[0] < 2:
+        raise DataError(
+            f"The examples for {domain!r} are {' and '.join(map(str, sizes)) or 'no'} samples.",
+            "Expected tensors with two samples or more, the same number in each: to learn from and to test with.",
+            "Give more examples of this domain.",
+        )
+    count = sizes[0]
+    made = []
+    for start in range(0, count, batch_size):
+        some = [value[start : start + batch_size].to(device) for value in values]
+        made.append(model.features(**dict(zip(named, some, strict=True))) if named else model.features(*some))
+    return torch.cat(made).cpu()

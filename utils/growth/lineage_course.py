@@ -51,6 +51,8 @@ class _Block:
 
 _Part = tuple[str, "_Block | None", str]
 """An operator, the block it grew in, and the rest of the name."""
+_Width = tuple[int | None, int]
+"""The number of the event that brought a width, None for the first, and the width."""
 
 
 class _Replay:
@@ -60,7 +62,7 @@ class _Replay:
         """Begin with the blocks that the first event of each container met."""
         self.offsets: dict[str, int] = {}
         self.stacks: dict[str, list[_Block]] = {}
-        self.widths: dict[_Part, list[tuple[int | None, int]]] = {}
+        self.widths: dict[_Part, list[_Width]] = {}
         depths = [event.plan for event in events if event.plan.operator == "depth"]
         for plan in depths:
             for made, edit in enumerate(_block_edits(plan.edits)):
@@ -147,12 +149,11 @@ def course(events: Sequence[GrowthEvent], older: int, end: float) -> list[Row]:
             bar = Bar(began(group[0].event), end, shown(group[0].event))
             label = f"{container}.{_ranges(names[block][1] for block in group)}".lstrip(".")
             rows.append(Row(label, "depth", (bar,)))
-    together: dict[tuple[str, str, tuple[tuple[int | None, int], ...]], list[_Part]] = {}
-    for part, history in replay.widths.items():
-        operator, block, rest = part
-        key = operator, rest if block is not None else "", tuple(history)
-        if block is None or block in names:
-            together.setdefault(key, []).append(part)
+    together: dict[tuple[str, str, tuple[_Width, ...]], list[_Part]] = {}
+    for part, widths in replay.widths.items():
+        operator, held_in, rest = part
+        if held_in is None or held_in in names:
+            together.setdefault((operator, rest if held_in is not None else "", tuple(widths)), []).append(part)
     operators = list(dict.fromkeys(operator for operator, _, _ in together))
     for (operator, _, history), parts in sorted(together.items(), key=lambda item: operators.index(item[0][0])):
         born = min(began(block.event) if block is not None else 0.0 for _, block, _ in parts)

@@ -146,6 +146,7 @@ def lineage_figure(run: Any, dark: bool = False) -> "Figure":
     require("matplotlib", "draw the lineage")
     import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     view = show_lineage(run)
     try:
@@ -159,11 +160,11 @@ def lineage_figure(run: Any, dark: bool = False) -> "Figure":
     heights = [max(4, len(rows) + 1) * ROW_HEIGHT + 0.35, 1.1, 2.4]
     key_height = (lines + 2.4) * LINE_HEIGHT
     with matplotlib.style.context("dark_background" if dark else "default"):
-        figure = Figure(figsize=(WIDTH, sum(heights) + 1.1 + key_height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1)  # type: ignore[union-attr]
+        figure = Figure(figsize=(WIDTH, sum(heights) + 1.1 + key_height), layout=ConstrainedLayoutEngine(w_pad=0.1))
         if dark:
             figure.set_facecolor("#16191d")
-        panels, below = figure.subfigures(2, 1, height_ratios=[sum(heights) + 1.1, key_height])
+        made: Any = figure.subfigures(2, 1, height_ratios=[sum(heights) + 1.1, key_height])
+        panels, below = made
         for part in (panels, below):
             part.set_facecolor("none")
         parts, sizes, losses = panels.subplots(3, 1, height_ratios=heights)
@@ -188,17 +189,16 @@ def lineage_figure(run: Any, dark: bool = False) -> "Figure":
         if not measured:
             losses.text(0.5, 0.5, "nothing was measured yet", transform=losses.transAxes, ha="center", va="center")
         _draw_key(below.add_axes((0, 0, 1, 1)), table, columns, lines)
-        first, last = view.events[view.older :][:1], view.events[-1].parameters_after
-        begun = first[0].parameters_before if first else last
-        times = len(first) and len(view.events) - view.older
-        parts.set_title(
-            f"{begun:,} → {last:,} parameters in {times} growth event{'s' * (times != 1)}",
-            loc="left",
-            fontsize=11,
-            pad=26,
-        )
+        parts.set_title(_title(view), loc="left", fontsize=11, pad=26)
         panels.align_ylabels([sizes, losses])
     return figure
+
+
+def _title(view: LineageView) -> str:
+    """Say how far the model grew in the run."""
+    during, last = view.events[view.older :], view.events[-1].parameters_after
+    begun = during[0].parameters_before if during else last
+    return f"{begun:,} → {last:,} parameters in {len(during)} growth event{'s' * (len(during) != 1)}"
 
 
 def _colour(operator: str) -> str:
@@ -216,23 +216,21 @@ def _draw_parts(axis: "Axes", rows: Sequence[Row], view: LineageView, end: float
     blocks = [row for row in rows if row.operator == "depth"]
     wider = [row for row in rows if row.operator != "depth"]
     gap = 0.5 if blocks and wider else 0.0
-    places = {id(row): -1.0 - number - gap for number, row in enumerate(wider)}
-    places.update({id(row): float(number) for number, row in enumerate(blocks)})
+    heights = [*(float(number) for number in range(len(blocks))), *(-1 - gap - number for number in range(len(wider)))]
     across = WIDTH - 3.2
-    for row in rows:
+    for row, place in zip([*blocks, *wider], heights, strict=True):
         for order, bar in enumerate(row.bars):
             old = bar.event is None and row.operator == "depth"
             share = 1.0 if row.operator == "depth" else 0.4 + 0.6 * (order + 1) / len(row.bars)
             colour = OLD_COLOUR if old else _tint(_colour(row.operator), share)
-            axis.barh(places[id(row)], bar.end - bar.begin, left=bar.begin, height=0.74, zorder=2, lw=0, color=colour)
+            axis.barh(place, bar.end - bar.begin, left=bar.begin, height=0.74, zorder=2, lw=0, color=colour)
             said = _said_bar(bar, view.events)
             if len(said) * CHARACTER + 0.12 < across * (bar.end - bar.begin) / end:
                 axis.annotate(
-                    said, (bar.begin, places[id(row)]), (4, 0), textcoords="offset points", va="center", fontsize=7.5,
+                    said, (bar.begin, place), (4, 0), textcoords="offset points", va="center", fontsize=7.5,
                     color="#14181c" if old or share < 0.85 else "white", zorder=3,
                 )  # fmt: skip
-    axis.set_yticks(list(places.values()), [_label(row) for row in rows if id(row) in places and row.operator != "depth"]
-                    + [_label(row) for row in blocks], fontsize=8)  # fmt: skip
+    axis.set_yticks(heights, [_label(row) for row in (*blocks, *wider)], fontsize=8)
     axis.set_ylim(-len(wider) - gap - 0.6, max(len(blocks), 1) - 0.4)
     axis.tick_params(axis="y", length=0)
     axis.tick_params(axis="x", labelbottom=False)
@@ -240,11 +238,12 @@ def _draw_parts(axis: "Axes", rows: Sequence[Row], view: LineageView, end: float
     marked = [(number, event) for number, event in enumerate(view.events, 1) if number > view.older]
     at = spread([float(event.step) for _, event in marked], 0.24 / across * end, 0.0, end)
     for (number, event), place in zip(marked, at, strict=True):
+        colour = _colour(event.plan.operator)
         axis.annotate(
             str(number), (event.step, 1), (place, 1 + 0.22 / height), xycoords=axis.get_xaxis_transform(),
             textcoords=axis.get_xaxis_transform(), ha="center", va="center", fontsize=7.5, color="white",
-            arrowprops={"arrowstyle": "-", "color": _colour(event.plan.operator), "lw": 0.8, "shrinkA": 0, "shrinkB": 0},
-            bbox={"boxstyle": "round,pad=0.25", "fc": _colour(event.plan.operator), "ec": "none"},
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 0},
+            bbox={"boxstyle": "round,pad=0.25", "fc": colour, "ec": "none"},
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
+from utils.adapters.capture import unfused_attention
 from utils.adapters.structure import Structure, structure
 from utils.adapters.wiring import Projection
 from utils.growth.edits import GrowthError
@@ -86,7 +87,8 @@ def targets_of(adapter: ModelAdapter, settings: LowRank) -> tuple[tuple[str, ...
             )
         return settings.modules, [f"{len(settings.modules)} modules named in LowRank.modules"]
     found = structure(adapter)
-    projections = dict.fromkeys((part.module, part.weight) for part in _projections(found, settings.parts))
+    by_part = {part: dict.fromkeys((p.module, p.weight) for p in _projections(found, part)) for part in settings.parts}
+    projections = {place: None for places in by_part.values() for place in places}
     if not projections:
         raise LowRankError(
             f"No projections of {' or '.join(settings.parts)} were found in {adapter.name}.",
@@ -100,16 +102,16 @@ def targets_of(adapter: ModelAdapter, settings: LowRank) -> tuple[tuple[str, ...
                 "Expected a layer that is called, such as nn.Linear: peft puts its own in such a layer's place.",
                 "Leave that part out (LowRank(parts=...) or modules=...), or make a partial clone.",
             )
-    names = tuple(dict.fromkeys(module for module, _ in projections))
-    return names, [f"{len(names)} projections of {' and '.join(settings.parts)}, by the model's structure"]
+    counts = " and ".join(f"{len(places)} projections of {part}" for part, places in by_part.items())
+    return tuple(dict.fromkeys(module for module, _ in projections)), [f"{counts}, by the model's structure"]
 
 
-def _projections(found: Structure, parts: Sequence[str]) -> Iterator[Projection]:
+def _projections(found: Structure, part: str) -> Iterator[Projection]:
     """Yield the projections that were seen."""
-    if "attention" in parts:
+    if part == "attention":
         for attention in found.attentions.value:
             yield from filter(None, (attention.query, attention.key, attention.value, attention.out))
-    if "feed_forward" in parts:
+    else:
         for pair in found.feed_forwards.value:
             yield from filter(None, (pair.up, pair.gate, pair.down))
 
@@ -173,7 +175,7 @@ def require_felt(view: ModelAdapter, parent: nn.Module, inputs: Mapping[str, Any
             for parameter in zero.values():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator).to(parameter))
             plain = view.logits(inputs)
-            with torch.enable_grad():
+            with torch.enable_grad(), unfused_attention():
                 followed = view.logits(inputs)
                 weights = torch.randn(followed.shape, generator=generator).to(followed)
                 reached: Sequence[Tensor | None] = (None,) * len(zero)

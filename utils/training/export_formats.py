@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters.model_adapter import ModelAdapter
+from utils.loading import load_model
 from utils.runtime.errors import ExportError, InstantiationError, SeedbedError
 from utils.runtime.files import tag_nonfinite, write_json
 from utils.runtime.optional import require
+from utils.training.grown_config import fitting_config, layout
 from utils.training.weights import load_weights, save_weights
 
 Inputs = Mapping[str, Any]
@@ -136,10 +138,15 @@ def write_safetensors(candidate: Candidate, directory: Path) -> tuple[Runner, st
     """Write ``model.safetensors`` with config, source and tokenizer; load the weights into another instance."""
     require("safetensors", "write weights")
     adapter = candidate.adapter
-    remark = ""
+    remark, built = "", adapter.factory
     if candidate.loaded is not None:
         try:
             candidate.loaded.save_source(directory)
+            if (settings := _follow_growth(candidate)) is not None:
+                remark, config = settings
+                if config is not None:
+                    write_json(directory / "config.json", config)
+                    built = lambda: load_model(directory, trust=True).module  # noqa: E731
         except InstantiationError:
             remark = "The model's code is not in the export, because it was given as a module."
     if not (directory / "config.json").exists():
@@ -148,21 +155,40 @@ def write_safetensors(candidate: Candidate, directory: Path) -> tuple[Runner, st
         candidate.tokenizer.save(directory / "tokenizer.json")
     weights = directory / "model.safetensors"
     save_weights(adapter.module, weights)
-    fresh, made = _another_instance(adapter)
+    fresh, made = _another_instance(adapter, built)
     load_weights(fresh, weights)
     fresh.eval()
     return twin(adapter, fresh).logits, " ".join(part for part in (remark, made) if part)
 
 
-def _another_instance(adapter: ModelAdapter) -> tuple[nn.Module, str]:
+def _follow_growth(candidate: Candidate) -> tuple[str, dict[str, Any] | None] | None:
+    """Return, for a model that has grown, a remark and the settings that build it as it is now, if there are any."""
+    loaded, module = candidate.loaded, candidate.adapter.module
+    if loaded is None or not loaded.can_rebuild or layout(loaded.factory()) == layout(module):
+        return None
+    settings = fitting_config(loaded, module)
+    if settings is None:
+        return (
+            "The model has grown in a way that no setting of its code says: the weights load into a model that was "
+            "brought to the same shape with the run's lineage (growth.json, utils.growth.lineage.rebuild).", None
+        )  # fmt: skip
+    changed = [
+        f"{name} {loaded.config.get(name)} -> {value}"
+        for name, value in settings.items()
+        if value != loaded.config.get(name)
+    ]
+    return f"The model has grown, and config.json builds it as it is now: {', '.join(changed)}.", settings
+
+
+def _another_instance(adapter: ModelAdapter, build: Callable[[], nn.Module] | None) -> tuple[nn.Module, str]:
     """Return another instance with its state wiped, newly built where possible, and a remark where not."""
     fresh, remark = None, "it is not known how to build the model again"
-    if adapter.factory is not None:
+    if build is not None:
         try:
-            fresh = adapter.factory().to("cpu")
+            fresh = build().to("cpu")
         except SeedbedError as error:
             remark = f"the model could not be built again ({error})"
-        if fresh is not None and _layout(fresh) != _layout(adapter.module):
+        if fresh is not None and layout(fresh) != layout(adapter.module):
             fresh, remark = None, "the model has changed its structure since it was built"
     if fresh is None:
         fresh = copy.deepcopy(adapter.module)
@@ -173,11 +199,6 @@ def _another_instance(adapter: ModelAdapter) -> tuple[nn.Module, str]:
         for tensor in fresh.state_dict().values():
             tensor.zero_()
     return fresh, remark
-
-
-def _layout(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a module's state by name."""
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def _plain(value: Any) -> Any:

@@ -173,7 +173,7 @@ def growth_table(rows: Sequence[Mapping[str, Any]]) -> str:
     said = said_rows(rows)
     if not said:
         return ""
-    kinds = {name: ' class="number"' for name in NUMBERS} | {"where": ' class="wrap"', "why": ' class="wrap"'}
+    kinds = dict.fromkeys(NUMBERS, ' class="number"') | {"where": ' class="wrap"', "why": ' class="wrap"'}
     head = "".join(f"<th{kinds.get(name, '') if name in NUMBERS else ''}>{escape(name)}</th>" for name in said[0])
     body = "".join(
         f"<tr>{''.join(f'<td{kinds.get(name, str())}>{escape(text)}</td>' for name, text in row.items())}</tr>"

@@ -1,4 +1,4 @@
-"""One more expert: closed at first, exact to the bit, used once its number is raised, refused where nothing closes it."""
+"""One more expert: closed at first, exact to the bit, used once its number is raised, refused where nothing closes."""
 
 import pytest
 import torch

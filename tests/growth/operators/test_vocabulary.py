@@ -121,6 +121,28 @@ def test_a_frozen_table_stays_frozen():
     assert model.head.weight.requires_grad
 
 
+def test_a_head_without_a_module_of_its_own_grows_and_places_do_not():
+    class Bare(Toy):
+        def __init__(self):
+            super().__init__()
+            del self.head
+            self.places = nn.Parameter(torch.randn(VOCABULARY, 16) * 0.1)
+            self.register_parameter("bias", nn.Parameter(torch.randn(VOCABULARY)))
+
+        def forward(self, input_ids, labels=None):
+            x = self.tokens(input_ids) + self.places[: input_ids.shape[1]]
+            for block in self.blocks:
+                x = block(x)
+            return nn.functional.linear(self.norm(x), self.tokens.weight, self.bias)
+
+    model = Bare()
+    _, _, old, new = grown(model, "vocabulary", amount=2)
+    assert torch.allclose(new[..., :VOCABULARY], old, atol=1e-12)
+    assert 0 < rise(old, new) <= SHIFT
+    assert model.tokens.weight.shape[0] == model.bias.shape[0] == VOCABULARY + 2
+    assert model.places.shape[0] == VOCABULARY
+
+
 def test_what_has_no_vocabulary_is_refused():
     with pytest.raises(GrowthRefusedError, match="There is no token table 'head'"):
         planned(Toy(), "vocabulary", amount=1, where="head")

@@ -60,7 +60,7 @@ def plan_vocabulary(scratch: Scratch, found: Structure, request: Request) -> Pla
             "Expected as many outputs as tokens.",
             "Name one table by `where` to grow it alone.",
         )
-    grown: set[int] = set()
+    grown = _not_outputs(module, found)
     edits = [edit for table in tables for edit in _rows(module, f"{table.name}.weight", size, added, grown)]
     reason = "new rows are the mean of the old ones"
     limit = math.inf
@@ -107,7 +107,7 @@ def plan_classes(scratch: Scratch, found: Structure, request: Request) -> Plan:
             "Expected the module whose output is the logits.",
             "Name it by `where`.",
         )
-    edits, limit, how = _outputs(scratch.module, head, size, added, set(), anywhere=False)
+    edits, limit, how = _outputs(scratch.module, head, size, added, _not_outputs(scratch.module, found), anywhere=False)
     if not edits:
         raise GrowthRefusedError(
             f"No parameter of {head} has {size} rows.", "Expected a linear layer whose outputs are the logits."
@@ -132,6 +132,13 @@ def _tables(found: Structure, request: Request) -> list[EmbeddingTable]:
             f"There is no token table {request.where!r}.", f"Expected one of {', '.join(t.name for t in tables)}."
         )
     return named
+
+
+def _not_outputs(module: nn.Module, found: Structure) -> set[int]:
+    """Return the identities of tables for places and types, which may happen to have as many rows as there are outputs."""
+    names = {table.name for table in found.embeddings.value if table.kind != "token"}
+    names |= {f"{name}.weight" for name in names}
+    return {id(tensor) for name, tensor in module.named_parameters(remove_duplicate=False) if name in names}
 
 
 def _rows(module: nn.Module, name: str, size: int, added: int, grown: set[int]) -> list[Edit]:
@@ -170,7 +177,9 @@ def _outputs(
             place = ((size, added),)
             if isinstance(tensor, nn.Parameter) and not lowered:
                 lowered = True
-                edits.append(Widen(name, tensor.dim() - 1, place, "value", float(tensor.double().mean()) - margin))
+                edits.append(
+                    Widen(name, tensor.dim() - 1, place, "value", float(tensor.detach().double().mean()) - margin)
+                )
             else:
                 edits.append(Widen(name, tensor.dim() - 1, place, "mean"))
         elif inside and tensor.dim() > 1 and size in tensor.shape[:2]:

@@ -196,4 +196,4 @@ def _rescaled(module: nn.Module, name: str, group: LaneGroup, after: int) -> Ite
 
 def _tensor(module: nn.Module, name: str) -> nn.Parameter:
     owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)  # type: ignore[no-any-return]
+    return getattr(module.get_submodule(owner), leaf)
