@@ -29,9 +29,7 @@ def growing(quick):
     return quick.with_changes(growth={"schedule": SCHEDULE}, ema_decay=0.9)
 
 
-def test_a_run_that_stops_before_between_and_after_its_events_ends_like_one_that_does_not(
-    tmp_path, text_file, growing
-):
+def test_a_run_that_stops_before_between_and_after_its_events_ends_like_one_that_does_not(tmp_path, text_file, growing):
     data = f"file:{text_file}"
     whole = utils.train(fresh(), data, growing, tmp_path / "whole", progress=False)
     assert [(e.step, e.plan.operator) for e in read_lineage(tmp_path / "whole")] == [(5, "depth"), (12, "feed_forward")]
@@ -81,7 +79,9 @@ def test_training_begins_with_few_blocks_and_ends_with_all(tmp_path, text_file, 
     assert again.summary()["weights_sha256"] == run.summary()["weights_sha256"]
 
 
-def test_a_run_that_is_killed_before_its_first_step_begins_with_the_same_blocks(tmp_path, text_file, quick, monkeypatch):
+def test_a_run_that_is_killed_before_its_first_step_begins_with_the_same_blocks(
+    tmp_path, text_file, quick, monkeypatch
+):
     config = quick.with_changes(growth={"begin_blocks": 1}, max_steps=4)
     whole = utils.train(fresh(), f"file:{text_file}", config, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
@@ -141,7 +141,7 @@ def test_triggers_let_it_grow_and_the_next_session_decides_the_same(tmp_path, te
 
 
 def test_a_probe_decides_and_leaves_no_trace(tmp_path, text_file, quick):
-    """The probe rejects growth while the loss still falls by itself: the run must then be the ungrown one, bit for bit."""
+    """The probe rejects growth while the loss still falls by itself: then the run is the ungrown one, bit for bit."""
     growth = {
         "operators": ["feed_forward"], "triggers": ["plateau"], "needed": 1, "check_every_steps": 4,
         "cooldown_steps": 4, "patience": 1, "improvement": 0.9, "hysteresis": 1.0, "probe_steps": 2,

@@ -3,6 +3,7 @@ import json
 import torch
 
 import utils
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.training.export_utilities import export
 from utils.training.grown_config import fitting_config, layout
 from utils.training.weights import load_weights
@@ -13,7 +14,7 @@ GPT = {"vocab_size": 60, "max_seq_len": 16, "d_model": 16, "nhead": 2, "num_laye
 def test_more_blocks_are_said_by_the_config(tmp_path):
     loaded = utils.load_model("example:gpt", config=GPT)
     utils.grow(loaded, "depth", 3)
-    settings = fitting_config(loaded, loaded.module)
+    settings = fitting_config(loaded, ModelAdapter(loaded))
     assert settings["num_layers"] == 5
     assert {**settings, "num_layers": 2} == loaded.config
     report = export(loaded, tmp_path / "out", formats=("safetensors",), progress=False)
@@ -41,14 +42,15 @@ def test_nested_settings_and_several_sizes_at_once(tmp_path):
     )
     (tmp_path / "config.json").write_text(json.dumps({"sizes": {"width": 4, "parts": 2}, "model_name": "Model"}))
     loaded = utils.load_model(tmp_path, trust=True)
+    spec = ModelSpec(example_inputs={"x": torch.randn(2, 6)})
     grown = type(loaded.module)(sizes={"width": 6, "parts": 3})
-    assert fitting_config(loaded, grown)["sizes"] == {"width": 6, "parts": 3}
+    assert fitting_config(loaded, ModelAdapter(grown, spec=spec))["sizes"] == {"width": 6, "parts": 3}
 
 
 def test_what_no_setting_says_is_told(tmp_path):
     loaded = utils.load_model("example:gpt", config=GPT)
     utils.grow(loaded, "feed_forward", 8, where=0)
-    assert fitting_config(loaded, loaded.module) is None
+    assert fitting_config(loaded, ModelAdapter(loaded)) is None
     report = export(loaded, tmp_path / "out", formats=("safetensors",), progress=False)
     assert "no setting of its code says" in report.results[0].why
     assert report.results[0].status == "ok"

@@ -166,7 +166,7 @@ def _follow_growth(candidate: Candidate) -> tuple[str, dict[str, Any] | None] | 
     loaded, module = candidate.loaded, candidate.adapter.module
     if loaded is None or not loaded.can_rebuild or layout(loaded.factory()) == layout(module):
         return None
-    settings = fitting_config(loaded, module)
+    settings = fitting_config(loaded, candidate.adapter)
     if settings is None:
         return (
             "The model has grown in a way that no setting of its code says: the weights load into a model that was "

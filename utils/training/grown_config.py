@@ -4,6 +4,7 @@ A model that grew is code, settings and a lineage. Where the same growth can be 
 blocks or a wider feed-forward layer everywhere, an export says it so: whoever loads it then needs nothing but the code.
 """
 
+import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -11,13 +12,17 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from utils.adapters import ModelAdapter
 from utils.loading import LoadedModel, load_model
 from utils.runtime.files import write_json
 
 MOST_TRIED = 48
 """Combinations of settings that are tried."""
+MOST_CHOICES = 4096
+"""Combinations that are put in order for that."""
 
 
 def layout(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -25,13 +30,14 @@ def layout(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def fitting_config(loaded: LoadedModel, grown: nn.Module) -> dict[str, Any] | None:
-    """Return settings that build a model with the tensors of a grown one; None where there are none.
+def fitting_config(loaded: LoadedModel, adapter: ModelAdapter) -> dict[str, Any] | None:
+    """Return settings that build a model which answers, with the weights of a grown one, as that does; None without.
 
     Args:
         loaded: The source, with the settings that it was built with.
-        grown: The model as it is now.
+        adapter: The model as it is now.
     """
+    grown = adapter.module
     wanted = layout(grown)
     sizes = _changed_sizes(loaded.factory(), grown)
     with tempfile.TemporaryDirectory() as folder:
@@ -40,9 +46,21 @@ def fitting_config(loaded: LoadedModel, grown: nn.Module) -> dict[str, Any] | No
             write_json(Path(folder) / "config.json", settings)
             # Settings that contradict each other are no way to build it.
             with suppress(Exception):
-                if layout(load_model(folder, trust=True).module) == wanted:
+                built = load_model(folder, trust=True).module
+                # Settings that no tensor shows, such as a number of heads, must be right too.
+                if layout(built) == wanted and _answers_alike(adapter, built):
                     return settings
     return None
+
+
+def _answers_alike(adapter: ModelAdapter, built: nn.Module) -> bool:
+    """Tell whether another instance with the same weights answers the same."""
+    built.load_state_dict(adapter.module.state_dict())
+    other = copy.copy(adapter)
+    other.module = built.to(adapter.device).eval()
+    inputs = adapter.example_inputs()
+    with adapter.isolated():
+        return torch.allclose(adapter.logits(inputs), other.logits(inputs), rtol=1e-4, atol=1e-5)
 
 
 def _changed_sizes(built: nn.Module, grown: nn.Module) -> dict[int, set[int]]:
@@ -67,10 +85,10 @@ def _blocks(module: nn.Module | None) -> int:
 
 
 def _candidates(config: Mapping[str, Any], sizes: Mapping[int, set[int]]) -> Iterator[dict[str, Any]]:
-    """Yield settings in which numbers that a size had are replaced by what it has become, the most changed first."""
+    """Yield settings in which numbers that a size had are replaced by what it has become, the fewest first."""
     places = [(path, sorted(sizes[value])) for path, value in _numbers(config) if type(value) is int and value in sizes]
-    choices = product(*[[*new, None] for _, new in places])
-    for choice in choices:
+    choices = islice(product(*[[None, *new] for _, new in places]), 1, MOST_CHOICES)
+    for choice in sorted(choices, key=lambda choice: sum(value is not None for value in choice)):
         changed = _copied(config)
         for (path, _), value in zip(places, choice, strict=True):
             if value is not None:

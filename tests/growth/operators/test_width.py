@@ -119,7 +119,8 @@ def test_without_a_name_the_lanes_with_the_most_weights_grow():
         (lambda: nn.Sequential(nn.Linear(3, 2)), "channels", None, "There are no lanes that channels could widen"),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), "residual", None,
          "Expected features that one layer makes and another reads, with norms across them"),
-        (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), "channels", "2", "cannot change in number"),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), "channels", "2",
+         "cannot change in number"),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 2)), "residual",
          None, "has no gain"),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)), "residual", None, "group"),
@@ -136,7 +137,7 @@ def test_a_post_norm_stream_is_refused():
             x = self.table(input_ids)
             for norm, up, down in zip(self.norms, self.up, self.down, strict=False):
                 x = norm(x + down(torch.nn.functional.gelu(up(x))))
-            return self.head(x)
+            return self.head(self.norms[2](x))
 
     model = perturbed(Post(nn.LayerNorm))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
