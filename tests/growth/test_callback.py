@@ -10,7 +10,9 @@ from utils.growth.callback import GrowthCallback
 from utils.growth.edits import GrowthError
 from utils.runtime.errors import ConfigError
 
-SCHEDULE = {"schedule": [{"at": 3, "operator": "depth", "amount": 1}, {"at": 5, "operator": "feed_forward", "amount": 8}]}
+SCHEDULE = {
+    "schedule": [{"at": 3, "operator": "depth", "amount": 1}, {"at": 5, "operator": "feed_forward", "amount": 8}]
+}
 
 
 class Lit(pl.LightningModule):

@@ -54,8 +54,9 @@ def test_steps_and_shares():
 
 
 def test_progressive():
-    config = GrowthConfig.progressive(6, max_parameters=10**7)
-    assert config.schedule == (ScheduledGrowth(0.3, "depth", to=6),)
+    config = GrowthConfig.progressive(2, at=0.3, max_parameters=10**7)
+    assert config.schedule == (ScheduledGrowth(0.3, "depth", to="full"),)
+    assert config.begin_blocks == 2
     assert config.max_parameters == 10**7
     assert GrowthConfig.progressive(4, at=200).schedule[0].step(1000) == 200
 
@@ -90,7 +91,7 @@ def test_events_are_checked(event, message):
     ("settings", "message"),
     [
         ({"cooldown": 3}, "GrowthConfig has no setting 'cooldown'.*Did you mean 'cooldown_steps'"),
-        ({"zzz": 3}, r"has no setting 'zzz'. Expected one of schedule, .*tolerance\.$"),
+        ({"zzz": 3}, r"has no setting 'zzz'. Expected one of begin_blocks, schedule, .*tolerance\.$"),
         ({3: 3}, "has no setting 3"),
         ({"schedule": "depth"}, "schedule is 'depth'. Expected a list of events such as"),
         ({"schedule": [3]}, r"schedule is \(3,\)"),

@@ -48,14 +48,16 @@ class Certificate:
     """Largest change of an answer in the model's own precision, as a share of their size."""
     double_difference: float | None
     """The same in float64; None where it was not measured."""
-    bound: float
-    """What the change had to stay below."""
+    bound: float | None
+    """What the change had to stay below; None where the loss decided."""
     loss_before: float | None
     """Loss of the batch before, in nats; None where there are no labels."""
     loss_after: float | None
     """After."""
     samples: int
     """Samples whose answers were compared."""
+    distilled: int | None = None
+    """Steps of distillation from the model before; None where the function was to be kept."""
 
     @property
     def jump(self) -> float | None:
@@ -68,8 +70,12 @@ class Certificate:
         """Say it in one line."""
         exact = "bit-equal" if self.equal else f"largest change {self.difference:.1e} of the answers' size"
         double = "" if self.double_difference is None else f", {self.double_difference:.1e} in float64"
+        if self.distilled is not None:
+            bound = f"; {self.distilled} steps of distillation"
+        else:
+            bound = f" (bound {self.bound:.0e})"
         loss = "" if self.jump is None else f"; loss {self.loss_before:.6f} -> {self.loss_after:.6f}"
-        return f"{'kept' if self.passed else 'NOT KEPT'}: {exact}{double} (bound {self.bound:.0e}){loss}"
+        return f"{'kept' if self.passed else 'NOT KEPT'}: {exact}{double}{bound}{loss}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -7,6 +7,7 @@ before, at or after an event repeats it bit for bit.
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from utils.adapters import ModelAdapter
 from utils.growth.budget import BudgetError
 from utils.growth.config import FULL, GrowthConfig, ScheduledGrowth
 from utils.growth.controller import Controller
+from utils.growth.distillation import Lesson, distil
 from utils.growth.edits import GrowthError, GrowthRefusedError, LineageError
 from utils.growth.lineage import GrowthEvent, lineage_of, rebuild, remember, save_lineage
 from utils.growth.lineage_view import save_lineage_figure
+from utils.growth.opening import Openings
 from utils.growth.planning import begin_with, forget_sizes, plan_growth
 from utils.growth.probe import probe
 from utils.growth.request import Request
@@ -26,7 +29,7 @@ from utils.growth.transaction import Grown, grow_by
 from utils.runtime.errors import ConfigError, MissingPackageError, SeedbedError
 from utils.training.batch_inputs import model_inputs
 from utils.training.config import TrainingConfig
-from utils.training.evaluation import masking_seed, objective
+from utils.training.evaluation import masked, masking_seed, objective
 from utils.training.growth_rows import LINEAGE
 from utils.training.processes import agreed
 from utils.training.sharding import is_sharded
@@ -41,6 +44,7 @@ class GrowthExtension:
         events: The lineage so far.
         refusals: What was asked for and could not be: step, operator and why.
         controller: Decides about growth that no schedule asks for.
+        openings: Lets new experts in, a little at each step.
     """
 
     def __init__(self, config: GrowthConfig) -> None:
@@ -49,6 +53,7 @@ class GrowthExtension:
         self.events: list[GrowthEvent] = []
         self.refusals: list[dict[str, Any]] = []
         self.controller = Controller(config)
+        self.openings = Openings()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the lineage and what the decisions depend on."""
@@ -56,6 +61,7 @@ class GrowthExtension:
             "events": [event.to_dict() for event in self.events],
             "refusals": [dict(refusal) for refusal in self.refusals],
             "controller": self.controller.state_dict(),
+            "openings": self.openings.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -63,9 +69,11 @@ class GrowthExtension:
         self.events = [GrowthEvent.from_dict(values) for values in state["events"]]
         self.refusals = [dict(refusal) for refusal in state["refusals"]]
         self.controller.load_state_dict(state["controller"])
+        self.openings.load_state_dict(state["openings"])
 
-    def migrate(self, change: ModelChange) -> Undo | None:
-        """The lineage is written when the event has been certified; the triggers begin anew then."""
+    def migrate(self, change: ModelChange) -> Undo:
+        """Follow the names; the lineage is written, and triggers begin anew, when the event has been certified."""
+        return self.openings.follow(change)
 
     def restore(self, adapter: ModelAdapter, state: Mapping[str, Any]) -> None:
         """Let a model that was just built from its source grow through a checkpoint's lineage."""
@@ -94,6 +102,7 @@ class GrowthExtension:
     def after_step(self, session: Any, batch: Mapping[str, Tensor]) -> None:
         """Make the events that are due after this step."""
         step, total = session.progress.step, session.run.total_steps
+        self.openings.step(session.run.model)
         if step == total:
             return
         for wish in self.config.schedule:
@@ -136,8 +145,17 @@ class GrowthExtension:
         def loss() -> float:
             return float(objective(run.adapter, run.data, dict(batch), seed)[0])
 
+        def teach(teacher: ModelAdapter) -> Lesson:
+            batches = [
+                model_inputs(run.adapter, masked(run.data, one, seed), run.data) for one in ahead(session, batch)
+            ]
+            return distil(
+                teacher, run.adapter, batches, lambda one: float(objective(one, run.data, dict(batch), seed)[0]),
+                self.config.distill_steps, plan.outputs,
+            )  # fmt: skip
+
         try:
-            plan = plan_growth(run.adapter, request)
+            plan = plan_growth(run.adapter, replace(request, approximate=self.config.approximate))
             self.controller.check_budget(session, plan, len(self.events))
             if signals and self.config.probe_steps:
                 tried = probe(session, plan, self.config.probe_steps)
@@ -150,13 +168,14 @@ class GrowthExtension:
             grown = grow_by(
                 run.adapter, plan, model_inputs(run.adapter, dict(batch), run.data), loss, session.migrate,
                 run.config.seed, step, self.config.new_second_moment == "mean",
-                self._tolerance(run.adapter), why, signals, agreed,
+                self._tolerance(run.adapter), why, signals, agreed, teach,
             )  # fmt: skip
         except (GrowthError, BudgetError) as error:
             self._refused(session, request, error)
             return None
         self.events.append(grown.event)
         remember(run.model, self.events)
+        self.openings.begin(run.adapter, plan)
         self.controller.reset()
         if session.writer is not None:
             save_lineage(run.directory, self.events)
@@ -189,6 +208,17 @@ class GrowthExtension:
         warnings.warn(said, stacklevel=2)
 
 
+def ahead(session: Any, batch: Mapping[str, Tensor], count: int = 8) -> list[dict[str, Tensor]]:
+    """Return a batch and those that come next, where they are known."""
+    found = [dict(batch)]
+    stream = session.stream
+    for number in range(0 if stream.sequential else count - 1):
+        place = stream.consumed + (number * stream.world + stream.rank) * stream.batch_size
+        device = session.run.adapter.device
+        found.append({name: value.to(device) for name, value in stream.batch_at(place).items()})
+    return found
+
+
 def has_grown(adapter: ModelAdapter) -> bool:
     """Tell whether a model is another than the one that its source builds, so that a run has to keep its lineage."""
     return bool(lineage_of(adapter.module))
@@ -207,6 +237,12 @@ def make_extension(config: TrainingConfig) -> GrowthExtension:
             f"TrainingConfig.growth is set and strategy is {config.strategy!r}.",
             "Expected ddp, or one device: weights that are divided among devices cannot grow.",
             "Set strategy to ddp, or leave growth at None.",
+        )
+    if config.devices > 1 and growth.approximate:
+        raise ConfigError(
+            f"GrowthConfig.approximate is True and TrainingConfig.devices is {config.devices}.",
+            "Expected exact growth on several devices: distillation would teach each process another lesson.",
+            "Set approximate to False, or train on one device.",
         )
     if config.devices > 1 and growth.automatic:
         raise ConfigError(

@@ -12,7 +12,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,7 @@ class MultiDomainModel(nn.Module):
         route_by: ``"hard"`` or ``"soft"``.
         features_at: The module of the parent whose answer (or, for a head, input) the router reads.
         lineage: How each domain came in.
+        spec: What is known of the parent, for ``ModelAdapter(model, spec=model.spec)``.
     """
 
     def __init__(
@@ -107,10 +108,19 @@ class MultiDomainModel(nn.Module):
         self.lineage: tuple[DomainAdded, ...] = ()
         self.experts, self.rows = nn.ModuleList(), nn.ModuleList()
         adapter = ModelAdapter(self.parent) if adapter is None else adapter
-        self._spec, self._path = adapter.spec, adapter.output.value or ""
+        if adapter.module is not self.parent:
+            raise CloneError(
+                f"The adapter is of another {adapter.name}.",
+                f"Expected one of the parent of the clones, a {type(self.parent).__name__}.",
+                "Pass ModelAdapter(clone.parent, spec=...).",
+            )
+        self._path = adapter.output.value or ""
+        # The parent's class name and signature may have told its task; a wrapper's do not.
+        self.spec = replace(adapter.spec, task=adapter.task.value, frozen=(), factory=None)
         few, more = adapter.example_inputs(2), adapter.example_inputs(3)
+        sizes = {name: (few[name].shape[:1], more[name].shape[:1]) for name in few}
         self._seen = frozenset(few)
-        self._by_sample = frozenset(name for name in few if (len(few[name]), len(more[name])) == (2, 3))
+        self._by_sample = frozenset(name for name, size in sizes.items() if size == ((2,), (3,)))
         self.features_at, self._given = place(adapter, clones, features_at)
         with adapter.isolated():
             shapes = [tuple(adapter.logits(inputs).shape[:1]) for inputs in (few, more)]
@@ -172,7 +182,7 @@ class MultiDomainModel(nn.Module):
                 f"Expected a name beside {', '.join(self.domains) or 'none yet'}.",
                 "Make the clone for another domain.",
             )
-        adapter = ModelAdapter(self.parent, spec=self._spec)
+        adapter = ModelAdapter(self.parent, spec=self.spec)
         example, view = adapter.example_inputs(3), copy.copy(adapter)
         with adapter.isolated():
             expected = tuple(adapter.logits(example).shape)
@@ -189,7 +199,7 @@ class MultiDomainModel(nn.Module):
                 "Use clones whose vocabulary and head have not changed.",
             )
         fitted = self.fitted
-        row = nn.Linear(self._width, 1, device=adapter.device)
+        row = nn.utils.skip_init(nn.Linear, self._width, 1, device=adapter.device)
         nn.init.zeros_(row.weight)
         nn.init.constant_(row.bias, CLOSED if fitted else 0.0)
         record = None if clone is None else clone.record.to_dict()
@@ -238,7 +248,7 @@ class MultiDomainModel(nn.Module):
 
     def _scores(self, features: Tensor) -> Tensor:
         # One product per row: a wider one would round otherwise.
-        return torch.cat([row(features) for row in self.router_rows()], dim=-1)
+        return torch.cat([row(features.to(row.weight.dtype)) for row in self.router_rows()], dim=-1)
 
     def router_rows(self) -> Iterator[nn.Linear]:
         """Yield the router's rows in the order of `domains`: linear, from the features to one logit."""
@@ -248,6 +258,8 @@ class MultiDomainModel(nn.Module):
 
     def _answer(self, *args: Any, domain: str | Sequence[str] | None = None, **inputs: Any) -> Tensor:
         """Answer a batch; see `forward`."""
+        if isinstance(domain, str):
+            return self._logits(self.experts[self._number(domain)], args, inputs)
         if domain is None and len(self.domains) > 1 and not self.fitted:
             warnings.warn(
                 f"The router between {', '.join(self.domains)} is not fitted and cannot tell them apart: "
@@ -255,8 +267,6 @@ class MultiDomainModel(nn.Module):
                 stacklevel=2,
             )
         batch = len(next(value for value in (*args, *inputs.values()) if isinstance(value, Tensor)))
-        if isinstance(domain, str):
-            return self._logits(self.experts[self._number(domain)], args, inputs)
         if domain is not None:
             if len(domain) != batch:
                 raise CloneError(
@@ -272,7 +282,7 @@ class MultiDomainModel(nn.Module):
         else:
             chosen = self.router_logits(*args, **inputs).argmax(dim=-1).cpu()
         order, parts_by_domain = [], []
-        for number in chosen.unique().tolist():
+        for number in chosen.unique().tolist() or [0]:
             members = (chosen == number).nonzero().flatten()
             given = (args, inputs) if len(members) == batch else self._some(args, inputs, members, batch)
             parts_by_domain.append(self._logits(self.experts[number], *given))
@@ -302,7 +312,7 @@ class MultiDomainModel(nn.Module):
                 return value
             return value[members.to(value.device)]
 
-        few = tuple(rows(name, value) for name, value in zip(names, args, strict=False))
+        few = tuple(rows(names[place] if place < len(names) else "", value) for place, value in enumerate(args))
         return few, {name: rows(name, value) for name, value in inputs.items()}
 
     def _logits(self, expert: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Tensor:

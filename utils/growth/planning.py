@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from utils.adapters import ModelAdapter
 from utils.adapters.structure import Structure, structure
@@ -15,7 +16,7 @@ from utils.growth.operators.heads import plan_heads
 from utils.growth.operators.vocabulary import plan_classes, plan_vocabulary
 from utils.growth.operators.width import plan_channels, plan_residual
 from utils.growth.request import Request
-from utils.growth.scratch import Scratch
+from utils.growth.scratch import ANY, Scratch
 from utils.growth.surgery import Surgery
 
 Planner = Callable[[Scratch, Structure, Request], Plan]
@@ -50,7 +51,13 @@ def plan_growth(adapter: ModelAdapter, request: Request, found: Structure | None
         raise GrowthRefusedError(
             f"There is no growth operator {request.operator!r}.", f"Expected one of {', '.join(OPERATORS)}."
         )
-    return planner(Scratch(adapter), found or structure(adapter), request)
+    found = found or structure(adapter)
+    try:
+        return planner(Scratch(adapter), found, request)
+    except GrowthRefusedError:
+        if not request.approximate:
+            raise
+    return replace(planner(Scratch(adapter, close=ANY), found, request), promise="approximate")
 
 
 def begin_with(adapter: ModelAdapter, blocks: int) -> GrowthEvent:

@@ -19,6 +19,8 @@ class Request:
     """A block or module by name, or a block by number; None lets the operator choose."""
     drawn: bool = False
     """New blocks draw their matrices anew instead of copying those of the block they are modelled on."""
+    approximate: bool = False
+    """Where nothing exact exists, allow a change of the function, which a short distillation takes back."""
     gated: bool = True
     """Allow a gate where nothing exact exists."""
 

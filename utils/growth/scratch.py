@@ -1,6 +1,7 @@
 """A copy of a model on which plans are tried before the model itself is touched."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +16,16 @@ from utils.growth.edits import GrowthRefusedError, LineageError, Plan
 from utils.growth.surgery import Surgery
 from utils.runtime.printing import captured_output
 from utils.runtime.seeding import isolated_streams
+from utils.validation.padding_masks import masks_of
 
 CLOSE = 1e-4
-"""Largest change of the output, as a share of its size, that a trial lets pass; the certificate decides."""
+"""Largest change of the output, as a share of its size, of what counts as kept; the certificate decides."""
+ANY = math.inf
+"""The same, where any change may pass."""
 LEARNS = 1e-12
 """A gradient of the new entries above this share of the largest one is one."""
+LONGER = 5
+"""Positions by which the second question is longer than the first."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +47,24 @@ class Scratch:
         adapter: An adapter of the copy.
         inputs: What it is tried on.
         expected: What the copy answers as it is.
+        padded: A longer question with padding and its mask, and the answer; None for what takes no mask. Code often
+            goes another way with a mask, and reads other numbers there.
         exact: Whether it is in double precision.
+        close: Largest change of the output, as a share of its size, that a trial lets pass.
     """
 
-    def __init__(self, adapter: ModelAdapter, batch_size: int = 2) -> None:
+    def __init__(self, adapter: ModelAdapter, batch_size: int = 2, close: float = CLOSE) -> None:
         """Copy a model.
 
         Raises:
             GrowthRefusedError: It cannot be copied, or does not run.
         """
+        self.close = close
         last: Exception | None = None
         for double in (True, False):
             try:
                 self.adapter, self.inputs, self.expected = _twin(adapter, double, batch_size)
-                self.exact = double
+                self.exact, self.padded = double, _padded(self.adapter)
                 return
             except Exception as error:
                 last = error
@@ -100,9 +110,13 @@ class Scratch:
                     if missing:
                         return Trial(f"{missing[0]} is never run")
                     difference = changed_by(self.expected, output, plan.outputs)
-                    if difference <= CLOSE and learns and not self._learns(surgery):
+                    if difference <= self.close and learns and not self._learns(surgery):
                         return Trial("no gradient reaches what is new", difference)
-                    if difference <= CLOSE and also is not None:
+                    if difference <= self.close and self.padded is not None:
+                        other = changed_by(self.padded[1], self._answer_padded(), plan.outputs)
+                        if other > self.close:
+                            return Trial(f"with padding the output changes by {other:.2g} of its size", other)
+                    if difference <= self.close and also is not None:
                         problem = also(surgery)
                         if problem is not None:
                             return Trial(problem, difference)
@@ -112,9 +126,15 @@ class Scratch:
             surgery.undo()
             for parameter in self.module.parameters():
                 parameter.grad = None
-        if difference > CLOSE:
+        if difference > self.close:
             return Trial(f"the output changes by {difference:.2g} of its size", difference)
         return Trial(None, difference)
+
+    def _answer_padded(self) -> Tensor:
+        """Answer the question with padding."""
+        assert self.padded is not None
+        with torch.no_grad():
+            return self.adapter.logits(self.padded[0])
 
     def _learns(self, surgery: Surgery) -> bool:
         """Tell whether a gradient reaches something that is new."""
@@ -215,6 +235,24 @@ def _twin(adapter: ModelAdapter, double: bool, batch_size: int) -> tuple[ModelAd
     if double and expected.dtype != torch.float64:
         raise TypeError("a part computes in single precision whatever its input")
     return twin, inputs, expected
+
+
+def _padded(twin: ModelAdapter) -> tuple[dict[str, Tensor], Tensor] | None:
+    """Return a longer question with padding and its mask, and a copy's answer to it; None where none is understood."""
+    if twin.modality != "tokens" or not twin.batched:
+        return None
+    for length in (twin.probe_length + LONGER, twin.probe_length):
+        with suppress(Exception), captured_output(), isolated_streams("growth"), torch.no_grad():
+            inputs = twin.example_inputs(2, length, seed=1)
+            real = torch.ones(inputs[twin.main_input].shape, dtype=torch.bool)
+            real[1, real.shape[1] // 2 :] = False
+            for mask in masks_of(twin):
+                if mask.name is None or mask.name in inputs:
+                    return None
+                with suppress(Exception):
+                    asked = {**inputs, **mask.argument(real, twin.real_dtype)}
+                    return asked, twin.logits(asked)
+    return None
 
 
 def identity_error(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

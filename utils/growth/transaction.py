@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from utils.adapters import ModelAdapter
 from utils.growth.certificate import Certificate, answers, certify
-from utils.growth.edits import GrowthError, Plan
+from utils.growth.distillation import Lesson, teacher_of
+from utils.growth.edits import GrowthError, GrowthRefusedError, Plan
 from utils.growth.lineage import GrowthEvent
 from utils.growth.planning import forget_sizes
 from utils.growth.surgery import Surgery
@@ -57,6 +60,7 @@ def grow_by(
     why: str = "asked for",
     signals: tuple[dict[str, Any], ...] = (),
     agree: Callable[[bool], bool] = bool,
+    teach: Callable[[ModelAdapter], Lesson] | None = None,
 ) -> Grown:
     """Let a model grow, and everything that remembers something about it; or leave all as it was.
 
@@ -73,12 +77,22 @@ def grow_by(
         why: For the lineage.
         signals: What the triggers said, for the lineage.
         agree: Tells whether any of the processes that train together says yes.
+        teach: Distils from the model before, given as an adapter of a copy; needed by a plan that is approximate.
 
     Raises:
         GrowthUndoneError: A part cannot follow, or the function is not kept; everything is as it was.
         LineageError: The plan does not fit the model.
     """
     started = time.perf_counter()
+    approximate = plan.promise == "approximate"
+    if approximate and (teach is None or loss is None):
+        raise GrowthRefusedError(
+            f"{plan.describe()} would change the function.",
+            "Expected data to distil from.",
+            "Use utils.train with growth={'approximate': True, ...}, or grow another part.",
+        )
+    teacher = teacher_of(adapter) if approximate else None
+    values = {name: p.detach().clone() for name, p in adapter.module.named_parameters()} if approximate else {}
     before, parameters = answers(adapter, inputs, loss), adapter.num_parameters
     bound = TOLERANCES.get(str(before.logits.dtype), TOLERANCE) if tolerance is None else tolerance
     surgery = Surgery(adapter.module, plan, seed, step, mean)
@@ -89,12 +103,19 @@ def grow_by(
             followed()
         surgery.undo()
         forget_sizes(adapter)
+        with torch.no_grad():
+            for name, value in values.items():
+                adapter.module.get_parameter(name).copy_(value)
 
     try:
         forget_sizes(adapter)
         if migrate is not None:
             followed = migrate(surgery.change)
+        lesson = teach(teacher) if teacher is not None and teach is not None else None
         certificate = certify(before, answers(adapter, inputs, loss), bound, plan.outputs)
+        if lesson is not None:
+            # What was distilled is measured by what it costs, not by single answers.
+            certificate = replace(certificate, passed=lesson.learned, bound=None, distilled=lesson.steps)
     except MigrationError as error:
         undo()
         raise GrowthUndoneError(
@@ -108,7 +129,9 @@ def grow_by(
         undo()
         raise GrowthUndoneError(
             f"{plan.describe()} was taken back: {certificate.describe()}.",
-            f"Expected no answer to change by more than {bound:.0e} of the answers' size.",
+            "Expected the loss to come back within a hundredth."
+            if approximate
+            else f"Expected no answer to change by more than {bound:.0e} of the answers' size.",
             "Grow another part, or allow an approximate step with a higher tolerance.",
             certificate,
         )

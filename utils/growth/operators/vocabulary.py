@@ -13,6 +13,7 @@ row of the padding token stays where it is, and its gradient stays zero.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -60,19 +61,20 @@ def plan_vocabulary(scratch: Scratch, found: Structure, request: Request) -> Pla
             "Expected as many outputs as tokens.",
             "Name one table by `where` to grow it alone.",
         )
-    grown = _not_outputs(module, found)
+    grown: set[int] = set()
     edits = [edit for table in tables for edit in _rows(module, f"{table.name}.weight", size, added, grown)]
-    reason = "new rows are the mean of the old ones"
-    limit = math.inf
+    reasons = (found.embeddings.reason, "new rows are the mean of the old ones")
     where = [table.name for table in tables]
-    if predicts:
-        made, limit, how = _outputs(module, found.head.value, size, added, grown, anywhere=True)
-        edits, reason = [*edits, *made], f"{reason}; {how}"
-        where += [found.head.value] if found.head.value is not None else []
+    where += [found.head.value] if predicts and found.head.value is not None else []
     plan = Plan("vocabulary", tuple(dict.fromkeys(where)), tuple(edits), size, size + added, "bounded",
-                size if predicts else None, (found.embeddings.reason, reason))  # fmt: skip
+                size if predicts else None, reasons)  # fmt: skip
     checks = [_reads(scratch, tables, size + added), _loses(scratch, size if predicts else None, added)]
-    checks += [_bounded(scratch, size, limit)] if predicts else []
+    if predicts:
+        options = _outputs(module, found.head.value, size, added, grown, anywhere=True)
+        made = _needed(scratch, plan, options, checks[1])
+        limit, how = _bound(made, size, added)
+        plan = replace(plan, edits=(*plan.edits, *made), reasons=(*reasons, how))
+        checks.append(_bounded(scratch, size, added, limit))
     return settled(scratch, plan, [(size, size + added)], VOCABULARY_WORDS, _all(checks), learns=predicts)
 
 
@@ -107,13 +109,17 @@ def plan_classes(scratch: Scratch, found: Structure, request: Request) -> Plan:
             "Expected the module whose output is the logits.",
             "Name it by `where`.",
         )
-    edits, limit, how = _outputs(scratch.module, head, size, added, _not_outputs(scratch.module, found), anywhere=False)
-    if not edits:
+    options = _outputs(scratch.module, head, size, added, set(), anywhere=False)
+    if not options:
         raise GrowthRefusedError(
             f"No parameter of {head} has {size} rows.", "Expected a linear layer whose outputs are the logits."
         )
-    plan = Plan("classes", (head,), tuple(edits), size, size + added, "bounded", size, (found.head.reason, how))
-    checks = [_loses(scratch, size, added), _bounded(scratch, size, limit)]
+    loses = _loses(scratch, size, added)
+    plan = Plan("classes", (head,), (), size, size + added, "bounded", size)
+    made = _needed(scratch, plan, options, loses)
+    limit, how = _bound(made, size, added)
+    plan = replace(plan, edits=tuple(made), reasons=(found.head.reason, how))
+    checks = [loses, _bounded(scratch, size, added, limit)]
     return settled(scratch, plan, [(size, size + added)], CLASS_WORDS, _all(checks))
 
 
@@ -134,13 +140,6 @@ def _tables(found: Structure, request: Request) -> list[EmbeddingTable]:
     return named
 
 
-def _not_outputs(module: nn.Module, found: Structure) -> set[int]:
-    """Return the identities of tables for places and types, which may happen to have as many rows as there are outputs."""
-    names = {table.name for table in found.embeddings.value if table.kind != "token"}
-    names |= {f"{name}.weight" for name in names}
-    return {id(tensor) for name, tensor in module.named_parameters(remove_duplicate=False) if name in names}
-
-
 def _rows(module: nn.Module, name: str, size: int, added: int, grown: set[int]) -> list[Edit]:
     """Return the edits that add mean rows to a matrix, unless that was done under another name."""
     tensor = module.get_parameter(name)
@@ -153,8 +152,8 @@ def _rows(module: nn.Module, name: str, size: int, added: int, grown: set[int]) 
 
 def _outputs(
     module: nn.Module, head: str | None, size: int, added: int, grown: set[int], anywhere: bool
-) -> tuple[list[Edit], float, str]:
-    """Return the edits that give a head more outputs, the most that the loss may rise, and how.
+) -> list[list[Edit]]:
+    """Return what may have to grow for a head to have more outputs, one list of edits per tensor.
 
     Args:
         module: The model.
@@ -162,31 +161,53 @@ def _outputs(
         size: How many there are.
         added: How many more.
         grown: Tensors that have grown already.
-        anywhere: Vectors of that size outside the head are biases of it too.
+        anywhere: Vectors of that size outside the head may be biases of it too.
     """
-    edits: list[Edit] = []
+    options: list[list[Edit]] = []
     prefix = f"{head}." if head else ""
-    margin = max(0.0, math.log(added / (size * SHIFT)))
-    lowered = False
+    place, lowered = ((size, added),), False
     for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers()):
         inside = head is not None and name.startswith(prefix) and "." not in name.removeprefix(prefix)
         if id(tensor) in grown or not tensor.is_floating_point():
             continue
         if tensor.numel() == size and tensor.shape[-1:] == (size,) and (inside or anywhere):
             grown.add(id(tensor))
-            place = ((size, added),)
-            if isinstance(tensor, nn.Parameter) and not lowered:
-                lowered = True
-                edits.append(
-                    Widen(name, tensor.dim() - 1, place, "value", float(tensor.detach().double().mean()) - margin)
-                )
-            else:
-                edits.append(Widen(name, tensor.dim() - 1, place, "mean"))
+            low = isinstance(tensor, nn.Parameter) and not lowered
+            lowered = lowered or low
+            value = float(tensor.detach().double().mean()) - _margin(size, added) if low else 0.0
+            options.append([Widen(name, tensor.dim() - 1, place, "value" if low else "mean", value)])
         elif inside and tensor.dim() > 1 and size in tensor.shape[:2]:
-            edits += _rows(module, name, size, added, grown)
+            options.append(_rows(module, name, size, added, grown))
+    return options
+
+
+def _margin(size: int, added: int) -> float:
+    """Return by how much the bias of new outputs is below the mean: then they raise the loss by `SHIFT` at most."""
+    return max(0.0, math.log(added / (size * SHIFT)))
+
+
+def _bound(edits: Sequence[Edit], size: int, added: int) -> tuple[float, str]:
+    """Return by how much the loss may rise, and why."""
+    lowered = any(isinstance(edit, Widen) and edit.fill == "value" for edit in edits)
     limit = SHIFT if lowered else math.log1p(added / size)
-    below = f", their bias {margin:.2f} below it" if lowered else ""
-    return edits, limit, f"new outputs begin at the mean of the old ones{below}: the loss rises by at most {limit:.1e}"
+    below = f", their bias {_margin(size, added):.2f} below it" if lowered else ""
+    return limit, f"new outputs begin at the mean of the old ones{below}: the loss rises by at most {limit:.1e}"
+
+
+def _needed(scratch: Scratch, plan: Plan, options: Sequence[list[Edit]], check: Check) -> list[Edit]:
+    """Leave out what need not grow, such as a table of places that happens to have as many rows."""
+
+    def also(surgery: Surgery) -> str | None:
+        width = scratch.adapter.logits(scratch.inputs).shape[-1]
+        return check(surgery) if width == plan.after else f"the model still has {width} outputs"
+
+    kept = list(options)
+    for option in options:
+        fewer = [other for other in kept if other is not option]
+        tried = replace(plan, edits=(*plan.edits, *(edit for other in fewer for edit in other)))
+        if scratch.attempt(tried, also=also, learns=False).problem is None:
+            kept = fewer
+    return [edit for option in kept for edit in option]
 
 
 def _all(checks: Sequence[Check]) -> Check:
@@ -258,12 +279,14 @@ def _loss(scratch: Scratch, name: str, label: int) -> float | None:
     return float(scalars[0]) if scalars else None
 
 
-def _bounded(scratch: Scratch, size: int, limit: float) -> Check:
+def _bounded(scratch: Scratch, size: int, added: int, limit: float) -> Check:
     """Check on the example that the new outputs raise the logarithm of the softmax's sum no more than promised."""
 
     def check(_surgery: Surgery) -> str | None:
         with torch.no_grad():
             output = scratch.adapter.logits(scratch.inputs).double()
+        if output.shape[-1] != size + added:
+            return f"the model has {output.shape[-1]} outputs then, and not {size + added}"
         rise = float((output.logsumexp(-1) - output[..., :size].logsumexp(-1)).nan_to_num(0.0).max())
         if rise > limit * (1 + 1e-3) + 1e-6:
             return f"the new outputs raise the loss by {rise:.2g} and not by at most {limit:.2g}"

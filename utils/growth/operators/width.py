@@ -1,15 +1,15 @@
 """Widen what `utils.adapters.lanes` finds: hidden layers and channels, and the residual stream.
 
-Without a norm across them, new lanes may hold anything as long as nobody reads them yet: writers draw new rows, readers get
-zero columns (Net2Wider without replication, Chen et al., arXiv:1511.05641). Batch normalization looks at each lane alone;
-its new gains and running statistics are the means of the old ones.
+Without a norm across them, new lanes may hold anything as long as nobody reads them yet: writers draw new rows, readers
+get zero columns (Net2Wider without replication, Chen et al., arXiv:1511.05641). Batch normalization looks at each lane
+alone; its new gains and running statistics are the means of the old ones.
 
 With a norm across them, new lanes must leave its statistics as they were, up to a factor that its gain takes back:
-RMSNorm divides by the root of the mean of d squares, so zero lanes make it larger by sqrt(D / d); LayerNorm also subtracts
-the mean, so new lanes have to be the mean of the old ones in everything that writes them. Either way the gain is
-multiplied by sqrt(d / D) and epsilon by d / D, and what the norm then makes of the new lanes is zero (Gesmundo & Maile,
-arXiv:2308.06103, theorem 3; LEMON, arXiv:2310.07999, for the mean). Readers draw new columns: they learn as soon as the
-new lanes hold something.
+RMSNorm divides by the root of the mean of d squares, so zero lanes make it larger by sqrt(D / d); LayerNorm also
+subtracts the mean, so new lanes have to be the mean of the old ones in everything that writes them. Either way the gain
+is multiplied by sqrt(d / D) and epsilon by d / D, and what the norm then makes of the new lanes is zero (Gesmundo &
+Maile, arXiv:2308.06103, theorem 3; LEMON, arXiv:2310.07999, for the mean). Readers draw new columns: they learn as soon
+as the new lanes hold something.
 """
 
 import math
@@ -132,8 +132,7 @@ def _edits(module: nn.Module, group: LaneGroup, added: int) -> Iterator[Edit]:
     for norm in group.norms:
         if norm.lanes != group.size or not norm.name:
             raise GrowthRefusedError(
-                f"A norm in {norm.name or 'the code of a module that has parts'} covers {norm.lanes} lanes, of which these "
-                f"are {group.size}.",
+                f"A norm in {norm.name or 'code of a module that has parts'} covers {norm.lanes} lanes, not {group.size}.",
                 "Expected norms in modules of their own, of these lanes alone.",
                 "Grow another part.",
             )
