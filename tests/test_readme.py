@@ -48,7 +48,7 @@ def test_the_python_example_names_what_exists(readme):
 
 def test_pictures_are_there_and_small(root, readme):
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", readme)
-    assert len([path for path in pictures if path.startswith("docs/gallery/")]) == 4
+    assert len([path for path in pictures if path.startswith("docs/gallery/")]) == 5
     for path in pictures:
         if not path.startswith("http"):
             assert 1_000 < (root / path).stat().st_size < 300_000, path

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.growth.domain_models import answer, docs, gpt, plays, train
+from tests.growth.domain_models import SCENES, answer, docs, gpt, plays, train
 from utils.growth.cloning import clone_for_domain
 from utils.growth.domain_router import RouterFit, fit_router
 from utils.growth.multi_domain import MultiDomainModel
@@ -30,6 +30,12 @@ def test_two_domains_of_real_text_are_told_apart(model):
     assert set(fit.by_domain) == {"docs", "plays"} and min(fit.by_domain.values()) > 0.6
     assert fit.to_dict()["control"] == fit.control
     assert model.fitted and set(model.route(docs(20))) | set(model.route(plays(20))) == {"docs", "plays"}
+
+
+def test_lines_that_were_never_seen_are_known_for_what_they_are(model):
+    fit_router(model, {"docs": docs(150), "plays": plays(150, SCENES[:8])})
+    right = model.route(docs(300)[150:]).count("docs") + model.route(plays(150, SCENES[8:])).count("plays")
+    assert right / 300 > 0.6
 
 
 def test_without_a_difference_there_is_nothing_to_learn(model):
@@ -69,10 +75,10 @@ def test_it_reaches_the_optimum_of_a_softmax_regression():
         return value
 
     solver.step(loss)
-    best = float(loss())
+    best = float(loss().detach())
     with torch.no_grad():
         reached = float(nn.functional.cross_entropy(model._scores(inputs), labels))
-    assert best < reached < best + 0.03
+    assert best < reached < best + 0.02
     assert abs(fit.loss - reached) < 0.1
 
 
@@ -92,7 +98,7 @@ def test_routed_answers_are_better_than_one_clone_for_all():
     train(clone.module, second[:150])
     model = MultiDomainModel([clone], parent_domain="docs").eval()
     fit = fit_router(model, {"docs": first[:150], "plays": second[:150]})
-    assert fit.accuracy > 0.9
+    assert fit.accuracy > fit.control + 0.2
     mixed = torch.cat([first[150:], second[150:]])
 
     def loss(logits):

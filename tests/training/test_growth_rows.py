@@ -13,6 +13,7 @@ from utils.training.growth_rows import (
     said_rows,
     table_rows,
 )
+from utils.training.run import GROWTH_PICTURE, UNFINISHED, make_empty
 
 
 def event(step, before, after, operator="depth", difference=0.0, losses=(2.0, 2.0), where=("blocks.1",), why="asked"):
@@ -116,3 +117,10 @@ def test_tables_escape_what_is_in_them():
     assert "&lt;img src=x&gt;" in html
     assert len(markdown.splitlines()) == 3
     assert "a \\| b c <script>" in markdown
+
+
+def test_what_a_torn_copy_left_of_it_is_in_nobodys_way(tmp_path):
+    for name in (LINEAGE, GROWTH_PICTURE, UNFINISHED):
+        (tmp_path / name).touch()
+    make_empty(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]

@@ -6,6 +6,7 @@ import pytest
 
 from utils.runtime.errors import RunError
 from utils.training.figures import save_training_figure, training_figure, trend
+from utils.training.growth_rows import LINEAGE
 from utils.training.line_chart import Series, line_chart, number, thinned, ticks
 from utils.training.resume import train
 from utils.training.run import REPORT
@@ -84,6 +85,52 @@ def test_broken_neighbours_are_named_and_left_out(runs, tmp_path):
     assert "other data: file:other.txt" in report.fragment
 
 
+def grown(step, before, after, why="scheduled"):
+    """An event as growth.json holds it, as far as a report looks."""
+    plan = {"operator": "depth", "where": ["blocks.1"], "before": 1, "after": 2, "promise": "exact"}
+    certificate = {"difference": 0.0, "loss_before": 2.0, "loss_after": 2.0}
+    return {"step": step, "plan": plan, "certificate": certificate, "why": why, "seconds": 0.1,
+            "parameters_before": before, "parameters_after": after}  # fmt: skip
+
+
+def test_growth_is_told_and_marked_in_the_loss_charts(runs, tmp_path):
+    shutil.copytree(runs / "first", tmp_path / "a")
+    shutil.copytree(runs / "first", tmp_path / "b")
+    assert "Growth" not in run_report(tmp_path / "a").fragment
+    size = read_facts(tmp_path / "a").record["model"]["parameters"]
+    events = [grown(4, size, size + 100, why="<script>alert(1)</script>"), grown(9, size + 100, size + 250)]
+    (tmp_path / "a" / LINEAGE).write_text(json.dumps({"events": events}))
+    text = run_report(tmp_path / "a").path.read_text()
+    assert "<h2>Growth</h2>" in text and "bit-equal" in text
+    assert "&lt;script&gt;alert(1)" in text and "<script" not in text
+    assert text.count('<line class="mark"') == 3 * 2, "both loss charts and the gradient norm"
+    assert text.count("<title>1: depth 1 → 2</title>") == 3
+    assert text.count("the model grew</span>") == 2
+    assert f"GPT, {size + 250:,} parameters" in text
+    assert f'<td class="number">{size + 250:,}</td>' in run_report(tmp_path / "b").fragment
+    assert '<line class="mark"' not in run_report(tmp_path / "b").fragment, "marks are of the run itself"
+    assert not re.search(r"https?:|src=|@import|url\(", text)
+
+
+@pytest.mark.parametrize("content", ["{", "[3]", '{"events": [{"step": "<b>"}]}'])
+def test_a_damaged_record_of_growth_is_told_and_costs_nothing_else(runs, tmp_path, content):
+    shutil.copytree(runs / "first", tmp_path / "a")
+    (tmp_path / "a" / LINEAGE).write_text(content)
+    fragment = run_report(tmp_path / "a").fragment
+    assert "growth.json cannot be read" in fragment
+    assert "Loss of this run" in fragment and '<line class="mark"' not in fragment
+
+
+def test_a_setting_that_holds_many_others_is_cut(runs, tmp_path):
+    shutil.copytree(runs / "first", tmp_path / "a")
+    shutil.copytree(runs / "first", tmp_path / "b")
+    record = json.loads((tmp_path / "b" / "run.json").read_text())
+    record["config"]["growth"] = {"schedule": [{"at": step, "operator": "depth"} for step in range(1, 50)]}
+    (tmp_path / "b" / "run.json").write_text(json.dumps(record))
+    fragment = run_report(tmp_path / "a").fragment
+    assert "growth {" in fragment and "&#x27;at&#x27;: 1," in fragment and "&#x27;at&#x27;: 40" not in fragment
+
+
 def test_a_run_without_numbers_has_a_report_too(runs, tmp_path):
     shutil.copytree(runs / "first", tmp_path / "a")
     (tmp_path / "a" / "metrics.csv").unlink()
@@ -98,6 +145,9 @@ def test_charts():
     one = line_chart([Series("a<", [(5, 2.0)])], "t", baseline=("zlib", 3.0))
     assert "<circle" in one and "a&lt;" in one and "zlib" in one
     assert line_chart([Series("a", [(1, 1.0), (2, 1.0)])], "t").count("<polyline") == 1
+    marked = line_chart([Series("a", [(1, 1.0), (2, 1.0)])], "t", marks=[(1.5, "here <b>"), (4, "later")])
+    assert marked.count('<line class="mark"') == 2 and "here &lt;b&gt;" in marked
+    assert '<line class="mark" x1="550.0"' in marked, "the axis reaches to the last mark"
     points = thinned([(float(i), float(i)) for i in range(10_000)])
     assert len(points) <= 300 and points[0] == (0, 0) and points[-1] == (9999, 9999)
     assert ticks(2.1, 2.1)[0] <= 2.1 <= ticks(2.1, 2.1)[-1]
@@ -119,5 +169,9 @@ def test_figures(tmp_path):
     assert len(training_figure(rows, 2.7).axes) == 4
     assert len(training_figure(rows[:1]).axes) == 3
     assert len(training_figure([]).axes) == 3
-    save_training_figure(rows, tmp_path / "a.png", 2.7)
+    marked = training_figure(rows, 2.7, marks=[4, 7])
+    for axis in marked.axes:
+        assert {4, 7} <= {line.get_xdata()[0] for line in axis.lines}
+    assert [text.get_text() for text in marked.axes[0].get_legend().get_texts()].count("the model grew") == 1
+    save_training_figure(rows, tmp_path / "a.png", 2.7, marks=[4])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -9,6 +9,7 @@ import pytest
 
 from utils.runtime.errors import MissingPackageError
 from utils.training import TrainingConfig, tracking
+from utils.training.growth_rows import COLUMNS, LINEAGE
 from utils.training.resume import resume, train
 from utils.training.tracking import Tracking, WandbTracker, architecture, check_trackers, describe, make_trackers
 from utils.training.weights import weights_sha256
@@ -53,6 +54,11 @@ class Broken:
         return self._call("close")
 
 
+GROWING = {
+    "schedule": [{"at": 3, "operator": "depth", "amount": 1}, {"at": 8, "operator": "feed_forward", "amount": 8}]
+}
+
+
 def events(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """Read the scalars of a TensorBoard folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -60,6 +66,16 @@ def events(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     read = EventAccumulator(str(run_dir / "tracking" / "tensorboard"), size_guidance={"scalars": 0})
     read.Reload()
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def growth_text(run_dir: Path) -> list[tuple[int, str]]:
+    """Read the tables of growth of a TensorBoard folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(run_dir / "tracking" / "tensorboard"), size_guidance={"tensors": 0})
+    read.Reload()
+    found = read.Tensors("growth/text_summary") if "growth/text_summary" in read.Tags()["tensors"] else []
+    return [(event.step, event.tensor_proto.string_val[0].decode()) for event in found]
 
 
 def wandb_history(folder: Path) -> list[dict]:
@@ -212,6 +228,50 @@ def test_each_name_has_its_tracker():
     made = make_trackers(TrainingConfig(tracking="wandb, tensorboard"))
     assert [tracker.tracker.name for tracker in made] == ["wandb", "tensorboard"]
     assert make_trackers(TrainingConfig()) == []
+
+
+def test_tensorboard_is_told_of_each_growth(tmp_path, text_file, tiny_gpt, small):
+    pytest.importorskip("tensorboard")
+    config = small.with_changes(tracking="tensorboard", log_every_steps=2, growth=GROWING)
+    run = train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False)
+    told = growth_text(run.directory)
+    # A thread of its own looks: it may see both events at once.
+    assert [len(text.splitlines()) for _, text in told] in ([3, 4], [4]), "a heading, a line, and a row for each event"
+    assert all(3 < step <= 12 for step, _ in told)
+    assert "depth 2 → 3" in told[-1][1] and "scheduled for step 8" in told[-1][1]
+
+
+def test_a_damaged_record_of_growth_stops_no_tracker(tmp_path, text_file, tiny_gpt, small):
+    pytest.importorskip("tensorboard")
+
+    class Vandal:
+        def start(self, run):
+            (run.directory / LINEAGE).write_text("{")
+
+        def update(self, rows):
+            pass
+
+        def close(self, rows):
+            pass
+
+    config = small.with_changes(tracking="tensorboard")
+    run = train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False, observers=[Vandal()])
+    assert growth_text(run.directory) == [] and "validation/bits_per_byte" in events(run.directory)
+    assert run.finished and "tensorboard --logdir" in run.notes[0]
+
+
+@pytest.mark.slow
+def test_wandb_has_the_growth_as_a_table(tmp_path, text_file, tiny_gpt, small):
+    pytest.importorskip("wandb")
+    config = small.with_changes(tracking="wandb", log_every_steps=2, growth=GROWING)
+    run = train(tiny_gpt, f"file:{text_file}", config, tmp_path / "run", progress=False)
+    (folder,) = (run.directory / "tracking" / "wandb").glob("offline-run-*")
+    tables = [json.loads(path.read_text()) for path in folder.rglob("growth*.table.json")]
+    newest = max(tables, key=lambda table: len(table["data"]))
+    assert newest["columns"] == list(COLUMNS)
+    assert [(row[0], row[1]) for row in newest["data"]] == [(3, "depth"), (8, "feed_forward")]
+    rows = [row for row in wandb_history(folder) if "step" in row]
+    assert [row["step"] for row in rows] == [row["step"] for row in run.metrics], "tables add no rows"
 
 
 def test_a_run_continued_online_sends_only_what_the_server_lacks():

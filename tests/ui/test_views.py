@@ -9,6 +9,7 @@ import utils
 from utils.adapters import ModelAdapter
 from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import load_data
+from utils.training.growth_rows import LINEAGE
 from utils.training.resume import train
 from utils.training.weights import weights_sha256
 from utils.ui import generations, views
@@ -90,6 +91,27 @@ def test_it_is_not_redrawn_at_every_row(screen, text, tmp_path):
 def test_nothing_is_shown_without_rows(screen):
     LiveCurve().close([])
     assert screen == ([], [])
+
+
+def test_growth_is_marked_while_it_happens(screen, text, tmp_path, monkeypatch):
+    drawn, draw = [], views.figure_png
+
+    def noting(*given, **named):
+        drawn.append(named["marks"])
+        return draw(*given, **named)
+
+    monkeypatch.setattr(views, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(views, "figure_png", noting)
+    schedule = [{"at": 2, "operator": "depth", "to": "full"}, {"at": 4, "operator": "depth", "amount": 1}]
+    loaded = utils.load_model("example:gpt", config=SMALL | {"num_layers": 2})
+    config = CONFIG.with_changes(growth={"begin_blocks": 1, "schedule": schedule}, log_every_steps=1)
+    run = train(loaded, text, config, tmp_path / "run", progress=False, observers=[LiveCurve(generations=False)])
+    assert drawn[0] == [] and drawn[-1] == [2, 4]
+    assert drawn == sorted(drawn), "an event stays"
+    curve = LiveCurve()
+    curve.start(run)
+    (run.directory / LINEAGE).write_text("{")
+    assert "data:image/png" in curve.html(run.metrics) and drawn[-1] == []
 
 
 def test_images_have_no_texts(screen, tmp_path):
@@ -184,9 +206,9 @@ def test_only_causal_language_models_write(gpt, data):
     assert generations.SECONDS <= 5
 
 
-def test_without_matplotlib_the_numbers_are_still_shown(gpt, data, monkeypatch):
+def test_without_matplotlib_the_numbers_are_still_shown(gpt, data, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     curve = LiveCurve()
-    curve._run = SimpleNamespace(step=3, total_steps=6, data=data, config=CONFIG)
+    curve._run = SimpleNamespace(step=3, total_steps=6, data=data, config=CONFIG, directory=tmp_path)
     page = curve.html([{"step": 3, "split": "train", "loss": 1.5, "samples_per_second": 2.0}])
     assert "pip install matplotlib" in page and "1.500" in page

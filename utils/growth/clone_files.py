@@ -42,7 +42,7 @@ def save_clone(clone: DomainClone, directory: Path | str) -> Path:
     kept = {
         name: tensor
         for name, tensor in own.items()
-        if isinstance(tensor, nn.Parameter) or name not in theirs or not torch.equal(tensor, theirs[name])
+        if isinstance(tensor, nn.Parameter) or name not in theirs or not torch.equal(tensor.cpu(), theirs[name].cpu())
     }
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / WEIGHTS

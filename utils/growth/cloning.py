@@ -134,7 +134,9 @@ def _check(domain: str, mode: str, trunk: str, partial: Mapping[str, Any], light
         raise CloneError(f"The domain is {domain!r}.", "Expected a name.", "Say what the clone is for.")
     for name, value, known in (("mode", mode, MODES), ("trunk", trunk, TRUNKS)):
         if value not in known:
-            raise CloneError(f"The {name} of a clone is {value!r}.", f"Expected one of {', '.join(known)}.")
+            raise CloneError(
+                f"The {name} of a clone is {value!r}.", f"Expected one of {', '.join(known)}.", "Correct it."
+            )
     idle = [name for name, value in partial.items() if value and mode != "partial"]
     idle += [name for name, value in light.items() if value and mode != "light"]
     idle += ["trunk='joint'"] if trunk == "joint" and mode != "partial" else []
@@ -229,5 +231,6 @@ def _cut(module: nn.Module, cut: int | str | None) -> tuple[str, list[str], list
         raise CloneError(
             f"The cut is {cut!r}.",
             f"Expected how many of the {count} blocks are shared, 1 to {count}, or the name of a module.",
+            "Correct it, or leave it out for half of them.",
         )
     return found.value[number - 1], found.value[:number], [f"{number} of {count} blocks are shared: {found.reason}"]

@@ -12,6 +12,9 @@ from utils.growth.multi_domain import MultiDomainModel
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.seeding import derive_seed
 
+FLAT = 1e-2
+"""Smallest deviation that a feature is stretched from, where 1 is usual: what hardly varies is mostly noise."""
+
 
 @dataclass(frozen=True)
 class RouterFit:
@@ -47,7 +50,7 @@ def fit_router(
     *,
     held_out: float = 0.25,
     batch_size: int = 64,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.03,
 ) -> RouterFit:
     """Fit the router anew, from zero, by the cross-entropy of the domains; nothing else of the model changes.
 
@@ -71,6 +74,7 @@ def fit_router(
             f"fit_router was given steps={steps}, batch_size={batch_size}, held_out={held_out} and "
             f"learning_rate={learning_rate}.",
             "Expected at least 1 step and 1 example, a share between 0 and 1 and a rate above 0.",
+            "Leave out what you do not need to set.",
         )
     if set(examples_by_domain) != set(model.domains):
         raise DataError(
@@ -89,6 +93,9 @@ def fit_router(
         test.append(features[order[:count]])
         learn.append(features[order[count:]])
     x, y = _joined(learn)
+    # What all samples have in common hides what they differ in: it is taken out here, and put back into the rows below.
+    middle, spread = x.mean(dim=0), x.std(dim=0).clamp_min(FLAT)
+    x = (x - middle) / spread
     weight = torch.zeros(len(learn), x.shape[1], requires_grad=True)
     bias = torch.zeros(len(learn), requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
@@ -99,6 +106,8 @@ def fit_router(
             weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
             optimizer.step()
     with torch.no_grad():
+        weight = weight / spread
+        bias = bias - weight @ middle
         for row, w, b in zip(model.router_rows(), weight, bias, strict=True):
             row.weight.copy_(w[None])
             row.bias.copy_(b[None])

@@ -29,6 +29,8 @@ COLOURS = {
     "classes": "#b8527a", "expert": "#3e8f95", "channels": "#9a6a4a",
 }  # fmt: skip
 """Colour by operator."""
+DARK = {"figure.facecolor": "#16191d", "axes.facecolor": "#16191d"}
+"""Settings of a dark picture, as matplotlib names them; the colour of the reports' dark pages."""
 OTHER_COLOUR, OLD_COLOUR = "#7a8088", "#a9b3bc"
 """Of an operator that is not in `COLOURS`, and of what was there at the beginning."""
 WIDTH = 11.0
@@ -159,10 +161,8 @@ def lineage_figure(run: Any, dark: bool = False) -> "Figure":
     lines = -(-len(table) // columns)
     heights = [max(4, len(rows) + 1) * ROW_HEIGHT + 0.35, 1.1, 2.4]
     key_height = (lines + 2.4) * LINE_HEIGHT
-    with matplotlib.style.context("dark_background" if dark else "default"):
+    with matplotlib.style.context(["dark_background", DARK] if dark else "default"):
         figure = Figure(figsize=(WIDTH, sum(heights) + 1.1 + key_height), layout=ConstrainedLayoutEngine(w_pad=0.1))
-        if dark:
-            figure.set_facecolor("#16191d")
         made: Any = figure.subfigures(2, 1, height_ratios=[sum(heights) + 1.1, key_height])
         panels, below = made
         for part in (panels, below):

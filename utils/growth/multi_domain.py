@@ -93,7 +93,7 @@ class MultiDomainModel(nn.Module):
         if not clones:
             raise CloneError("No clone was given.", "Expected at least one.", "Make one with clone_for_domain.")
         if route_by not in ROUTES:
-            raise CloneError(f"route_by is {route_by!r}.", f"Expected one of {', '.join(ROUTES)}.")
+            raise CloneError(f"route_by is {route_by!r}.", f"Expected one of {', '.join(ROUTES)}.", "Correct it.")
         self.parent = clones[0].parent
         if "domain" in (known := inspect.signature(self.parent.forward).parameters):
             raise CloneError(
@@ -272,6 +272,7 @@ class MultiDomainModel(nn.Module):
                 raise CloneError(
                     f"{len(domain)} domains were given for {batch} samples.",
                     "Expected one name for all, or a list with one per sample.",
+                    "Correct it, or leave it out to let the router decide.",
                 )
             chosen = torch.tensor([self._number(name) for name in domain], dtype=torch.long)
         elif self.route_by == "soft":

@@ -136,14 +136,21 @@ def counts(module: nn.Module, plan: Plan, before: int, after: int) -> Iterator[P
     inserts = [edit for edit in plan.edits if isinstance(edit, InsertBlock)]
     parts = container.split(".") if container else []
     outer = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
-    found = candidates(module, outer, before, after)
+    # Between the blocks of a stack others may stand, as in a hybrid; what counts the layers counts these too.
+    whole = len(module.get_submodule(container)._modules)
+    total = candidates(module, outer, whole, whole + after - before)
+    found = total if whole == before else [*total, *candidates(module, outer, before, after)]
     found.sort(key=lambda number: not _counts_blocks(number))
-    named = _of_this_stack(module, parts, [number for number in found if _counts_blocks(number)])
-    lists = list(_lists(module, outer, before, inserts))
+    first, named = (
+        _of_this_stack(module, parts, [number for number in numbers if _counts_blocks(number)])
+        for numbers in (total, found)
+    )
+    named, first = (first, named) if first else (named, named)
+    lists = list(_lists(module, outer, whole, inserts))
     spoken = [number for number in lists if _counts_blocks(number)]
     tried: list[tuple[Number, ...]] = []
     some = [(), *(c for size in (1, 2) for c in combinations(found, size))]
-    for choice in ((*named, *spoken), (*named, *lists), *((*c, *spoken) for c in some), *some):
+    for choice in ((*named, *spoken), (*named, *lists), (*first, *spoken), *((*c, *spoken) for c in some), *some):
         if choice not in tried and len(tried) < MOST_TRIED:
             tried.append(choice)
             yield replace(plan, edits=(*plan.edits, *choice))
@@ -190,36 +197,41 @@ def _lists(module: nn.Module, owners: Sequence[str], before: int, inserts: Seque
 def renumbered(module: nn.Module, plan: Plan, stack: Sequence[str], place: int, added: int) -> Iterator[Plan]:
     """Yield a plan with the numbers by which blocks know their own place moved on, and the plan as it is.
 
-    Such a number differs from block to block by one; with a single block it is a zero whose name speaks of an index.
+    Such a number differs from block to block by as much as their places do, whatever kinds of blocks there are; a single
+    one is the place, or zero, and its name speaks of an index. Numbers that count one kind of block only differ by one within the stack.
     """
-    edits: list[Number] = []
-    first = module.get_submodule(stack[0])
     container = stack[0].rpartition(".")[0]
-    for inner, child in first.named_modules():
-        for key, value in child.__dict__.items():
-            if type(value) is not int or _is_torchs(child):
+    base, source = (int(name.rpartition(".")[2]) for name in (stack[0], stack[place]))
+    own = [int(name.rpartition(".")[2]) for name in stack]
+    held: dict[tuple[str, str], dict[int, int]] = {}
+    for index, block in enumerate(module.get_submodule(container).children()):
+        for inner, child in block.named_modules():
+            for key, value in child.__dict__.items():
+                if type(value) is int and not _is_torchs(child):
+                    held.setdefault((inner, key), {})[index] = value
+    edits: list[Number] = []
+    for (inner, key), values in held.items():
+        if len(values) == 1:
+            index, value = next(iter(values.items()))
+            moves = ("idx" in key or "index" in key) and (value == index or (index, value) == (base, 0))
+        else:
+            moves = len({value - index for index, value in values.items()}) == 1
+        if not moves:
+            values = {index: values[index] for index in own if index in values}
+            if len(own) == 1 or list(values.values()) != [values.get(base, 0) + number for number in range(len(own))]:
                 continue
-            values = [_number_at(module, f"{name}.{inner}".rstrip("."), key) for name in stack]
-            counts_up = values == [value + number for number in range(len(stack))]
-            if not counts_up or (len(stack) == 1 and not ("idx" in key or "index" in key)):
-                continue
-            base = int(stack[0].rpartition(".")[2])
-            source = values[place]
-            for number in range(place + 1, len(stack) + added):
-                # New blocks are copies of the source; those behind them keep what they had.
-                had = source if number <= place + added else values[number - added]
-                owner = ".".join(part for part in (container, str(base + number), inner) if part)
-                edits.append(Number(owner, (key,), had, value + number))
+        for index in range(source + 1, source + 1 + added):
+            # New blocks are copies of the source; those behind them keep what they had.
+            if source in values:
+                owner = ".".join(part for part in (container, str(index), inner) if part)
+                edits.append(Number(owner, (key,), values[source], values[source] + index - source))
+        for index, value in values.items():
+            if index > source:
+                owner = ".".join(part for part in (container, str(index + added), inner) if part)
+                edits.append(Number(owner, (key,), value, value + added))
     if edits:
         yield replace(plan, edits=(*plan.edits, *edits))
     yield plan
-
-
-def _number_at(module: nn.Module, name: str, key: str) -> Any:
-    try:
-        return module.get_submodule(name).__dict__.get(key)
-    except AttributeError:
-        return None
 
 
 def settled(

@@ -25,7 +25,7 @@ ANY = math.inf
 LEARNS = 1e-12
 """A gradient of the new entries above this share of the largest one is one."""
 LONGER = 5
-"""Positions by which the second question is longer than the first."""
+"""Positions by which the other question is longer than the first."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Scratch:
         adapter: An adapter of the copy.
         inputs: What it is tried on.
         expected: What the copy answers as it is.
-        padded: A longer question with padding and its mask, and the answer; None for what takes no mask. Code often
-            goes another way with a mask, and reads other numbers there.
+        other: A longer question with padding, its mask and a cache, as far as the copy takes these, and the answer.
         exact: Whether it is in double precision.
         close: Largest change of the output, as a share of its size, that a trial lets pass.
     """
@@ -64,7 +63,7 @@ class Scratch:
         for double in (True, False):
             try:
                 self.adapter, self.inputs, self.expected = _twin(adapter, double, batch_size)
-                self.exact, self.padded = double, _padded(self.adapter)
+                self.exact, self.other = double, _other(self.adapter)
                 return
             except Exception as error:
                 last = error
@@ -112,10 +111,13 @@ class Scratch:
                     difference = changed_by(self.expected, output, plan.outputs)
                     if difference <= self.close and learns and not self._learns(surgery):
                         return Trial("no gradient reaches what is new", difference)
-                    if difference <= self.close and self.padded is not None:
-                        other = changed_by(self.padded[1], self._answer_padded(), plan.outputs)
-                        if other > self.close:
-                            return Trial(f"with padding the output changes by {other:.2g} of its size", other)
+                    if difference <= self.close and self.other is not None:
+                        asked, known = self.other
+                        with torch.no_grad():
+                            second = changed_by(known, self.adapter.logits(asked), plan.outputs)
+                        if second > self.close:
+                            how = ", ".join(name for name in asked if name not in self.inputs) or "a longer input"
+                            return Trial(f"with {how} the output changes by {second:.2g} of its size", second)
                     if difference <= self.close and also is not None:
                         problem = also(surgery)
                         if problem is not None:
@@ -129,12 +131,6 @@ class Scratch:
         if difference > self.close:
             return Trial(f"the output changes by {difference:.2g} of its size", difference)
         return Trial(None, difference)
-
-    def _answer_padded(self) -> Tensor:
-        """Answer the question with padding."""
-        assert self.padded is not None
-        with torch.no_grad():
-            return self.adapter.logits(self.padded[0])
 
     def _learns(self, surgery: Surgery) -> bool:
         """Tell whether a gradient reaches something that is new."""
@@ -237,20 +233,25 @@ def _twin(adapter: ModelAdapter, double: bool, batch_size: int) -> tuple[ModelAd
     return twin, inputs, expected
 
 
-def _padded(twin: ModelAdapter) -> tuple[dict[str, Tensor], Tensor] | None:
-    """Return a longer question with padding and its mask, and a copy's answer to it; None where none is understood."""
+def _other(twin: ModelAdapter) -> tuple[dict[str, Any], Tensor] | None:
+    """Return another question and a copy's answer to it; None for what is asked with no tokens.
+
+    It is longer than the first one, and comes with padding, its mask and a cache, as far as the model takes these. Code
+    often goes another way with them, and reads other numbers there.
+    """
     if twin.modality != "tokens" or not twin.batched:
         return None
+    cache = {"use_cache": True} if "use_cache" in twin.argument_names else {}
+    masks = [mask for mask in masks_of(twin) if mask.name is not None]
     for length in (twin.probe_length + LONGER, twin.probe_length):
-        with suppress(Exception), captured_output(), isolated_streams("growth"), torch.no_grad():
+        with suppress(Exception), captured_output():
             inputs = twin.example_inputs(2, length, seed=1)
             real = torch.ones(inputs[twin.main_input].shape, dtype=torch.bool)
             real[1, real.shape[1] // 2 :] = False
-            for mask in masks_of(twin):
-                if mask.name is None or mask.name in inputs:
-                    return None
-                with suppress(Exception):
-                    asked = {**inputs, **mask.argument(real, twin.real_dtype)}
+            hiding = [mask.argument(real, twin.real_dtype) for mask in masks if mask.name not in inputs]
+            for more in ({**hidden, **kept} for hidden in (*hiding, {}) for kept in (cache, {})):
+                asked: dict[str, Any] = {**inputs, **more}
+                with suppress(Exception), isolated_streams("growth"), torch.no_grad():
                     return asked, twin.logits(asked)
     return None
 

@@ -101,7 +101,8 @@ def draw_losses(
     draw_marks(axis, marks, "the model grew")
     axis.set(title="Loss")
     if train or validation:
-        axis.legend(frameon=False, fontsize=9)
+        # The lines of events may run beneath it.
+        axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
 
 
 def _draw_metric(axis: "Axes", validation: Sequence[dict[str, Any]], metric: str, baseline: float | None) -> None:

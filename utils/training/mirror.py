@@ -17,9 +17,9 @@ from utils.runtime.errors import RunError
 from utils.runtime.files import sha256_file, sync_file, write_atomic
 from utils.training.checkpoint_manager import MANIFEST, STEP_NAME, CheckpointManager, discard, require_space
 from utils.training.prepared_data import MANIFEST as DATA
-from utils.training.run import FIGURE, METRICS, RECORD, REPORT, SUMMARY, UNFINISHED, make_empty
+from utils.training.run import FIGURE, FILES, RECORD, UNFINISHED, make_empty
 
-SMALL_FILES = (METRICS, SUMMARY, FIGURE, REPORT)
+SMALL_FILES = (*FILES, FIGURE)
 _at_work: set[Path] = set()
 _guard = threading.Lock()
 

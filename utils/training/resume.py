@@ -19,6 +19,7 @@ from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import prepare_data, reference_of
 from utils.training.extensions import adopted, extensions_of
 from utils.training.figures import save_training_figure
+from utils.training.growth_rows import read_growth
 from utils.training.metrics import read_metrics
 from utils.training.mirror import claim
 from utils.training.module_memory import ModuleMemory, freeze
@@ -417,7 +418,10 @@ def _conclude(run: Run, mirror: str | Path | None) -> Run:
     """Write summary, report and figure of a run that finished or stopped, and bring its second copy up to date."""
 
     def draw() -> None:
-        save_training_figure(run.metrics, run.directory / FIGURE, run.data.facts.get("zlib_bits_per_byte"))
+        parameters = read_record(run.directory)["model"].get("parameters")
+        marks = [step for step, _ in read_growth(run.directory, parameters).marks]
+        baseline = run.data.facts.get("zlib_bits_per_byte")
+        save_training_figure(run.metrics, run.directory / FIGURE, baseline, marks=marks)
 
     # What was trained is safe by now: one thing that cannot be written keeps none of the others from it.
     for write in (run.save_summary, lambda: run_report(run.directory), draw):

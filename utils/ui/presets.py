@@ -10,7 +10,7 @@ from utils.runtime.optional import require
 from utils.training.config import AUTO, TrainingConfig
 
 FOLDER = Path(__file__).with_name("presets")
-ORDER = ("fast", "balanced", "quality", "tiny-gpu", "long-run")
+ORDER = ("fast", "balanced", "quality", "tiny-gpu", "long-run", "progressive")
 """The presets that come along, the quickest first."""
 
 

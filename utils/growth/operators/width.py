@@ -132,7 +132,8 @@ def _edits(module: nn.Module, group: LaneGroup, added: int) -> Iterator[Edit]:
     for norm in group.norms:
         if norm.lanes != group.size or not norm.name:
             raise GrowthRefusedError(
-                f"A norm in {norm.name or 'code of a module that has parts'} covers {norm.lanes} lanes, not {group.size}.",
+                f"A norm in {norm.name or 'code of a module that has parts'} covers {norm.lanes} lanes, not "
+                f"{group.size}.",
                 "Expected norms in modules of their own, of these lanes alone.",
                 "Grow another part.",
             )
