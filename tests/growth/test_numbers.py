@@ -246,3 +246,85 @@ def test_equal_numbers_are_no_places():
     for block in model.blocks:
         block.index = 7
     assert list(renumbered(model, inserted(), ["blocks.0", "blocks.1"], 1, 1)) == [inserted()]
+
+
+class Other(nn.Module):
+    """A block of another kind, which knows its place too."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.place = index
+        self.mix = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.mix(x).tanh()
+
+
+def hybrid():
+    """Blocks of two kinds in turn; the config counts them all, and knows the kind of each."""
+    model = Toy(blocks=4)
+    model.blocks[1], model.blocks[3] = Other(1), Other(3)
+    model.config.kinds = ["attention", "other"] * 2
+    model.config.period_of_blocks = 2
+    return model
+
+
+def test_between_the_blocks_of_a_stack_others_are_counted_and_move_on():
+    model = hybrid()
+    stack = ["blocks.0", "blocks.2"]
+    numbers = {
+        (edit.owner, *edit.path): (edit.before, edit.after)
+        for plan in [next(renumbered(model, inserted(1, 0), stack, 0, 1))]
+        for edit in plan.edits
+        if isinstance(edit, Number)
+    }
+    assert numbers == {
+        ("blocks.1", "index"): (0, 1),
+        ("blocks.3", "index"): (2, 3),
+        ("blocks.2", "place"): (1, 2),
+        ("blocks.4", "place"): (3, 4),
+    }
+    tried = [plan.edits[1:] for plan in counts(model, inserted(1, 0), 2, 3)]
+    # What counts all layers comes before what is as large as the stack by chance.
+    assert tried[0] == (Number("", ("config", "n_layer"), 4, 5),)
+    kinds = ("attention", "attention", "other", "attention", "other")
+    assert (Number("", ("config", "kinds"), ("attention", "other") * 2, kinds),) == tried[1][1:]
+
+
+def test_a_count_of_one_kind_of_block_stays_within_the_stack():
+    model = hybrid()
+    model.blocks[0].index, model.blocks[2].index = 0, 1
+    numbers = [
+        edit
+        for edit in next(renumbered(model, inserted(1, 0), ["blocks.0", "blocks.2"], 0, 1)).edits
+        if isinstance(edit, Number) and edit.path == ("index",)
+    ]
+    assert numbers == [Number("blocks.1", ("index",), 0, 1), Number("blocks.3", ("index",), 1, 2)]
+
+
+def test_a_single_block_of_its_kind_moves_on_when_its_number_is_its_place():
+    model = hybrid()
+    model.blocks[1] = Toy(blocks=1).blocks[0]
+    model.blocks[1].index = 1
+    del model.blocks[3].place
+    model.blocks[3].block_idx, model.blocks[3].classes = 3, 7
+    plan = next(renumbered(model, inserted(1, 0), ["blocks.0", "blocks.1", "blocks.2"], 0, 1))
+    assert Number("blocks.4", ("block_idx",), 3, 4) in plan.edits
+    assert not [edit for edit in plan.edits if isinstance(edit, Number) and edit.path == ("classes",)]
+
+
+def test_a_size_that_a_layer_no_longer_has_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 6))
+    model[0].out_features = 99
+    assert owned_sizes(model, "0.weight", 0, 6, 8) == []
+
+
+def test_what_runs_and_changes_is_refused_with_what_changes():
+    class Summed(Split):
+        def forward(self, x):
+            return x + self.down(self.up(x).softmax(-1))
+
+    model = split_toy()
+    model.blocks = nn.ModuleList(Summed() for _ in range(2))
+    with pytest.raises(GrowthRefusedError, match=r"the output changes by .* without notice of new ones"):
+        settled(Scratch(adapted(model)), wider(model), [(24, 26)])

@@ -179,3 +179,38 @@ def test_a_seed_draws_what_is_drawn():
         scratch.attempt(plan(Overwrite("norm.bias", 0.0), *wide("like").edits), seed=s).difference for s in (1, 1, 2)
     ]
     assert changed[0] == changed[1] != changed[2]
+
+
+class Written(Toy):
+    """A number that only counts with padding, or with a cache."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.hidden = what, 24
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        if (attention_mask is not None and self.what == "mask") or (use_cache and self.what == "cache"):
+            assert self.blocks[0].up.weight.shape[0] == self.hidden
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("what", ["mask", "cache"])
+def test_padding_and_a_cache_are_tried_too(what):
+    model = Written(what)
+    scratch = Scratch(adapted(model))
+    asked, answered = scratch.other
+    assert {"attention_mask", "use_cache"} < asked.keys()
+    assert not asked["attention_mask"].all()
+    assert answered.shape[1] > scratch.expected.shape[1]
+    assert scratch.attempt(wide()).problem.startswith("AssertionError")
+    told = plan(*wide().edits, Number("", ("hidden",), 24, 26))
+    assert scratch.attempt(told).problem is None
+
+
+def test_what_changes_with_padding_only_is_a_problem():
+    class Masked(Toy):
+        def forward(self, input_ids, attention_mask=None):
+            extra = 0.0 if attention_mask is None else self.blocks[0].up.weight.sum()
+            return super().forward(input_ids) * (1 + extra)
+
+    assert "with attention_mask the output changes" in Scratch(adapted(Masked())).attempt(wide()).problem

@@ -1,6 +1,5 @@
-from torch import nn
-
 import torch
+from torch import nn
 
 import utils
 from utils.adapters import ModelSpec

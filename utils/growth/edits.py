@@ -121,9 +121,28 @@ class KeepBlocks:
     """Place behind the last one that goes."""
 
 
-Edit = Widen | Scale | Overwrite | Number | InsertBlock | Gate | KeepBlocks
+@dataclass(frozen=True)
+class InsertLayer:
+    """A layer that begins as the identity, with a copy of the activation in front of it behind it."""
+
+    kind: ClassVar[str] = "layer"
+    container: str
+    """Name of the module that holds the chain."""
+    index: int
+    """Place of the new layer."""
+    activation: int
+    """Place of the activation that is copied, before the insertion."""
+    width: int
+    """Features or channels."""
+    axes: int
+    """Axes of space of a convolution; 0 for a linear layer."""
+    kernel: int
+    """Extent of a convolution."""
+
+
+Edit = Widen | Scale | Overwrite | Number | InsertBlock | Gate | KeepBlocks | InsertLayer
 KINDS: Mapping[str, type[Any]] = {
-    edit.kind: edit for edit in (Widen, Scale, Overwrite, Number, InsertBlock, Gate, KeepBlocks)
+    edit.kind: edit for edit in (Widen, Scale, Overwrite, Number, InsertBlock, Gate, KeepBlocks, InsertLayer)
 }
 
 

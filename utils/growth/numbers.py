@@ -53,6 +53,8 @@ def owned_sizes(module: nn.Module, name: str, axis: int, before: int, after: int
         elif leaf == "weight":
             known = [names for (kind, of), names in SIZES.items() if isinstance(child, kind) and of == axis]
             names = known[-1] if known else () if _is_torchs(child) else _unique(child, name, before)
+            # Some code puts another table in place of the one that a layer was made with, and leaves its number.
+            names = tuple(name for name in names if getattr(child, name, before) == before)
             numbers += [Number(owner, (attribute,), before, after) for attribute in names]
     return numbers
 
@@ -197,8 +199,9 @@ def _lists(module: nn.Module, owners: Sequence[str], before: int, inserts: Seque
 def renumbered(module: nn.Module, plan: Plan, stack: Sequence[str], place: int, added: int) -> Iterator[Plan]:
     """Yield a plan with the numbers by which blocks know their own place moved on, and the plan as it is.
 
-    Such a number differs from block to block by as much as their places do, whatever kinds of blocks there are; a single
-    one is the place, or zero, and its name speaks of an index. Numbers that count one kind of block only differ by one within the stack.
+    Such a number differs from block to block by as much as their places do, whatever kinds of blocks there are; one
+    that a single block has is its place, or zero, and its name speaks of an index. Numbers that count the blocks of one
+    kind only differ by one within the stack.
     """
     container = stack[0].rpartition(".")[0]
     base, source = (int(name.rpartition(".")[2]) for name in (stack[0], stack[place]))
@@ -256,11 +259,15 @@ def settled(
         everywhere: Such numbers follow in the whole model and its configs, not just in the modules that change.
 
     Raises:
-        GrowthRefusedError: Nothing helps; the message has the first trial's problem.
+        GrowthRefusedError: Nothing helps; the message has the problem of the first trial, or of the first that ran.
     """
+    changed: list[str] = []
 
     def problem(numbers: Sequence[Sequence[Number]]) -> str | None:
-        return scratch.attempt(_with(plan, numbers), also=also, learns=learns).problem
+        trial = scratch.attempt(_with(plan, numbers), also=also, learns=learns)
+        if trial.problem is not None and trial.difference > scratch.close:
+            changed.append(trial.problem)
+        return trial.problem
 
     first = problem(())
     chosen: list[list[Number]] = []
@@ -274,8 +281,9 @@ def settled(
                 break
         else:
             raise GrowthRefusedError(
-                f"{plan.describe()} does not keep the function: {first}.",
-                "Expected code that takes its sizes from the tensors or from attributes.",
+                f"{plan.describe()} does not keep the function: {next(iter(changed), first)}.",
+                "Expected code that takes its sizes from the tensors or from attributes, and reads old entries without "
+                "notice of new ones; a norm whose answer is itself handed on, as in post-norm blocks, does not.",
                 "Sizes written into forward() have to become attributes; or grow another part.",
             )
     if not words:

@@ -12,7 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.growth.edits import Edit, Gate, InsertBlock, KeepBlocks, LineageError, Number, Overwrite, Plan, Scale, Widen
+from utils.growth.edits import (
+    Edit,
+    Gate,
+    InsertBlock,
+    InsertLayer,
+    KeepBlocks,
+    LineageError,
+    Number,
+    Overwrite,
+    Plan,
+    Scale,
+    Widen,
+)
 from utils.growth.gated_block import GatedBlock
 from utils.runtime.seeding import derive_seed
 from utils.training.state import Insertion, ModelChange, TensorChange
@@ -93,6 +105,8 @@ class Surgery:
             self._number(edit)
         elif isinstance(edit, InsertBlock):
             self._insert(edit)
+        elif isinstance(edit, InsertLayer):
+            self._insert_layer(edit)
         elif isinstance(edit, KeepBlocks):
             blocks = self._blocks(edit.container)
             del blocks[edit.first : edit.last]
@@ -207,6 +221,35 @@ class Surgery:
             self._history[id(made)] = TensorChange(like=known.source or known.like or f"{prefix}{edit.source}.{name}")
             self._begin(edit, name, made)
         blocks.insert(edit.index, block)
+        self._hold(edit.container, blocks)
+
+    def _insert_layer(self, edit: InsertLayer) -> None:
+        """Insert a layer that is the identity, and the activation once more."""
+        blocks = self._blocks(edit.container)
+        if not 0 <= edit.activation < edit.index <= len(blocks):
+            raise ValueError(f"{edit.container} holds {len(blocks)} modules")
+        front = next((block for block in reversed(blocks[: edit.index]) if "weight" in block._parameters), None)
+        if front is None:
+            raise ValueError(f"{edit.container} has no layer in front of {edit.index}")
+        weight = front.get_parameter("weight")
+        options = {"dtype": weight.dtype, "device": weight.device}
+        layer: nn.Module
+        if edit.axes:
+            convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[edit.axes - 1]
+            layer = convolution(edit.width, edit.width, edit.kernel, padding=edit.kernel // 2, **options)  # type: ignore[arg-type]
+            nn.init.dirac_(layer.get_parameter("weight"))
+        else:
+            layer = nn.Linear(edit.width, edit.width, **options)  # type: ignore[arg-type]
+            nn.init.eye_(layer.get_parameter("weight"))
+        nn.init.zeros_(layer.get_parameter("bias"))
+        layer.train(front.training)
+        for name, made in layer.named_parameters():
+            made.requires_grad_(weight.requires_grad)
+            known = self._history[
+                id(front._parameters.get(name) if front._parameters.get(name) is not None else weight)
+            ]
+            self._history[id(made)] = TensorChange(like=known.source or known.like)
+        blocks[edit.index : edit.index] = [layer, copy.deepcopy(blocks[edit.activation])]
         self._hold(edit.container, blocks)
 
     def _blocks(self, container: str) -> list[nn.Module]:

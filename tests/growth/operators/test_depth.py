@@ -323,3 +323,28 @@ def test_a_model_without_blocks_is_refused():
 def test_the_number_of_blocks_in_a_config_is_an_edit_like_others():
     plan = planned(Toy(), "depth", amount=1)
     assert Number("", ("config", "n_layer"), 2, 3) in plan.edits
+
+
+def test_a_tensor_that_only_the_first_block_reads_is_not_copied_to_be_dead():
+    class First(Block):
+        def __init__(self, index, **options):
+            super().__init__(index=index, **options)
+            if index == 0:
+                self.table = nn.Parameter(torch.randn(16))
+
+    class Shared(Toy):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(First(index=number) for number in range(3))
+            self.config.n_layer = 3
+
+        def forward(self, input_ids):
+            x = self.tokens(input_ids) + self.places[: input_ids.shape[1]]
+            x = x * self.blocks[0].table
+            for number in range(self.config.n_layer):
+                x = self.blocks[number](x)
+            return self.head(self.norm(x))
+
+    assert planned(Shared(), "depth", amount=1).promise == "exact"
+    with pytest.raises(GrowthRefusedError, match=r"table of the new block would never be read"):
+        planned(Shared(), "depth", amount=1, where=0)

@@ -141,3 +141,35 @@ def test_what_cannot_grow_is_refused():
 
     with pytest.raises(GrowthRefusedError, match="There is no feed-forward pair to widen"):
         planned(Flat(), "feed_forward", amount=1)
+
+
+def test_pairs_of_another_kind_that_cannot_grow_stay_and_are_named():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rise, self.fall = nn.Linear(16, 24), nn.Linear(24, 16)
+            self.gains = nn.Parameter(torch.rand(24) + 0.5)
+
+        def forward(self, x):
+            return x + self.fall(torch.tanh(self.rise(x)) * self.gains)
+
+    class Both(Toy):
+        def __init__(self):
+            super().__init__()
+            self.other = Fixed()
+
+        def forward(self, input_ids):
+            x = self.tokens(input_ids) + self.places[: input_ids.shape[1]]
+            for block in self.blocks:
+                x = self.other(block(x))
+            return self.head(self.norm(x))
+
+    model = Both()
+    plan = planned(model, "feed_forward", amount=5)
+    assert plan.where == ("blocks.0", "blocks.1")
+    assert any("other" in reason and "stay as they are" in reason for reason in plan.reasons)
+    old = answer(model)
+    Surgery(model, plan)
+    assert torch.allclose(answer(model), old, atol=1e-12)
+    with pytest.raises(GrowthRefusedError, match="does not keep the function"):
+        planned(Both(), "feed_forward", amount=5, where="other")

@@ -10,7 +10,7 @@ A post-norm block is ``n2(h + g(h))`` with ``h = n1(x + f(x))``. Its input is th
 b, and a norm of that is not the same again. But a norm without gain and shift is, up to its epsilon, so the gain and
 shift of the block in front move into the new block's last norm, and all norms between begin at one and zero.
 
-What is neither gets a gate (`utils.growth.gated_block`).
+What is neither gets a gate (`utils.growth.gated_block`). A model without blocks is a chain (`layers`).
 """
 
 import re
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from utils.adapters.structure import Structure
 from utils.growth.edits import Edit, Gate, GrowthRefusedError, InsertBlock, KeepBlocks, Overwrite, Plan
 from utils.growth.numbers import counts, renumbered
+from utils.growth.operators.layers import plan_layers
 from utils.growth.request import Request
 from utils.growth.scratch import Scratch, identity_error
 from utils.growth.surgery import Surgery
@@ -43,6 +44,8 @@ def plan_depth(scratch: Scratch, found: Structure, request: Request) -> Plan:
     Raises:
         GrowthRefusedError: There is no stack of blocks, or none of the ways to insert one keeps the function.
     """
+    if not found.stacks.value and not _alone(scratch.module):
+        return plan_layers(scratch, request)
     stack, place = _chosen(scratch.module, found, request)
     container, numbers = _container(scratch.module, stack)
     added = request.added(len(stack), "blocks")
@@ -341,8 +344,9 @@ def _needed(
 
 
 def _alive(scratch: Scratch, plan: Plan) -> Callable[[Surgery], str | None]:
-    """Check that every tensor of a new block that begins at zero gets a gradient.
+    """Check that every tensor of a new block that begins at zero gets a gradient, and that each is read at all.
 
+    Some blocks hold what only the first of a stack needs, such as a table of distances; a copy of it would be dead.
     Where alike modules stand beside each other, such as experts, one of them is enough: a token visits few.
     """
     names = {
@@ -354,7 +358,12 @@ def _alive(scratch: Scratch, plan: Plan) -> Callable[[Surgery], str | None]:
 
     def check(_surgery: Surgery) -> str | None:
         parameters = {name: p for name, p in scratch.module.named_parameters() if name in names and p.requires_grad}
-        output = scratch.adapter.logits(scratch.inputs)
+        uses = _Uses()
+        with uses:
+            output = scratch.adapter.logits(scratch.inputs)
+        unread = _unread(scratch.module, plan, uses)
+        if unread:
+            return f"{unread} of the new block would never be read"
         if not parameters or not output.requires_grad:
             return None
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
@@ -369,6 +378,20 @@ def _alive(scratch: Scratch, plan: Plan) -> Callable[[Surgery], str | None]:
         return f"no gradient reaches {dead[0]} of the new block" if dead else None
 
     return check
+
+
+def _unread(module: nn.Module, plan: Plan, uses: _Uses) -> str | None:
+    """Return a tensor that a forward pass reads in a block and not in those that are modelled on it."""
+
+    def read(number: int) -> set[str]:
+        block = module.get_submodule(f"{inserts[0].container}.{inserts[0].source + number}".lstrip("."))
+        named = ((name.removeprefix("block."), parameter) for name, parameter in block.named_parameters())
+        return {re.sub(r"\d+", "N", name) for name, parameter in named if id(parameter) in uses.order}
+
+    inserts = [edit for edit in plan.edits if isinstance(edit, InsertBlock)]
+    # The new blocks stand behind the one that they are modelled on.
+    made = set().union(*(read(number) for number in range(1, len(inserts) + 1)))
+    return next(iter(sorted(read(0) - made)), None)
 
 
 def _flattened(block: nn.Module, name: str, at: str) -> Iterator[Overwrite]:

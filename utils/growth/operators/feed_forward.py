@@ -5,7 +5,9 @@ arXiv:1511.05641; Gesmundo & Maile, arXiv:2308.06103, theorem 1), so the functio
 longer sum is added. Their outgoing weights get a gradient in the first step, their incoming ones from the second on.
 """
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -38,13 +40,63 @@ def plan_feed_forward(scratch: Scratch, found: Structure, request: Request) -> P
             "Expected two linear layers with an activation between that lead back to the same width.",
             "Grow the depth, or channels.",
         )
-    sizes = {pair.hidden for pair in pairs}
+    whole = len(pairs) == len(found.feed_forwards.value)
+    refusal: GrowthRefusedError | None = None
+    if len({pair.hidden for pair in pairs}) == 1:
+        try:
+            return _planned(scratch, found, request, pairs, whole)
+        except GrowthRefusedError as error:
+            refusal = error
+    kinds: dict[str, list[FeedForward]] = {}
+    for pair in pairs:
+        kinds.setdefault(re.sub(r"\d+", "N", pair.up.module), []).append(pair)
+    # What looks like a pair may be a mixer of another kind, which counts its lanes in other places too.
+    able = [pair for kind in kinds.values() if _can(scratch, found, request, kind) for pair in kind]
+    sizes = sorted({pair.hidden for pair in able})
     if len(sizes) > 1:
+        names = ", ".join(next(p.name or p.up.module for p in able if p.hidden == size) for size in sizes)
         raise GrowthRefusedError(
-            f"The feed-forward pairs have {', '.join(map(str, sorted(sizes)))} hidden units.",
-            "Expected pairs of one size, or one of them named by `where`.",
+            f"The feed-forward pairs have {', '.join(map(str, sizes))} hidden units.",
+            f"Expected pairs of one size, or one of them named by `where`, such as {names}.",
         )
-    hidden = sizes.pop()
+    if not able or len(able) == len(pairs):
+        raise refusal or _planning_refused(scratch, found, request, pairs)
+    plan = _planned(scratch, found, request, able, whole)
+    left = ", ".join(dict.fromkeys(pair.name or pair.up.module for pair in pairs if pair not in able))
+    return replace(plan, reasons=(*plan.reasons, f"{left} cannot grow so and stay as they are"))
+
+
+def _can(scratch: Scratch, found: Structure, request: Request, pairs: Sequence[FeedForward]) -> bool:
+    """Tell whether alike pairs can grow."""
+    try:
+        _planned(scratch, found, request, pairs, False)
+    except GrowthRefusedError:
+        return False
+    return True
+
+
+def _planning_refused(
+    scratch: Scratch, found: Structure, request: Request, pairs: Sequence[FeedForward]
+) -> GrowthRefusedError:
+    """Return why the first of pairs that all cannot grow cannot."""
+    try:
+        _planned(scratch, found, request, [pair for pair in pairs if pair.hidden == pairs[0].hidden], False)
+    except GrowthRefusedError as error:
+        return error
+    return GrowthRefusedError("The feed-forward pairs cannot grow together.", "Expected pairs of one kind.")
+
+
+def _planned(scratch: Scratch, found: Structure, request: Request, pairs: Sequence[FeedForward], whole: bool) -> Plan:
+    """Plan the growth of pairs of one size.
+
+    Args:
+        scratch: A copy of the model.
+        found: Its parts.
+        request: How many units.
+        pairs: The pairs.
+        whole: No pair stays as it is, so what a config says of their size has to follow.
+    """
+    hidden = pairs[0].hidden
     added = request.added(hidden, "hidden units")
     edits: list[Edit] = []
     grown: set[str] = set()
@@ -58,7 +110,7 @@ def plan_feed_forward(scratch: Scratch, found: Structure, request: Request) -> P
                 (found.feed_forwards.reason, pairs[0].reason))  # fmt: skip
     numbers = [(hidden, hidden + added), (2 * hidden, 2 * (hidden + added))]
     # A config that other pairs share speaks of these only when all of them grow.
-    return settled(scratch, plan, numbers, WORDS, everywhere=len(pairs) == len(found.feed_forwards.value))
+    return settled(scratch, plan, numbers, WORDS, everywhere=whole)
 
 
 def chosen(pairs: Sequence[FeedForward], module: nn.Module, found: Structure, request: Request) -> list[FeedForward]:
