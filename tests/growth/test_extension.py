@@ -1,4 +1,5 @@
 import json
+import shutil
 import warnings
 
 import pytest
@@ -190,3 +191,49 @@ def test_a_lineage_of_another_run_is_refused(tmp_path, text_file, growing):
     manifest.write_text(json.dumps(text))
     with pytest.raises(utils.runtime.errors.CheckpointError, match="belong to another model"):
         utils.resume(tmp_path / "run", progress=False)
+
+
+def test_growth_with_recomputed_activations_takes_the_same_steps(tmp_path, text_file, growing):
+    runs = []
+    for name, recomputed in (("plain", False), ("recomputed", True)):
+        config = growing.with_changes(gradient_checkpointing=recomputed)
+        runs.append(utils.train(fresh(), f"file:{text_file}", config, tmp_path / name, progress=False))
+    assert runs[0].summary()["weights_sha256"] == runs[1].summary()["weights_sha256"]
+    assert not any("forward" in vars(part) for part in runs[1].model.modules())
+
+
+def test_steps_of_several_passes_grow_between_them(tmp_path, text_file, growing):
+    """An event in the middle of an accumulation would lose the gradients of its first passes."""
+    config = growing.with_changes(accumulate=3, max_steps=12)
+    run = utils.train(fresh(), f"file:{text_file}", config, tmp_path / "run", progress=False)
+    assert [event.step for event in read_lineage(tmp_path / "run")] == [5, 6]
+    assert run.finished
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_grows(tmp_path, text_file, quick):
+    runs = []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        growth = {"schedule": [{"at": 3, "operator": "depth", "amount": 1}]}
+        config = quick.with_changes(growth=growth, max_steps=6, val_every_steps=6, log_every_steps=1, compile=compiled)
+        small = {"vocab_size": 300, "max_seq_len": 32, "d_model": 16, "nhead": 2, "num_layers": 2, "dropout": 0.0}
+        loaded = utils.load_model("example:gpt", config=small)
+        runs.append(utils.train(loaded, f"file:{text_file}", config, tmp_path / name, progress=False))
+        assert len(loaded.module.blocks) == 3
+        assert loaded.module._compiled_call_impl is None
+    losses = [[row["loss"] for row in run.metrics if row["split"] == "train"] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_model_grows_on_a_gpu_and_resumes(tmp_path, text_file, growing, precision):
+    config = growing.with_changes(precision=precision, time_budget_minutes=1e-9)
+    run = utils.train(fresh(), f"file:{text_file}", config, tmp_path / "run", progress=False)
+    while not run.finished:
+        run = utils.resume(tmp_path / "run", time_budget_minutes=0.02, progress=False)
+    events = read_lineage(tmp_path / "run")
+    assert [event.plan.operator for event in events] == ["depth", "feed_forward"]
+    assert all(event.certificate.passed for event in events)
+    assert next(run.model.parameters()).is_cuda

@@ -12,7 +12,7 @@ from torch import nn
 from utils.growth.certificate import Certificate
 from utils.growth.edits import LineageError, Plan
 from utils.growth.surgery import Surgery
-from utils.runtime.files import write_json
+from utils.runtime.files import tag_nonfinite, untag_nonfinite, write_json
 from utils.training.growth_rows import LINEAGE
 
 _GROWN: "WeakKeyDictionary[nn.Module, tuple[GrowthEvent, ...]]" = WeakKeyDictionary()
@@ -131,7 +131,7 @@ def rebuild(module: nn.Module, events: Sequence[GrowthEvent]) -> None:
 
 def save_lineage(directory: Path, events: Iterable[GrowthEvent]) -> None:
     """Write a lineage into a run directory, for people and pictures."""
-    write_json(Path(directory) / LINEAGE, {"events": [event.to_dict() for event in events]})
+    write_json(Path(directory) / LINEAGE, tag_nonfinite({"events": [event.to_dict() for event in events]}))
 
 
 def read_lineage(directory: Path) -> list[GrowthEvent]:
@@ -144,7 +144,8 @@ def read_lineage(directory: Path) -> list[GrowthEvent]:
     if not path.is_file():
         return []
     try:
-        return [GrowthEvent.from_dict(values) for values in json.loads(path.read_text(encoding="utf-8"))["events"]]
+        saved = untag_nonfinite(json.loads(path.read_text(encoding="utf-8")))
+        return [GrowthEvent.from_dict(values) for values in saved["events"]]
     except (ValueError, KeyError, TypeError) as error:
         raise LineageError(
             f"{path} cannot be read ({type(error).__name__}).",

@@ -50,6 +50,11 @@ def recomputed_blocks(module: nn.Module) -> Iterator[list[str]]:
                 del vars(block)["forward"]
             else:
                 vars(block)["forward"] = own
+        for part in module.modules():
+            # Blocks that were copied meanwhile, because the model grew, have their own.
+            own = vars(part).get("forward")
+            if isinstance(own, functools.partial) and own.func is checkpoint:
+                del vars(part)["forward"]
 
 
 def _counts(part: nn.Module) -> bool:

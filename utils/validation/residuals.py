@@ -10,7 +10,6 @@ shape have what it lacks, or where it holds attention, which no working design s
 """
 
 import re
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from utils.adapters.capture import Observer, first_tensor, observe
+from utils.adapters.capture import first_tensor, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.validation.check import Finding
-from utils.validation.probing import ModelCrash, content_input, logits
+from utils.validation.probing import ModelCrash, logits
+from utils.validation.silencing import Probe, differ, gap, matrices
 from utils.validation.substitution import parameters_as, zero
 
 HINT = "Add the block's input to its output: x = x + branch(norm(x))."
@@ -74,69 +74,6 @@ class AttentionWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Probe:
-    """Asks whether the logits still tell samples apart when parts of a model are silenced, that is, hold zeros.
-
-    Attributes:
-        adapter: The model, in eval mode.
-        plain: Logits per variant of the input with nothing silenced.
-        varying: Names of the modules whose first input differs between the samples, per variant.
-    """
-
-    def __init__(self, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
-        """Run the model once per variant; where there are two streams, each varies alone once."""
-        self.adapter = adapter
-        names = list(dict.fromkeys([adapter.main_input, content_input(adapter)]))
-        streams = [[name] for name in names] if len(names) > 1 else [names]
-        self.variants: list[dict[str, Tensor]] = []
-        self.plain: list[Tensor] = []
-        self.varying: list[set[str]] = []
-        for varying in streams:
-            variant = {
-                key: value if key in varying else value[:1].expand_as(value).clone() for key, value in inputs.items()
-            }
-            moving: set[str] = set()
-            with observe(adapter.module, _note_varying(moving)):
-                result = logits(adapter, variant)
-            if _gap(result) > 1e-6 * float(result.abs().max()):
-                self.variants.append(variant)
-                self.plain.append(result)
-                self.varying.append(moving)
-
-    def silence(self, parts: list[str]) -> list[Tensor]:
-        """Return the logits per variant while the matrices of these modules are zero."""
-        names = [name for part in parts for name in matrices(self.adapter.module, part)]
-        with parameters_as(self.adapter, names, zero):
-            return [logits(self.adapter, variant) for variant in self.variants]
-
-    def cuts(self, part: str) -> bool:
-        """Tell whether nothing leads around a module: silenced, it hides what it hid nothing of before."""
-        for before, after, moving in zip(self.plain, self.silence([part]), self.varying, strict=True):
-            # What reads another stream into its own, which is alike for all samples, has no input to pass on.
-            if (
-                any(name == part or name.startswith(f"{part}.") for name in moving)
-                and bool(torch.isfinite(after).all())
-                and _gap(after) <= min(1e-6 * float(after.abs().max()), 1e-3 * _gap(before))
-            ):
-                return True
-        return False
-
-    def matters(self, part: str) -> bool:
-        """Tell whether the logits change at all when a module is silenced."""
-        return any(not torch.equal(a, b) for a, b in zip(self.plain, self.silence([part]), strict=True))
-
-
-def _note_varying(names: set[str]) -> Observer:
-    """Return an observer that collects the modules whose first input differs between the samples."""
-
-    def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        before = first_tensor(given)
-        if before is not None and before.is_floating_point() and before.dim() > 1 and _differ(before):
-            names.add(name)
-
-    return note
-
-
 def missing_residuals(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[Finding]:
     """Find repeated blocks, or halves of them, that no skip connection leads around.
 
@@ -166,7 +103,7 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
 
     def note(name: str, child: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         before = first_tensor(given)
-        if before is not None and before.dim() > 1 and _differ(before):
+        if before is not None and before.dim() > 1 and differ(before):
             informed.update((name, name.rpartition(".")[0]))
 
     try:
@@ -331,8 +268,8 @@ def _pass_inside(
         before, after = first_tensor(given), first_tensor(output)
         if name in left and before is not None and after is not None and before.dim() > 1:
             kept[name] = before.is_floating_point() and before.shape == after.shape and kept.get(name, True)
-            if _differ(before):
-                passing[name] = _differ(after) and passing.get(name, True)
+            if differ(before):
+                passing[name] = differ(after) and passing.get(name, True)
 
     left = set(units)
     for _ in range(SHOWN):
@@ -370,12 +307,6 @@ def block_families(module: nn.Module) -> list[list[str]]:
     return families
 
 
-def matrices(module: nn.Module, part: str) -> list[str]:
-    """Return the names of the parameters with two axes or more in a part of a module."""
-    inside = module.get_submodule(part).named_parameters()
-    return [f"{part}.{key}" for key, p in inside if p.dim() > 1 and p.is_floating_point()]
-
-
 def _first_look(
     adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[list[str]]
 ) -> tuple[dict[str, bool], dict[str, bool], list[str], float]:
@@ -403,29 +334,13 @@ def _first_look(
         if name in every:
             kept = before.is_floating_point() and before.dim() > 1 and before.shape == after.shape
             shapes_kept[name] = kept and shapes_kept.get(name, True)
-            passing[name] = shapes_kept[name] and _differ(before) and _differ(after)
+            passing[name] = shapes_kept[name] and differ(before) and differ(after)
 
     names = [name for part in every for name in matrices(adapter.module, part)]
     with parameters_as(adapter, names, zero), observe(adapter.module, note):
         result = logits(adapter, inputs)
-    gap = _gap(result) if len(adapter.input_names) == 1 and bool(torch.isfinite(result).all()) else 0.0
+    gap = gap(result) if len(adapter.input_names) == 1 and bool(torch.isfinite(result).all()) else 0.0
     return shapes_kept, passing, list(passing), gap if gap > 1e-5 * float(result.abs().max()) else 0.0
-
-
-def _differ(tensor: Tensor) -> bool:
-    """Tell whether the two samples differ in a tensor with the batch first, or with it second."""
-    if not bool(torch.isfinite(tensor).all()):
-        return False
-    if tensor.shape[0] != 2 and tensor.shape[1] == 2:
-        tensor = tensor.transpose(0, 1)
-    # Patches and windows are folded into the batch, sample by sample; what cannot be told apart counts as equal.
-    halves = tensor.chunk(2) if len(tensor) % 2 == 0 else (tensor, tensor)
-    return not torch.equal(halves[0], halves[-1])
-
-
-def _gap(result: Tensor) -> float:
-    """Return the largest difference between two samples' logits."""
-    return float((result[0].float() - result[1].float()).abs().max())
 
 
 def _bare_part(probe: Probe, block: str, attending: set[str], sure: bool) -> str | None:
