@@ -104,6 +104,33 @@ def test_new_second_moments_may_be_the_mean():
     assert entry["exp_avg"][2].tolist() == [0, 0, 0]
 
 
+def test_wholly_new_parameters_may_begin_with_the_squares_of_the_ones_they_are_modelled_on():
+    """Adam's first step is as long as the rate in every entry; with a past it is not."""
+    model = nn.ModuleList([nn.Linear(2, 2)])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    model[0](torch.randn(4, 2)).square().mean().backward()
+    optimizer.step()
+    old = optimizer.state[model[0].weight]
+    before = dict(model.named_parameters())
+    model.append(nn.Linear(2, 2))
+    changes = {f"1.{leaf}": TensorChange(like=f"0.{leaf}") for leaf in ("weight", "bias")}
+    for mean in (False, True):
+        change = ModelChange("insert", 1, dict(model.named_parameters()), changes=changes, before=before, mean=mean)
+        undo = migrate_optimizer(optimizer, change)
+        assert (model[1].weight in optimizer.state) == mean
+        if mean:
+            new = optimizer.state[model[1].weight]
+            assert torch.equal(new["exp_avg"], torch.zeros(2, 2))
+            assert torch.allclose(new["exp_avg_sq"], old["exp_avg_sq"].mean())
+            assert new["step"] == old["step"] == 1
+        undo()
+    momentum = torch.optim.SGD([*model[0].parameters()], 0.1, momentum=0.9)
+    model[0](torch.randn(4, 2)).square().mean().backward()
+    momentum.step()
+    migrate_optimizer(momentum, change)
+    assert model[1].weight not in momentum.state
+
+
 def test_factored_state_of_a_changed_tensor_begins_anew_and_that_alone():
     model, optimizer = trained(lambda m: torch.optim.Adafactor(m.parameters(), 1e-2))
     kept = optimizer.state[model[1].bias]

@@ -271,3 +271,67 @@ def test_lengths_stay_legal():
         assert judged(Packed(), **spec).status == "pass"
         (finding,) = judged(Packed(deaf=True), **spec).findings
         assert finding.code == "ignored_input" and "`lengths`" in finding.message
+
+
+class Columns(nn.Module):
+    """A plain stack of layers without biases behind a head that has one; `clamp` and `centred` break it."""
+
+    def __init__(self, depth, width=16, norm=True, gain=1.0, clamp=False, centred=False):
+        super().__init__()
+        self.clamp, self.centred = clamp, centred
+        layers = []
+        for _ in range(depth):
+            layers += [nn.Conv2d(width, width, 3, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(width)] if norm else []
+            layers += [nn.ReLU()]
+        self.stem, self.trunk, self.head = nn.Conv2d(3, width, 3, 2, 1), nn.Sequential(*layers), nn.Linear(width, 10)
+        with torch.no_grad():
+            for layer in layers:
+                if isinstance(layer, nn.Conv2d):
+                    layer.weight.mul_(gain)
+
+    def forward(self, x):
+        x = self.stem(x.clamp(1.0, 1.0) if self.clamp else x)
+        if self.centred:
+            x = (x - x.mean((1, 2, 3), keepdim=True)).mean((1, 2, 3), keepdim=True).expand_as(x)
+        return self.head(self.trunk(x).mean((2, 3)))
+
+
+PICTURES = {"example_inputs": {"x": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}}
+
+
+def difference(model):
+    x = PICTURES["example_inputs"]["x"]
+    with torch.no_grad():
+        y = model.eval()(x)
+    return (y[0] - y[1]).abs().max()
+
+
+def test_a_signal_that_untrained_batch_norms_let_fade_is_no_constant():
+    """Not a bit of the logits moves, in float64 neither; with the statistics of a batch they plainly do."""
+    torch.manual_seed(0)
+    model = Columns(40)
+    assert difference(model) == 0
+    modes = [part.training for part in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    result = judged(model, **PICTURES)
+    assert result.status == "pass", result.why
+    assert [part.training for part in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fault", ["clamp", "centred"])
+def test_a_constant_before_untrained_batch_norms_is_found(fault):
+    """Batch norms enlarge rounding a thousand times and more; what falls out anew in float64 is no signal."""
+    torch.manual_seed(0)
+    result = judged(Columns(12, **{fault: True}), **PICTURES)
+    assert [(f.code, f.severity) for f in result.findings] == [("constant_output", "fail")], result.why
+
+
+def test_a_faint_signal_in_a_larger_model_is_weighed_in_float64():
+    """Six million parameters: the answers differ by less than the last bit of the head's bias in float32 alone."""
+    torch.manual_seed(0)
+    model = Columns(3, width=480, norm=False, gain=1e-3)
+    assert sum(p.numel() for p in model.parameters()) > 5_000_000 and difference(model) == 0
+    result = judged(model, **PICTURES)
+    assert result.status == "pass", result.why

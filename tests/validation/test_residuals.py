@@ -132,3 +132,68 @@ def test_blocks_that_are_dicts_of_layers(skip, expected):
     adapter = ModelAdapter(Loop(skip))
     adapter.module.eval()
     assert [(f.severity, f.where) for f in missing_residuals(adapter, adapter.example_inputs(2))] == expected
+
+
+class Cell(nn.Module):
+    """Reads two cells before it, as those of NASNet do; `skip` adds the nearer one to what comes out."""
+
+    def __init__(self, skip=False, width=32):
+        super().__init__()
+        self.near, self.far, self.out = (nn.Linear(width, width) for _ in range(3))
+        self.skip = skip
+
+    def forward(self, x, before):
+        branch = self.out(torch.relu(self.near(x)) + torch.relu(self.far(before)))
+        return x + branch if self.skip else branch
+
+
+class NamedCell(Cell):
+    """The same cell by another name, so that no flag tells it from those that add."""
+
+    def forward(self, x, before):
+        return self.out(torch.relu(self.near(x)) + torch.relu(self.far(before)))
+
+
+class Cells(nn.Module):
+    """Cells in a list, each given the outputs of the `reach` cells before it, the last of them as the far one."""
+
+    def __init__(self, cells, reach=2):
+        super().__init__()
+        self.stem, self.head, self.cells, self.reach = nn.Linear(16, 32), nn.Linear(32, 10), nn.ModuleList(cells), reach
+
+    def forward(self, x):
+        seen = [self.stem(x)]
+        for cell in self.cells:
+            seen.append(cell(seen[-1], seen[-min(self.reach, len(seen))]))
+        return self.head(seen[-1])
+
+
+@pytest.mark.parametrize("reach", [2, 3])
+def test_the_last_cell_has_no_follower_to_lead_around_it(reach):
+    """Each cell but the last is leapt over by the next one; the last lacks nothing that it could have."""
+    torch.manual_seed(0)
+    assert found(Cells([Cell() for _ in range(5)], reach)) == []
+
+
+@pytest.mark.parametrize("place", [1, 4])
+def test_a_cell_without_its_sum_among_cells_with_one(place):
+    """True skip connections hold when all others are silent, so the odd one is at fault, in the middle and at the end.
+
+    In the middle the next cell reads past it only where cells read further back than one.
+    """
+    torch.manual_seed(0)
+    cells = [Cell(skip=True) for _ in range(5)]
+    cells[place] = NamedCell(skip=True)
+    assert found(Cells(cells, reach=1)) == [("fail", f"cells.{place}")]
+
+
+def test_the_last_cell_without_its_sum_is_found_where_cells_read_far_back():
+    torch.manual_seed(0)
+    assert found(Cells([*(Cell(skip=True) for _ in range(4)), NamedCell(skip=True)])) == [("fail", "cells.4")]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_last_of_a_plain_stack_that_forgets_its_sum(flat):
+    torch.manual_seed(0)
+    blocks = [*(Numbered(i) for i in range(4)), Forgetful(4)]
+    assert found(Trunk(blocks, nn.Identity(), flat)) == [("fail", "b4" if flat else "blocks.4")]

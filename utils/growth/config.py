@@ -139,8 +139,8 @@ class GrowthConfig:
     """Memory of a training step, in 10^9 bytes, that the model may need; None sets no limit."""
     max_events: int | None = None
     """Events in all, scheduled ones included; None sets no limit."""
-    new_second_moment: str = "zero"
-    """AdamW's second moment of new weights: zero, or the mean of the tensor's old ones."""
+    new_second_moment: str = "mean"
+    """AdamW's second moment of new weights: the mean of the tensor's, or of the one it is modelled on, or zero."""
     approximate: bool = False
     """Allow operators that change the function, followed by distillation from the old model."""
     distill_steps: int = 50

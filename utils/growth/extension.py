@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils.adapters import ModelAdapter
 from utils.growth.budget import BudgetError
+from utils.growth.certificate import SAMPLES
 from utils.growth.config import FULL, GrowthConfig, ScheduledGrowth
 from utils.growth.controller import Controller
 from utils.growth.distillation import Lesson, distil
@@ -142,8 +143,11 @@ class GrowthExtension:
         run, step = session.run, session.progress.step
         seed = masking_seed(run.config.seed, session.progress.batches, session.stream.rank)
 
+        # A few samples show what an event does; more would make it cost more steps of training.
+        few = {name: value[:SAMPLES] for name, value in batch.items()}
+
         def loss() -> float:
-            return float(objective(run.adapter, run.data, dict(batch), seed)[0])
+            return float(objective(run.adapter, run.data, few, seed)[0])
 
         def teach(teacher: ModelAdapter) -> Lesson:
             batches = [
@@ -166,7 +170,7 @@ class GrowthExtension:
                     )
                 why = f"{why} The probe kept it: {tried.why}."
             grown = grow_by(
-                run.adapter, plan, model_inputs(run.adapter, dict(batch), run.data), loss, session.migrate,
+                run.adapter, plan, model_inputs(run.adapter, few, run.data), loss, session.migrate,
                 run.config.seed, step, self.config.new_second_moment == "mean",
                 self._tolerance(run.adapter), why, signals, agreed, teach,
             )  # fmt: skip

@@ -108,6 +108,8 @@ def _group(old: dict[str, Any], names: Sequence[str], change: ModelChange) -> di
 def _entry(change: ModelChange, name: str, parameter: Tensor, states: dict[Any, Any]) -> dict[str, Any] | None:
     """Return what the optimizer remembers of one parameter after a change; None when it begins anew."""
     how = change.of(name)
+    if how.source is None and how.like is not None and change.mean:
+        return _begun(states.get(change.before.get(how.like)), parameter)
     old = None if how.source is None else change.before.get(how.source)
     entry = None if old is None else states.get(old)
     if old is None or entry is None or old is parameter:
@@ -125,7 +127,31 @@ def _entry(change: ModelChange, name: str, parameter: Tensor, states: dict[Any, 
     return moved
 
 
+def _begun(entry: dict[str, Any] | None, parameter: Tensor) -> dict[str, Any] | None:
+    """Return what a wholly new parameter begins with: the steps and mean squares of the one it is modelled on.
+
+    Without them the correction of Adam's bias makes its first step as long as the learning rate in every entry.
+    """
+    if entry is None or not any(is_square(key) and isinstance(value, Tensor) for key, value in entry.items()):
+        return None
+    made: dict[str, Any] = {}
+    for key, value in entry.items():
+        if not isinstance(value, Tensor):
+            made[key] = value
+        elif value.dim() == 0:
+            made[key] = value.clone()
+        else:
+            mean = float(value.mean()) if is_square(key) else 0.0
+            made[key] = torch.full_like(parameter, mean, dtype=value.dtype, memory_format=torch.preserve_format)
+    return made
+
+
+def is_square(key: str) -> bool:
+    """Tell whether an optimizer keeps squares of gradients under a name."""
+    return any(part in key for part in SQUARED)
+
+
 def _moved(key: str, value: Tensor, how: TensorChange, mean: bool) -> Tensor:
     """Return one value per entry for the new entries; a parameter made larger by a factor has smaller gradients."""
-    squared = any(part in key for part in SQUARED)
+    squared = is_square(key)
     return how.carried(value, how.factor ** (-2 if squared else -1), mean and squared)

@@ -160,9 +160,14 @@ def least_plain(dtype: torch.dtype) -> float:
     return max(PLAIN, 16 * torch.finfo(dtype).eps)
 
 
-def double_twin(adapter: ModelAdapter) -> ModelAdapter | None:
-    """Return the same model in float64 behind the same adapter; None where it is large or already that precise."""
-    if adapter.num_parameters > LARGEST_TWIN or any(p.dtype == torch.float64 for p in adapter.module.parameters()):
+def double_twin(adapter: ModelAdapter, largest: int = LARGEST_TWIN) -> ModelAdapter | None:
+    """Return the same model in float64 behind the same adapter; None where it is large or already that precise.
+
+    Args:
+        adapter: The model.
+        largest: Parameters up to which it is worth a copy.
+    """
+    if adapter.num_parameters > largest or any(p.dtype == torch.float64 for p in adapter.module.parameters()):
         return None
     try:
         twin = copy.copy(adapter)
@@ -187,6 +192,7 @@ def is_real(
     changed: Mapping[str, Any],
     output: Callable[[ModelAdapter, Mapping[str, Any]], Tensor],
     difference: Tensor,
+    largest: int = LARGEST_TWIN,
 ) -> bool | None:
     """Tell whether a small difference of outputs is more than rounding, by the same difference in float64.
 
@@ -196,11 +202,12 @@ def is_real(
         changed: The other.
         output: Returns the part of the output that differed.
         difference: How it differed, in the model's own precision.
+        largest: Parameters up to which the model is copied.
 
     Returns:
         Whether the difference is the same in float64; None when the model has no such copy.
     """
-    twin = double_twin(adapter)
+    twin = double_twin(adapter, largest)
     if twin is None:
         return None
     try:

@@ -16,12 +16,15 @@ from torch.overrides import TorchFunctionMode
 from utils.adapters.capture import named_tensors, observe
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.roles import role_of
+from utils.runtime.isolation import preserved
 from utils.runtime.seeding import seed_streams
 from utils.validation.check import Budget, Finding, Outcome, Skipped
 from utils.validation.dependence import (
+    LARGEST_TWIN,
     as_double,
     bounded_length,
     double_twin,
+    is_real,
     other_content,
     outputs,
     relative,
@@ -31,8 +34,11 @@ from utils.validation.dependence import (
 from utils.validation.probing import ModelCrash, content_input, logits
 from utils.validation.rectifiers import FEWEST_VALUES, RECTIFIERS
 from utils.validation.reproduction import ignored
+from utils.validation.untrained import normalise_batches
 
 LENGTH = 9
+LARGEST_PROOF = 100_000_000
+"""Parameters of the largest model copied to float64 before its output is called constant: 0.8 GB, for few models."""
 PLAIN = 1e-3
 """A difference this large beside its values is no remainder of a signal that dies away."""
 CONSTANT_HINT = (
@@ -91,7 +97,10 @@ def _other(adapter: ModelAdapter, name: str, value: Any) -> Any:
 
 
 def _reach(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping[str, Tensor], base: Tensor) -> float:
-    """Return how far other content moves the output, beside its size; 0 where nothing of it moves, NaN if unknown."""
+    """Return how far other content moves the output, beside its size; 0 where nothing of it moves, NaN if unknown.
+
+    Before nothing is said to move, the same is asked in float64, and with batch norms that normalise.
+    """
     try:
         other = logits(adapter, {**inputs, **changes})
     except ModelCrash:
@@ -108,15 +117,36 @@ def _reach(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping
         size = relative(float((second - first).abs().max()), first)
         if size > 4 * torch.finfo(base.dtype).eps:
             return size
-        if (twin := double_twin(adapter)) is None:
+        twin = double_twin(adapter, LARGEST_TWIN if size else LARGEST_PROOF)
+    if twin is not None:
+        try:
+            first, second = logits(twin, as_double(inputs)), logits(twin, as_double(changed))
+        except ModelCrash:
             return size
-    try:
-        first, second = logits(twin, as_double(inputs)), logits(twin, as_double(changed))
-    except ModelCrash:
-        return size
-    # A signal that arrives faint is no signal that is cut off.
-    size = relative(float((second - first).abs().max()), first)
-    return size if size > 4 * torch.finfo(first.dtype).eps else 0.0
+        # A signal that arrives faint is no signal that is cut off.
+        exact = relative(float((second - first).abs().max()), first)
+        size = exact if exact > 4 * torch.finfo(first.dtype).eps else 0.0
+        del twin
+    return size or _reach_among_batches(adapter, inputs, changed)
+
+
+def _reach_among_batches(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> float:
+    """Return how far other content moves the output while untrained batch norms take the statistics of the batch.
+
+    With the statistics they start with they normalise nothing: through forty convolutions the signal fades below the
+    last bit of the head's bias, in float64 too, and the first training step knows nothing of that. They also enlarge
+    rounding, which falls out differently in float64; what does not is a signal. Otherwise 0.
+    """
+    with preserved(adapter.module), without_zeros(adapter):
+        if not normalise_batches(adapter):
+            return 0.0
+        try:
+            first, second = logits(adapter, inputs), logits(adapter, changed)
+        except ModelCrash:
+            return 0.0
+        size = relative(float((second - first).abs().max()), first)
+        real = size > PLAIN and is_real(adapter, inputs, changed, logits, second - first, LARGEST_PROOF)
+        return size if real else 0.0
 
 
 def _reach_elsewhere(adapter: ModelAdapter, inputs: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> float:

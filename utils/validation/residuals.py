@@ -94,8 +94,8 @@ def missing_residuals(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> list[
 
 
 def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[list[str]]) -> list[Finding]:
-    shapes_kept, passing, order, gap = _first_look(adapter, inputs, families)
-    if gap > 0 or all(passing.get(name, True) for family in families for name in family):
+    shapes_kept, passing, order, rest = _first_look(adapter, inputs, families)
+    if rest > 0 or all(passing.get(name, True) for family in families for name in family):
         return []
     probe = Probe(adapter, inputs)
     watch = AttentionWatch(adapter.module)
@@ -119,7 +119,7 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
         if not lacking:
             continue
         stray = len(lacking) * 2 < len(blocks) and all(probe.matters(name) for name in blocks if name not in lacking)
-        if stray and _set_apart(adapter.module, lacking, blocks):
+        if stray and (_set_apart(adapter.module, lacking, blocks) or _leapt_over(probe, lacking, blocks, order)):
             continue
         needed = _alternate(family, families, watch.inside, order)
         suspects = [
@@ -134,6 +134,17 @@ def _missing(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[li
             findings += _findings(adapter, suspects, family, stray, "warn" if mild else "fail")
     # Separate lists of attention and feed-forward parts are at fault together.
     return list({finding.where: finding for finding in reversed(findings)}.values())[::-1]
+
+
+def _leapt_over(probe: Probe, lacking: list[str], blocks: list[str], order: list[str]) -> bool:
+    """Tell whether blocks lack a way around only because no sister follows that reads what came before them.
+
+    Cells of NASNet read the two cells before each: any one can be leapt over but the last, and two in a row cannot. A
+    true skip connection holds however many are silenced, so the others together would let the last ones be reached.
+    """
+    others = [name for name in blocks if name not in lacking]
+    last = [name for name in order if name in blocks][-len(lacking) :]
+    return set(last) == set(lacking) and all(probe.hidden(others))
 
 
 def _bare_halves(adapter: ModelAdapter, inputs: dict[str, Tensor], families: list[list[str]]) -> list[Finding]:
@@ -339,8 +350,8 @@ def _first_look(
     names = [name for part in every for name in matrices(adapter.module, part)]
     with parameters_as(adapter, names, zero), observe(adapter.module, note):
         result = logits(adapter, inputs)
-    gap = gap(result) if len(adapter.input_names) == 1 and bool(torch.isfinite(result).all()) else 0.0
-    return shapes_kept, passing, list(passing), gap if gap > 1e-5 * float(result.abs().max()) else 0.0
+    rest = gap(result) if len(adapter.input_names) == 1 and bool(torch.isfinite(result).all()) else 0.0
+    return shapes_kept, passing, list(passing), rest if rest > 1e-5 * float(result.abs().max()) else 0.0
 
 
 def _bare_part(probe: Probe, block: str, attending: set[str], sure: bool) -> str | None:

@@ -47,17 +47,19 @@ class Probe:
         with parameters_as(self.adapter, names, zero):
             return [logits(self.adapter, variant) for variant in self.variants]
 
-    def cuts(self, *parts: str) -> bool:
-        """Tell whether nothing leads around modules: silenced together, they hide what they hid nothing of before."""
-        for before, after, moving in zip(self.plain, self.silence(list(parts)), self.varying, strict=True):
+    def cuts(self, part: str) -> bool:
+        """Tell whether nothing leads around a module: silenced, it hides what it hid nothing of before."""
+        return any(self.hidden([part]))
+
+    def hidden(self, parts: list[str]) -> list[bool]:
+        """Tell per variant whether modules, silenced together, hide what came into one of them."""
+        result = []
+        for before, after, moving in zip(self.plain, self.silence(parts), self.varying, strict=True):
             # What reads another stream into its own, which is alike for all samples, has no input to pass on.
-            if (
-                any(name == part or name.startswith(f"{part}.") for part in parts for name in moving)
-                and bool(torch.isfinite(after).all())
-                and gap(after) <= min(1e-6 * float(after.abs().max()), 1e-3 * gap(before))
-            ):
-                return True
-        return False
+            informed = any(name == part or name.startswith(f"{part}.") for part in parts for name in moving)
+            lost = gap(after) <= min(1e-6 * float(after.abs().max()), 1e-3 * gap(before))
+            result.append(informed and lost and bool(torch.isfinite(after).all()))
+        return result
 
     def matters(self, part: str) -> bool:
         """Tell whether the logits change at all when a module is silenced."""
