@@ -1,4 +1,4 @@
-"""Every operator of growth on architectures written by others: certified, or refused with the reason; never silently wrong.
+"""Every operator of growth on architectures written by others: certified, or refused with the reason.
 
     python benchmarks/growth_coverage.py                                    all architectures, all operators
     python benchmarks/growth_coverage.py --only gpt2 --only "t5 seq2seq"    some of them
@@ -17,6 +17,7 @@ taken steps. The verdict comes from `benchmarks/growth_trial.py` and not from th
 import argparse
 import json
 import multiprocessing
+import re
 import statistics
 import sys
 import time
@@ -124,20 +125,20 @@ def table(rows: list[dict[str, Any]], operations: list[str]) -> str:
             promised = [row["cells"][name].get("promise") == "gated" for name in operations if name in row["cells"]]
             cells = [mark + (" gated" if gated else "") for mark, gated in zip(marks, promised, strict=True)]
             tied = "yes" if row["tied"] else "no"
-            lines.append(f"{row['label']:38.38} {row['family']:21} {tied:4} " + " ".join(f"{cell:>12}" for cell in cells))
+            lines.append(
+                f"{row['label']:38.38} {row['family']:21} {tied:4} " + " ".join(f"{cell:>12}" for cell in cells)
+            )
     return "\n".join(lines)
 
 
 def refusals(rows: list[dict[str, Any]]) -> str:
     """Return the refusals by operator and by the first sentence of the reason, sizes and names left out."""
-    import re
-
     groups: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for operation, cell in row["cells"].items():
             if cell["verdict"] == "refused":
-                first = cell["reason"].split(". ")[0][:220]
-                kind = re.sub(r"[\w.]*\.[\w.]+|\d[\d.e+-]*", "#", first)
+                first = re.sub(r"\([^()]*\)", "", cell["reason"].split(". ")[0])[:220]
+                kind = re.sub(r"(#[, ]*(and )?)+", "# ", re.sub(r"[\w.]*\.[\w.]+|\d[\d.e+-]*", "#", first))
                 groups.setdefault((operation, kind), []).append(row["label"])
     lines = []
     for (operation, kind), labels in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1]))):

@@ -44,9 +44,9 @@ OTHERS = (
     ("seq2seq", "t5"), ("seq2seq", "bart"), ("seq2seq", "marian"), ("seq2seq", "pegasus"), ("seq2seq", "mt5"),
     ("image_classification", "vit"), ("image_classification", "deit"), ("image_classification", "swin"),
     ("image_classification", "beit"), ("image_classification", "dinov2"), ("image_classification", "convnext"),
-    ("image_classification", "resnet"), ("image_classification", "mobilenet_v2"), ("image_classification", "poolformer"),
-    ("audio_classification", "wav2vec2"), ("audio_classification", "audio-spectrogram-transformer"),
-    ("audio_classification", "whisper"),
+    ("image_classification", "resnet"), ("image_classification", "mobilenet_v2"),
+    ("image_classification", "poolformer"), ("audio_classification", "wav2vec2"),
+    ("audio_classification", "audio-spectrogram-transformer"), ("audio_classification", "whisper"),
 )  # fmt: skip
 """Family and model type of what is no causal language model."""
 MAPPINGS = {
@@ -205,7 +205,7 @@ def vocabulary(model: Any) -> int:
     tables = [child.num_embeddings for child in model.modules() if isinstance(child, nn.Embedding)]
     config = getattr(model, "config", None)
     size = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
-    return int(size or max(tables))
+    return int(size or tables[0])
 
 
 def _texts(model: Any, family: str, rows: int, length: int, size: int, draw: torch.Generator) -> dict[str, Any]:

@@ -124,6 +124,11 @@ def test_wholly_new_parameters_may_begin_with_the_squares_of_the_ones_they_are_m
             assert torch.allclose(new["exp_avg_sq"], old["exp_avg_sq"].mean())
             assert new["step"] == old["step"] == 1
         undo()
+    factored = torch.optim.Adafactor([*model[0].parameters()], 1e-2)
+    model[0](torch.randn(4, 2)).square().mean().backward()
+    factored.step()
+    migrate_optimizer(factored, change)
+    assert model[1].weight not in factored.state
     momentum = torch.optim.SGD([*model[0].parameters()], 0.1, momentum=0.9)
     model[0](torch.randn(4, 2)).square().mean().backward()
     momentum.step()

@@ -132,7 +132,9 @@ def _begun(entry: dict[str, Any] | None, parameter: Tensor) -> dict[str, Any] | 
 
     Without them the correction of Adam's bias makes its first step as long as the learning rate in every entry.
     """
-    if entry is None or not any(is_square(key) and isinstance(value, Tensor) for key, value in entry.items()):
+    squares = [value for key, value in (entry or {}).items() if is_square(key) and isinstance(value, Tensor)]
+    if entry is None or not squares or any(value.shape != parameter.shape for value in squares):
+        # Nothing of the kind, or sums over rows and columns.
         return None
     made: dict[str, Any] = {}
     for key, value in entry.items():
