@@ -52,6 +52,8 @@ class Scale:
     """One name of the tensor."""
     factor: float
     """The number."""
+    around: float = 0.0
+    """What stays where it is: -1 for a gain that the code adds to one."""
 
 
 @dataclass(frozen=True)

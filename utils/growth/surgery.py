@@ -94,8 +94,9 @@ class Surgery:
             self._widen(edit)
         elif isinstance(edit, Scale):
             how = self._of(edit.name)
-            self._renew(edit.name, self._tensor(edit.name) * edit.factor, TensorChange(
-                how.source, how.like, how.insertions, how.factor * edit.factor
+            moved = (self._tensor(edit.name) - edit.around) * edit.factor + edit.around
+            self._renew(edit.name, moved, TensorChange(
+                how.source, how.like, how.insertions, how.factor * edit.factor, edit.around
             ))  # fmt: skip
         elif isinstance(edit, Overwrite):
             how = self._of(edit.name)
@@ -130,9 +131,9 @@ class Surgery:
         old, how = self._tensor(edit.name), self._of(edit.name)
         if edit.axis >= old.dim() or any(place > old.shape[edit.axis] for place, _ in edit.places):
             raise ValueError(f"{edit.name} has the shape {tuple(old.shape)}")
-        insertion = Insertion(edit.axis, edit.places)
+        insertion = Insertion(edit.axis, edit.places, edit.fill == "mean")
         new = insertion.applied(old, lambda shape: self._filled(edit, old, shape))
-        change = TensorChange(how.source, how.like, (*how.insertions, insertion), how.factor)
+        change = TensorChange(how.source, how.like, (*how.insertions, insertion), how.factor, how.around)
         self._renew(edit.name, new, change)
 
     def _filled(self, edit: Widen, old: Tensor, shape: tuple[int, ...]) -> Tensor:

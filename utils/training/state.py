@@ -34,6 +34,8 @@ class Insertion:
     """Which axis."""
     places: tuple[tuple[int, int], ...]
     """Pairs (place, count), the places ascending: so many new entries before the old entry of that number."""
+    mean: bool = False
+    """The new entries are the mean of the old ones along the axis; other weights of the same tensor keep that too."""
 
     def applied(self, value: Tensor, new: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """Return a tensor with new entries.
@@ -61,7 +63,9 @@ class TensorChange:
     insertions: tuple[Insertion, ...] = ()
     """New entries, in the order in which they were made."""
     factor: float = 1.0
-    """What the old values were multiplied by."""
+    """What the old values, less `around`, were multiplied by."""
+    around: float = 0.0
+    """What stayed where it was."""
 
     def carried(self, value: Tensor, factor: float = 1.0, mean: bool = False) -> Tensor:
         """Return what belongs to the old tensor entry by entry, such as a moment of its gradient, for the new one.
@@ -75,6 +79,21 @@ class TensorChange:
         for insertion in self.insertions:
             value = insertion.applied(value, lambda shape: torch.full(shape, filled))
         return value.clone() if factor == 1.0 else value * factor
+
+    def other_values(self, value: Tensor, present: Tensor) -> Tensor:
+        """Return what other weights of the old tensor, such as an average of it, become in the new one.
+
+        Args:
+            value: Of the old tensor's shape.
+            present: The new tensor; new entries that are no mean of the old ones are taken from it.
+        """
+        value = (value - self.around) * self.factor + self.around if self.factor != 1.0 else value
+        old = torch.ones_like(value, dtype=torch.bool)
+        for insertion in self.insertions:
+            mean = value.mean(insertion.axis, keepdim=True) if insertion.mean else torch.zeros(()).to(value)
+            value = insertion.applied(value, mean.expand)
+            old = insertion.applied(old, torch.full((), insertion.mean).expand)
+        return torch.where(old, value, present.detach()) if self.insertions else value.clone()
 
 
 @dataclass(frozen=True)

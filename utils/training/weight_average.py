@@ -107,7 +107,8 @@ class WeightAverage:
         for name, tensor in self._present().items():
             how = change.of(name)
             known = None if how.source is None else before.get(how.source)
-            moved = None if known is None else how.carried(known, how.factor)
+            fits = known is not None and known.dim() == tensor.dim() and known.dtype == tensor.dtype
+            moved = how.other_values(known, tensor) if known is not None and fits else None
             after[name] = moved if moved is not None and _alike(moved, tensor) else tensor.detach().clone()
         self.average = after
 

@@ -10,6 +10,8 @@ from utils.growth.edits import GrowthRefusedError, Number, Scale, Widen
 from utils.growth.growing import grow
 from utils.growth.planning import plan_growth
 from utils.growth.request import Request
+from utils.growth.transaction import grow_by
+from utils.training.weight_average import WeightAverage
 
 
 def perturbed(module):
@@ -151,3 +153,45 @@ def test_code_that_computes_the_size_of_a_head_from_the_width_is_refused():
                                                      "max_seq_len": 16})  # fmt: skip
     with pytest.raises(GrowthRefusedError, match="RuntimeError: shape"):
         utils.grow(loaded, "residual", 4)
+
+
+class OnePlus(RMS):
+    """A norm whose gain is added to one, as Gemma's is."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        nn.init.zeros_(self.gain)
+
+    def forward(self, x):
+        return (1 + self.gain) * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+def test_a_gain_that_is_added_to_one_is_scaled_around_minus_one():
+    model = perturbed(Residual(OnePlus)).double()
+    tokens = torch.randint(0, 20, (3, 7))
+    before = model(tokens)
+    plan = plan_growth(ModelAdapter(model), Request("residual", 4))
+    assert {edit.around for edit in plan.edits if isinstance(edit, Scale)} == {-1.0}
+    grow(model, "residual", 4)
+    assert torch.allclose(model(tokens), before, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, OnePlus])
+def test_an_average_of_the_weights_keeps_its_function_too(norm):
+    model = perturbed(Residual(norm)).double()
+    tokens = torch.randint(0, 20, (3, 7))
+    average = WeightAverage(model, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        average.update()
+    with average.applied():
+        before = model(tokens)
+    adapter = ModelAdapter(model)
+    grow_by(adapter, plan_growth(adapter, Request("residual", 4)), {"input_ids": tokens}, None, average.migrate)
+    with average.applied():
+        after = model(tokens)
+    assert not torch.allclose(model(tokens), after)
+    assert torch.allclose(after, before, rtol=0, atol=1e-9)

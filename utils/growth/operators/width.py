@@ -15,8 +15,10 @@ as the new lanes hold something.
 import math
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
+from utils.adapters.capture import first_tensor, observe
 from utils.adapters.lanes import LaneGroup, Member, lane_groups
 from utils.adapters.structure import Structure
 from utils.growth.edits import Edit, GrowthRefusedError, Number, Plan, Scale, Widen
@@ -68,7 +70,7 @@ def _planned(scratch: Scratch, request: Request, groups: Sequence[LaneGroup], op
             "Expected lanes that nothing splits, counts or hands out.",
             "Grow another part.",
         )
-    edits = list(_edits(scratch.module, group, added))
+    edits = list(_edits(scratch, group, added))
     where = tuple(dict.fromkeys(member.name.rpartition(".")[0] or member.name for member in group.members))
     plan = Plan(operator, where, tuple(edits), group.size, group.size + added, "bounded", None, (group.reason,))
     return settled(scratch, plan, [(group.size, group.size + added)])
@@ -119,8 +121,9 @@ def _weights(module: nn.Module, group: LaneGroup) -> int:
     return sum(tensors[name].numel() for name in {member.name for member in group.members} if name in tensors)
 
 
-def _edits(module: nn.Module, group: LaneGroup, added: int) -> Iterator[Edit]:
+def _edits(scratch: Scratch, group: LaneGroup, added: int) -> Iterator[Edit]:
     """Yield what widens a group everywhere."""
+    module = scratch.module
     kinds = {norm.kind for norm in group.norms}
     if len(kinds) > 1 or kinds & {"group"}:
         raise GrowthRefusedError(
@@ -137,7 +140,7 @@ def _edits(module: nn.Module, group: LaneGroup, added: int) -> Iterator[Edit]:
                 "Expected norms in modules of their own, of these lanes alone.",
                 "Grow another part.",
             )
-        yield from _rescaled(module, norm.name, group, after)
+        yield from _rescaled(scratch, norm.name, group, after)
     places: dict[tuple[str, int], list[Member]] = {}
     for member in group.members:
         known = places.setdefault((member.name, member.axis), [])
@@ -172,9 +175,9 @@ def _fill(roles: set[str], kinds: set[str]) -> str:
     return "zero" if "reader" in roles else "like" if "writer" in roles else "mean"
 
 
-def _rescaled(module: nn.Module, name: str, group: LaneGroup, after: int) -> Iterator[Edit]:
+def _rescaled(scratch: Scratch, name: str, group: LaneGroup, after: int) -> Iterator[Edit]:
     """Yield what makes a norm of more lanes answer as before: gain and epsilon."""
-    norm = module.get_submodule(name)
+    norm = scratch.module.get_submodule(name)
     gains = [
         member.name
         for member in group.members
@@ -186,12 +189,39 @@ def _rescaled(module: nn.Module, name: str, group: LaneGroup, after: int) -> Ite
             "Expected one: it has to take back what more lanes do to the statistics.",
             "Grow another part, or give the norm a gain.",
         )
-    yield Scale(gains[0], math.sqrt(group.size / after))
+    yield Scale(gains[0], math.sqrt(group.size / after), _silent_gain(scratch, norm, name, gains[0]))
     for attribute in EPSILON:
         held = norm.__dict__.get(attribute)
         if isinstance(held, float) and held > 0:
             yield Number(name, (attribute,), held, held * group.size / after)
             return
+
+
+def _silent_gain(scratch: Scratch, norm: nn.Module, name: str, gain: str) -> float:
+    """Return the value of a gain at which its norm answers its shift alone: 0, or -1 where code adds it to one."""
+    held = _tensor(scratch.module, gain)
+    kept = held.detach().clone()
+    answers: dict[float, float] = {}
+
+    def note(where: str, child: nn.Module, given: object, output: object) -> None:
+        if child is norm and (answer := first_tensor(output)) is not None:
+            answers[value] = float((answer - answer.flatten(0, -2)[0]).abs().max())
+
+    try:
+        for value in (0.0, -1.0):
+            held.data.fill_(value)
+            with torch.no_grad(), observe(scratch.module, note):
+                scratch.adapter.logits(scratch.inputs)
+    finally:
+        held.data.copy_(kept)
+    silent = [value for value, spread in answers.items() if spread == 0.0]
+    if not silent:
+        raise GrowthRefusedError(
+            f"The gain {gain} of the norm {name} does not multiply what the norm makes.",
+            "Expected a gain at which nothing but a shift is left, 0 or -1.",
+            "Grow another part.",
+        )
+    return silent[0]
 
 
 def _tensor(module: nn.Module, name: str) -> nn.Parameter:
