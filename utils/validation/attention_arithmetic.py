@@ -25,8 +25,6 @@ BATCH = 3
 SMALLEST_WIDTH = 3
 LARGEST_SCALE = 0.9
 """A product that is multiplied by this or more is not scaled at all."""
-ABSORBED = 1.9
-"""Queries may be larger than keys over the root of the width by this factor and still count as scaled at the start."""
 STATED_SCALE = re.compile(r"scal|multiplier|temperature|alpha", re.IGNORECASE)
 SINGLE = "which has a single element"
 SCALE_HINT = (
@@ -201,13 +199,17 @@ def _forgotten(scale: float, width: int) -> bool:
 
 
 def _absorbed(call: AttentionCall, width: int) -> bool:
-    """Tell whether queries leave their layer smaller than keys by about the root of their width, as in a fresh T5."""
+    """Tell whether queries leave their layer smaller than keys by about the root of their width, as in a fresh T5.
+
+    That is, by a factor that is nearer to one over the root than to one, in proportion and within a tenth: biases, and
+    few positions, let it vary.
+    """
     if call.query is None or call.key is None or call.scale != call.late_scale:
         return False
     # Padding of keys and queries, as in local attention, has length zero and says nothing.
     lengths = (part.norm(dim=-1) for part in (call.query, call.key))
     sizes = sorted(float(length[length > 0].median()) if bool(length.any()) else 0.0 for length in lengths)
-    return sizes[0] <= ABSORBED / math.sqrt(width) * sizes[1]
+    return sizes[0] <= 1.1 * width**-0.25 * sizes[1]
 
 
 def _stated(scale: float, config: dict[str, Any]) -> bool:
