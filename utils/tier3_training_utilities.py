@@ -137,11 +137,20 @@ def train_or_resume(
     if not (Path(run_dir) / "run.json").exists():
         if isinstance(model, LoadedModel) and model.can_rebuild:
             # The cell may run a second time with other settings, and a new run must not begin with trained weights.
-            model = replace(model, module=model.factory())
+            model = _as_loaded(model)
         return train(model, data, config, run_dir, mirror=mirror, progress=progress)
     check_same(run_dir, model, data, config)
     module = None if (Path(run_dir) / "model").is_dir() else ModelAdapter(model).module
     return resume(run_dir, model=module, trust=trust, mirror=mirror, progress=progress)
+
+
+def _as_loaded(model: LoadedModel) -> LoadedModel:
+    """Return a model with the weights that its source begins with, grown through the same events."""
+    from utils.growth.lineage import lineage_of, rebuild
+
+    fresh = replace(model, module=model.factory())
+    rebuild(fresh.module, lineage_of(model.module))
+    return fresh
 
 
 fine_tune = train

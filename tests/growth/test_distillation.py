@@ -87,11 +87,15 @@ def test_a_student_learns_what_the_teacher_answers():
     def loss(one):
         return float(one.loss(one.logits(inputs), labels))
 
+    adapter.module.train()
+    adapter.module[1].eval()
+    modes = [child.training for child in adapter.module.modules()]
     lesson = distil(teacher, adapter, [inputs], loss, 2000)
     assert lesson.learned
     assert lesson.loss_after < lesson.loss_changed
     assert 0 < lesson.steps < 2000
     assert all(torch.equal(value, known[name]) for name, value in teacher.module.state_dict().items())
+    assert [child.training for child in adapter.module.modules()] == modes
     assert all(parameter.grad is None for parameter in adapter.module.parameters())
     assert distil(teacher, adapter, [inputs], loss, 10).steps == 0
 

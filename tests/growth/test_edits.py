@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utils.growth.config import OPERATORS
 from utils.growth.edits import (
     FILLS,
     KINDS,
+    PROMISES,
     Gate,
     GrowthError,
     GrowthRefusedError,
@@ -37,12 +39,12 @@ EDITS = st.one_of(
 TEXTS = st.lists(NAMES, max_size=3).map(tuple)
 PLANS = st.builds(
     Plan,
-    operator=NAMES,
+    operator=st.sampled_from(OPERATORS),
     where=TEXTS,
     edits=st.lists(EDITS, max_size=4).map(tuple),
     before=COUNTS,
     after=COUNTS,
-    promise=st.sampled_from(("exact", "bounded", "gated", "approximate")),
+    promise=st.sampled_from(PROMISES),
     outputs=st.none() | COUNTS,
     reasons=TEXTS,
 )
@@ -75,6 +77,16 @@ def test_an_unknown_kind_of_step_is_named():
     values["edits"][0]["kind"] = "shrink"
     with pytest.raises(LineageError, match=f"a growth step of the kind 'shrink'.*knows {', '.join(KINDS)}"):
         Plan.from_dict(values)
+
+
+@pytest.mark.parametrize(("field", "known"), [("operator", OPERATORS), ("promise", PROMISES)])
+@pytest.mark.parametrize("given", ["teleport", None, ["depth"]])
+def test_an_unknown_operator_or_promise_is_named(field, known, given):
+    with pytest.raises(LineageError) as raised:
+        Plan.from_dict({**plan().to_dict(), field: given})
+    assert raised.value.found == f"The lineage holds a growth event with the {field} {given!r}."
+    assert raised.value.expected == f"This version of Seedbed knows {', '.join(known)}."
+    assert raised.value.action == "Resume with the version that wrote it, or a newer one."
 
 
 @pytest.mark.parametrize("broken", ["edits", "where"])

@@ -1,3 +1,5 @@
+import copy
+import itertools
 import json
 import shutil
 import warnings
@@ -11,6 +13,7 @@ import utils.runtime.errors
 from utils.growth.config import GrowthConfig
 from utils.growth.lineage import LINEAGE, read_lineage
 from utils.runtime.errors import ConfigError
+from utils.tier3_training_utilities import train_or_resume
 from utils.training.config import TrainingConfig
 from utils.training.resume import open_run, resume, train
 
@@ -25,6 +28,21 @@ def fresh():
                                                    "num_layers": 2, "dropout": 0.1})  # fmt: skip
 
 
+class Stop:
+    """Stops a session after some rows of metrics."""
+
+    def start(self, run):
+        self.run, self.left = run, 2
+
+    def update(self, rows):
+        self.left -= 1
+        if self.left == 0:
+            self.run.stop_requested = "stopped by the test"
+
+    def close(self, rows):
+        pass
+
+
 @pytest.fixture
 def growing(quick):
     return quick.with_changes(growth={"schedule": SCHEDULE}, ema_decay=0.9)
@@ -34,20 +52,6 @@ def test_a_run_that_stops_before_between_and_after_its_events_ends_like_one_that
     data = f"file:{text_file}"
     whole = utils.train(fresh(), data, growing, tmp_path / "whole", progress=False)
     assert [(e.step, e.plan.operator) for e in read_lineage(tmp_path / "whole")] == [(5, "depth"), (12, "feed_forward")]
-
-    class Stop:
-        """Stops a session after some steps."""
-
-        def start(self, run):
-            self.run, self.left = run, 2
-
-        def update(self, rows):
-            self.left -= 1
-            if self.left == 0:
-                self.run.stop_requested = "stopped by the test"
-
-        def close(self, rows):
-            pass
 
     often = growing.with_changes(log_every_steps=2)
     reference = train(fresh(), data, often, tmp_path / "reference", progress=False)
@@ -114,6 +118,105 @@ def test_a_run_may_stop_when_growth_is_refused(tmp_path, text_file, quick):
     assert utils.resume(tmp_path / "run", progress=False).finished
 
 
+def test_a_beginning_is_no_event_of_the_budget(tmp_path, text_file, quick):
+    growth = {"begin_blocks": 1, "schedule": [{"at": 2, "operator": "depth", "to": "full"}], "max_events": 1}
+    run = utils.train(fresh(), f"file:{text_file}", quick.with_changes(growth=growth, max_steps=4), tmp_path / "run",
+                      progress=False)  # fmt: skip
+    assert len(run.model.blocks) == 2
+
+
+def test_a_beginning_is_taken_back_when_the_run_cannot_be_made(tmp_path, text_file, quick, monkeypatch):
+    loaded = fresh()
+    before = {name: id(p) for name, p in loaded.module.named_parameters()}
+    config = quick.with_changes(growth={"begin_blocks": 1}, max_steps=4)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="gone"):
+        patched.setattr("utils.training.resume.create_run", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        utils.train(loaded, f"file:{text_file}", config, tmp_path / "run", progress=False)
+    assert {name: id(p) for name, p in loaded.module.named_parameters()} == before
+    utils.train(loaded, f"file:{text_file}", config, tmp_path / "other", progress=False)
+
+
+def test_blocks_that_were_trained_are_not_taken_away(tmp_path, text_file, quick):
+    loaded = fresh()
+    utils.train(loaded, f"file:{text_file}", quick.with_changes(max_steps=2), tmp_path / "first", progress=False)
+    config = quick.with_changes(growth={"begin_blocks": 1}, max_steps=4)
+    with pytest.raises(utils.growth.edits.GrowthRefusedError, match="Expected a model that has not been trained"):
+        utils.train(loaded, f"file:{text_file}", config, tmp_path / "second", progress=False)
+
+
+def test_what_was_frozen_stays_so_when_blocks_have_other_names(tmp_path, text_file, quick):
+    loaded = fresh()
+    utils.grow(loaded, "depth", 1, where=0)
+    loaded.module.blocks[2].requires_grad_(False)
+    growth = {"schedule": [{"at": 2, "operator": "depth", "amount": 1, "where": 0}]}
+    run = utils.train(loaded, f"file:{text_file}", quick.with_changes(growth=growth, max_steps=4), tmp_path / "run",
+                      progress=False)  # fmt: skip
+    frozen = [name for name, p in run.model.named_parameters() if not p.requires_grad]
+    assert frozen
+    assert all(name.startswith("blocks.3.") for name in frozen)
+    again, _ = open_run(tmp_path / "run")
+    assert [name for name, p in again.model.named_parameters() if not p.requires_grad] == frozen
+
+
+def test_a_copy_of_a_grown_model_is_told_before_it_is_trained(tmp_path, text_file, quick):
+    loaded = fresh()
+    utils.grow(loaded, "depth", 1)
+    with pytest.raises(utils.growth.edits.GrowthError, match="a copy of it does not know what it grew through"):
+        utils.train(copy.deepcopy(loaded), f"file:{text_file}", quick, tmp_path / "run", progress=False)
+
+
+def test_the_cell_of_a_notebook_keeps_the_growth_of_its_model(tmp_path, text_file, quick):
+    loaded = fresh()
+    utils.grow(loaded, "depth", 1)
+    config = quick.with_changes(max_steps=3)
+    for _ in range(2):
+        run = train_or_resume(loaded, f"file:{text_file}", config, tmp_path / "run", progress=False)
+        assert len(run.model.blocks) == 3
+    assert run.finished
+
+
+def test_a_checkpoint_from_before_an_event_cannot_be_exported_from_the_grown_run(tmp_path, text_file, quick):
+    growth = {"schedule": [{"at": 8, "operator": "depth", "amount": 1}]}
+    config = quick.with_changes(growth=growth, max_steps=10, val_every_steps=2, learning_rate=1e-3)
+    run = utils.train(fresh(), f"file:{text_file}", config, tmp_path / "run", progress=False)
+    best = run.checkpoints.best()
+    if best.step < 8:
+        with pytest.raises(utils.runtime.errors.ExportError, match="before the model grew"):
+            utils.export(run, tmp_path / "out", formats=("safetensors",), weights="best")
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["validation_loss"] = 0.0 if manifest["step"] < 8 else 1.0
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    if run.checkpoints.best().step < 8:
+        with pytest.raises(utils.runtime.errors.ExportError, match="Export with weights='last'"):
+            utils.export(run, tmp_path / "other", formats=("safetensors",), weights="best")
+
+
+def test_a_full_disk_for_the_picture_of_the_lineage_stops_nothing(tmp_path, text_file, growing, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.growth.extension.save_lineage", full)
+    with pytest.warns(UserWarning, match=r"growth\.json cannot be written \(No space left on device\)"):
+        run = utils.train(fresh(), f"file:{text_file}", growing.with_changes(max_steps=8), tmp_path / "run",
+                          progress=False)  # fmt: skip
+    assert run.finished
+    assert len(run.model.blocks) == 3
+
+
+def test_a_scheduled_event_begins_the_cool_down(tmp_path, text_file, quick):
+    growth = {
+        "schedule": [{"at": 7, "operator": "depth", "amount": 1}], "operators": ["feed_forward"],
+        "triggers": ["plateau"], "needed": 1, "check_every_steps": 4, "patience": 1, "improvement": 0.9,
+        "hysteresis": 1.0, "cooldown_steps": 8,
+    }  # fmt: skip
+    utils.train(fresh(), f"file:{text_file}", quick.with_changes(growth=growth, max_steps=20), tmp_path / "run",
+                progress=False)  # fmt: skip
+    steps = [event.step for event in read_lineage(tmp_path / "run")]
+    assert steps[0] == 7
+    assert all(later - earlier >= 8 for earlier, later in itertools.pairwise(steps))
+
+
 def test_a_budget_holds(tmp_path, text_file, quick):
     growth = {"schedule": [{"at": 2, "operator": "depth", "amount": 1}, {"at": 4, "operator": "depth", "amount": 40}],
               "max_parameters": 70_000}  # fmt: skip
@@ -129,10 +232,17 @@ def test_triggers_let_it_grow_and_the_next_session_decides_the_same(tmp_path, te
         "check_every_steps": 4, "cooldown_steps": 4, "patience": 1, "improvement": 0.5, "benefit_threshold": 0.01,
         "hysteresis": 1.0, "max_events": 2,
     }  # fmt: skip
-    config = quick.with_changes(growth=growth)
+    config = quick.with_changes(growth=growth, log_every_steps=2)
+    data = f"file:{text_file}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run = utils.train(fresh(), f"file:{text_file}", config, tmp_path / "run", progress=False)
+        run = train(fresh(), data, config, tmp_path / "run", progress=False)
+        parts = train(fresh(), data, config, tmp_path / "parts", progress=False, observers=[Stop()])
+        while not parts.finished:
+            parts = resume(tmp_path / "parts", progress=False, observers=[Stop()])
+    assert parts.sessions > 5
+    assert parts.summary()["weights_sha256"] == run.summary()["weights_sha256"]
+    assert [e.plan for e in read_lineage(tmp_path / "parts")] == [e.plan for e in read_lineage(tmp_path / "run")]
     events = read_lineage(tmp_path / "run")
     assert len(events) == 2
     assert all(event.signals and "triggers ask for growth" in event.why for event in events)
@@ -163,6 +273,8 @@ def test_a_probe_decides_and_leaves_no_trace(tmp_path, text_file, quick):
         ({"growth": {"schedule": SCHEDULE}, "devices": 2, "strategy": "fsdp"}, "strategy is 'fsdp'.*Expected ddp"),
         ({"growth": {"operators": ["depth"]}, "devices": 2}, "Expected a schedule on several devices"),
         ({"growth": {"begin_blocks": 2}}, "begin_blocks is 2, and the model has 2 blocks"),
+        ({"growth": {"schedule": [{"at": 0.99, "operator": "depth", "amount": 1}]}}, "planned for step 24.*has 24"),
+        ({"growth": {"schedule": [{"at": 50, "operator": "depth", "amount": 1}]}}, "planned for step 50.*has 24"),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_written(tmp_path, text_file, quick, changes, words):

@@ -34,6 +34,28 @@ def test_a_new_expert_is_let_in_until_it_is_one_like_any_other(make):
     assert gradient.abs().sum() > 0
 
 
+def test_averages_follow_and_experts_that_still_rise_do_not_count():
+    model = made()
+    plan = planned(model, "expert", amount=1)
+    Surgery(model, plan)
+    openings, adapter = Openings(), ModelAdapter(model)
+    openings.begin(adapter, plan)
+    average = {name: torch.full_like(p, -1e4) for name, p in model.named_parameters()}
+    openings.step(model, average)
+    name = openings.rising[0]["name"]
+    assert average[name][4] == model.get_parameter(name)[4]
+    assert average[name][0] == -1e4
+    end = float(model.get_parameter(name)[:4].mean())
+    second = planned(model, "expert", amount=1)
+    Surgery(model, second)
+    openings.begin(adapter, second)
+    both = [entry for entry in openings.rising if entry["name"] == name]
+    assert [entry["first"] for entry in both] == [4, 5]
+    while openings.rising:
+        openings.step(model)
+    assert model.get_parameter(name)[5].item() == pytest.approx(end, abs=1e-3)
+
+
 def test_a_session_that_continues_opens_on():
     model = made()
     plan = planned(model, "expert", amount=1)

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from utils.growth.benefit import LayerBenefit
 from utils.growth.capacity import LayerCapacity
-from utils.growth.config import GrowthConfig, ScheduledGrowth
+from utils.growth.config import GrowthConfig
 from utils.growth.triggers import (
     Arbiter,
     Benefit,
-    FixedSchedule,
     Observation,
     Plateau,
     Saturation,
@@ -24,7 +23,6 @@ from utils.growth.triggers import (
     make_triggers,
     predictive_entropy,
 )
-from utils.runtime.errors import ConfigError
 
 
 def fed(trigger, losses, rate=1.0):
@@ -170,31 +168,6 @@ def test_benefit_sums_over_the_pairs():
     assert trigger.fires().value is None
 
 
-def scheduled(total=100):
-    events = [ScheduledGrowth(0.5, "depth", 1), ScheduledGrowth(10, "heads", 1), ScheduledGrowth(50, "residual", 8)]
-    return FixedSchedule(events, total)
-
-
-def test_a_schedule_is_due_in_order_until_it_is_done():
-    schedule = scheduled()
-    schedule.observe(Observation(9))
-    assert not schedule.fires().fired and "next event is at step 10" in schedule.fires().why
-    schedule.observe(Observation(12))
-    assert [event.operator for event in schedule.due] == ["heads"] and schedule.fires().fired
-    schedule.done()
-    assert not schedule.fires().fired
-    schedule.observe(Observation(50))
-    assert [event.operator for event in schedule.due] == ["depth", "residual"]
-    assert schedule.fires().why == "depth, residual due at step 50"
-    schedule.done(2)
-    assert schedule.fires().why == "no event is left" and schedule.value == 50
-
-
-def test_an_event_that_never_comes_is_refused():
-    with pytest.raises(ConfigError, match=r"An event of growth \(depth\) is at step 100 of a run of 100. .* 0.3"):
-        FixedSchedule([ScheduledGrowth(100, "depth", 1)], 100)
-
-
 def signal(name, pressure):
     fired = pressure is not None and pressure >= 1
     return Signal(name, fired, pressure, 1.0, pressure, f"{name} at {pressure}")
@@ -243,13 +216,13 @@ def test_a_trigger_must_be_quiet_before_it_counts_again(grew):
     assert arbiter.decide(50, signals(1.1)).grow
 
 
-def test_a_scheduled_event_asks_nobody():
-    arbiter, schedule = Arbiter(needed=3, cooldown_steps=1000), scheduled()
-    schedule.observe(Observation(10))
-    decision = arbiter.decide(10, [schedule.fires(), *signals(2.0)])
-    assert decision.grow and decision.why == "Scheduled: heads due at step 10."
-    arbiter.note(decision, grew=True)
-    assert arbiter.disarmed == {"plateau"}
+def test_a_scheduled_event_begins_the_cool_down_anew():
+    arbiter = Arbiter(needed=1, cooldown_steps=10)
+    assert arbiter.decide(20, signals(2.0)).grow
+    arbiter.scheduled(20)
+    assert not arbiter.decide(25, signals(2.0)).grow
+    assert arbiter.decide(30, signals(2.0)).grow
+    assert arbiter.events == 1
 
 
 def test_triggers_are_made_from_the_settings():
@@ -267,7 +240,7 @@ def watch():
         operators=("depth",), triggers=("plateau", "uncertainty", "saturation", "benefit"), check_every_steps=3,
         patience=2, cooldown_steps=5, improvement=0.05,
     )  # fmt: skip
-    return [*make_triggers(config), FixedSchedule([ScheduledGrowth(0.4, "heads", 1)], 40)], Arbiter(2, 5, 0.9)
+    return make_triggers(config), Arbiter(2, 5, 0.9)
 
 
 def live(parts, steps, seed):
@@ -288,7 +261,6 @@ def live(parts, steps, seed):
             decisions.append(decision)
             if decision.grow:
                 arbiter.note(decision, grew=draw.random() < 0.5)
-                triggers[-1].done(len(triggers[-1].due))
                 for trigger in triggers:
                     trigger.reset()
     return decisions

@@ -45,8 +45,12 @@ def widened(model):
         lambda m: torch.optim.RMSprop(m.parameters(), 1e-3, centered=True, momentum=0.5),
         lambda m: torch.optim.Adagrad(m.parameters(), 1e-2),
         lambda m: torch.optim.NAdam(m.parameters(), 1e-3),
+        lambda m: torch.optim.Adamax(m.parameters(), 1e-3),
+        lambda m: torch.optim.Adadelta(m.parameters(), 0.5),
+        lambda m: torch.optim.ASGD(m.parameters(), 1e-2, t0=1),
+        lambda m: torch.optim.Rprop(m.parameters(), 1e-3),
     ],
-    ids=["adamw", "amsgrad-fused", "sgd-momentum", "rmsprop", "adagrad", "nadam"],
+    ids=["adamw", "amsgrad-fused", "sgd-momentum", "rmsprop", "adagrad", "nadam", "adamax", "adadelta", "asgd", "rprop"],
 )
 def test_the_old_entries_go_on_as_in_a_model_that_did_not_grow(make):
     """New units whose both sides are zero never move, so the old ones must take the very steps of the small model."""
@@ -92,6 +96,104 @@ def test_a_scaled_parameter_has_its_moments_scaled_the_other_way():
     assert torch.equal(new["exp_avg_sq"], second / 4)
     assert new["step"] == old["step"]
     assert new["step"] is not old["step"]
+
+
+def scaled(model, factor=2.0):
+    """Multiply the first layer's weights by a factor."""
+    before = dict(model.named_parameters())
+    model[0].weight = nn.Parameter(model[0].weight.detach() * factor)
+    return ModelChange("scale", 3, dict(model.named_parameters()),
+                       changes={"0.weight": TensorChange("0.weight", factor=factor)}, before=before)  # fmt: skip
+
+
+def test_the_updates_of_adadelta_are_in_units_of_the_weights():
+    """A weight twice as large has half the gradient; Adadelta's step then has to be twice as long."""
+    model, optimizer = trained(lambda m: torch.optim.Adadelta(m.parameters(), 1.0, eps=1e-30))
+    old = {key: value.clone() for key, value in optimizer.state[model[0].weight].items()}
+    gradient = torch.linspace(0.1, 0.6, 6).double().reshape(2, 3)
+    twin = nn.Parameter(model[0].weight.detach().clone())
+    follower = torch.optim.Adadelta([twin], 1.0, eps=1e-30)
+    follower.state[twin] = {key: value.clone() for key, value in old.items()}
+    migrate_optimizer(optimizer, scaled(model))
+    assert torch.equal(optimizer.state[model[0].weight]["acc_delta"], old["acc_delta"] * 4)
+    twin.grad, model[0].weight.grad = gradient, gradient / 2
+    follower.step()
+    optimizer.step()
+    assert torch.allclose(model[0].weight, 2 * twin, rtol=1e-12)
+
+
+def test_averaged_weights_follow_as_weights():
+    model, optimizer = trained(lambda m: torch.optim.ASGD(m.parameters(), 1e-2, t0=1))
+    average = optimizer.state[model[0].weight]["ax"].clone()
+    assert not torch.equal(average, model[0].weight)
+    undo = migrate_optimizer(optimizer, scaled(model))
+    assert torch.equal(optimizer.state[model[0].weight]["ax"], 2 * average)
+    undo()
+    model, optimizer = trained(lambda m: torch.optim.ASGD(m.parameters(), 1e-2, t0=1))
+    change = widened(model)
+    with torch.no_grad():
+        model[0].weight[2] = 7.0
+    migrate_optimizer(optimizer, change)
+    assert torch.equal(optimizer.state[model[0].weight]["ax"], torch.cat([average, torch.full((1, 3), 7.0).double()]))
+
+
+def test_the_steps_of_rprop_are_carried_and_new_entries_have_their_mean():
+    model, optimizer = trained(lambda m: torch.optim.Rprop(m.parameters(), 1e-3))
+    old = {key: value.clone() for key, value in optimizer.state[model[0].weight].items()}
+    migrate_optimizer(optimizer, widened(model))
+    new = optimizer.state[model[0].weight]
+    assert torch.equal(new["step_size"][:2], old["step_size"])
+    assert torch.allclose(new["step_size"][2], old["step_size"].mean())
+    assert torch.equal(new["prev"], torch.cat([old["prev"], torch.zeros(1, 3).double()]))
+    model, optimizer = trained(lambda m: torch.optim.Rprop(m.parameters(), 1e-3))
+    migrate_optimizer(optimizer, scaled(model))
+    assert torch.equal(optimizer.state[model[0].weight]["step_size"], old["step_size"])
+    assert torch.equal(optimizer.state[model[0].weight]["prev"], old["prev"] / 2)
+
+
+class Peculiar(torch.optim.SGD):
+    """Keeps something of its own for every entry."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["whim"] = torch.ones_like(parameter)
+
+
+def test_state_of_an_unknown_kind_is_refused_by_name_where_the_parameter_changes():
+    for change in (widened, scaled):
+        model, optimizer = trained(lambda m: Peculiar(m.parameters(), 1e-2))
+        with pytest.raises(MigrationError) as raised:
+            migrate_optimizer(optimizer, change(model))
+        assert raised.value.found == "Peculiar keeps `whim` for every entry of 0.weight, and what it means is unknown."
+        assert raised.value.expected.startswith("Expected some of exp_avg,")
+        assert raised.value.action.startswith("Use an optimizer that keeps those")
+    model, optimizer = trained(lambda m: Peculiar(m.parameters(), 1e-2))
+    migrate_optimizer(optimizer, scaled(model, 1.0))
+    assert torch.equal(optimizer.state[model[0].weight]["whim"], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("like", [None, "0.weight"])
+def test_a_new_parameter_is_never_silently_untrained(like):
+    """One modelled on a frozen parameter joins the only group; where there are several, nothing says which."""
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    model[0].requires_grad_(False)
+    before = dict(model.named_parameters())
+    model.append(nn.Linear(2, 2, bias=False))
+    change = ModelChange("gate", 0, dict(model.named_parameters()),
+                         changes={"2.weight": TensorChange(like=like)}, before=before)  # fmt: skip
+    optimizer = torch.optim.SGD(model[1].parameters(), 0.1)
+    migrate_optimizer(optimizer, change)
+    assert set(optimizer.param_groups[0]["params"]) == {model[1].weight, model[1].bias, model[2].weight}
+    two = torch.optim.SGD([{"params": [model[1].weight]}, {"params": [model[1].bias]}], 0.1)
+    with pytest.raises(MigrationError) as raised:
+        migrate_optimizer(two, change)
+    assert raised.value.found == "Nothing says which of the optimizer's groups the new parameter 2.weight joins."
+    assert raised.value.expected.startswith("Expected one group")
+    assert raised.value.action.startswith("Train the part that grows")
+    model[2].requires_grad_(False)
+    migrate_optimizer(two, change)
+    assert model[2].weight not in {p for group in two.param_groups for p in group["params"]}
 
 
 def test_new_second_moments_may_be_the_mean():

@@ -159,6 +159,17 @@ def block_stacks(module: nn.Module) -> Detection[list[list[str]]]:
     return Detection(kept, f"{len(kept)} containers hold children with the same parameter names and shapes")
 
 
+def lone_blocks(module: nn.Module) -> list[str]:
+    """Return the blocks that are the only ones of their list, the largest first."""
+    names = [
+        f"{name}.0".lstrip(".")
+        for name, child in module.named_modules()
+        if isinstance(child, nn.ModuleList) and len(child) == 1 and any(True for _ in child[0].children())
+    ]
+    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return sorted(outermost, key=lambda name: -sum(p.numel() for p in module.get_submodule(name).parameters()))
+
+
 def _repeated(module: nn.Module) -> Iterator[tuple[int, str, list[str]]]:
     """Yield the parameters, container and names of every group of like-shaped children."""
     for name, parent in module.named_modules():

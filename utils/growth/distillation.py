@@ -76,10 +76,11 @@ def distil(
     optimizer = torch.optim.AdamW(trained, RATE, weight_decay=0.0)
     target, changed = _measured(loss, teacher), _measured(loss, student)
     now, taken = changed, 0
+    modes = [(child, child.training) for child in student.module.modules()]
+    student.module.eval()
     with isolated_streams("distillation"):
         while taken < steps and not within(now, target):
             inputs = batches[taken % len(batches)]
-            student.module.eval()
             with torch.no_grad():
                 wanted = teacher.logits(inputs)
             answered = student.logits(inputs)
@@ -91,6 +92,8 @@ def distil(
             optimizer.step()
             taken += 1
             now = _measured(loss, student)
+    for child, training in modes:
+        child.training = training
     student.module.zero_grad(set_to_none=True)
     return Lesson(taken, target, changed, now)
 

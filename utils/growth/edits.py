@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
+from utils.growth.config import OPERATORS
 from utils.runtime.errors import SeedbedError
 
 FILLS = ("zero", "one", "like", "mean", "value", "copy")
+PROMISES = ("exact", "bounded", "gated", "approximate", "anew")
 
 
 class GrowthError(SeedbedError):
@@ -169,6 +171,8 @@ class Plan:
     """How many of the old outputs there were, when the model has more of them afterwards; else None."""
     reasons: tuple[str, ...] = field(default=())
     """How the parts were found, and what was decided."""
+    double_bound: float = 1e-9
+    """Largest change of an answer in float64, as a share of the answers' size; more where a norm's epsilon shows."""
 
     def describe(self) -> str:
         """Say in one line what grows."""
@@ -185,9 +189,19 @@ class Plan:
         """Read what `to_dict` returned.
 
         Raises:
-            LineageError: An operator or a field of it is unknown.
+            LineageError: An operator, a promise, a step or a field of one is unknown.
         """
         try:
+            for what, given, known in (
+                ("operator", values["operator"], OPERATORS),
+                ("promise", values.get("promise", "bounded"), PROMISES),
+            ):
+                if given not in known:
+                    raise LineageError(
+                        f"The lineage holds a growth event with the {what} {given!r}.",
+                        f"This version of Seedbed knows {', '.join(known)}.",
+                        "Resume with the version that wrote it, or a newer one.",
+                    )
             edits = []
             for entry in values["edits"]:
                 named = dict(entry)

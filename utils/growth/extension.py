@@ -6,15 +6,14 @@ before, at or after an event repeats it bit for bit.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
-from utils.growth.budget import BudgetError
 from utils.growth.certificate import SAMPLES
 from utils.growth.config import FULL, GrowthConfig, ScheduledGrowth
 from utils.growth.controller import Controller
@@ -22,15 +21,18 @@ from utils.growth.distillation import Lesson, distil
 from utils.growth.edits import GrowthError, GrowthRefusedError, LineageError
 from utils.growth.lineage import GrowthEvent, lineage_of, rebuild, remember, save_lineage
 from utils.growth.lineage_view import save_lineage_figure
-from utils.growth.opening import Openings
+from utils.growth.opening import Openings, is_closed
 from utils.growth.planning import begin_with, forget_sizes, plan_growth
 from utils.growth.probe import probe
 from utils.growth.request import Request
 from utils.growth.transaction import Grown, grow_by
+from utils.loading import LoadedModel
 from utils.runtime.errors import ConfigError, MissingPackageError, SeedbedError
+from utils.runtime.resources import is_out_of_memory
 from utils.training.batch_inputs import model_inputs
 from utils.training.config import TrainingConfig
 from utils.training.evaluation import masked, masking_seed, objective
+from utils.training.grown_config import layout
 from utils.training.growth_rows import LINEAGE
 from utils.training.processes import agreed
 from utils.training.sharding import is_sharded
@@ -46,6 +48,7 @@ class GrowthExtension:
         refusals: What was asked for and could not be: step, operator and why.
         controller: Decides about growth that no schedule asks for.
         openings: Lets new experts in, a little at each step.
+        older: Events that the model had been through when the run began with it.
     """
 
     def __init__(self, config: GrowthConfig) -> None:
@@ -55,6 +58,7 @@ class GrowthExtension:
         self.refusals: list[dict[str, Any]] = []
         self.controller = Controller(config)
         self.openings = Openings()
+        self.older = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the lineage and what the decisions depend on."""
@@ -63,6 +67,7 @@ class GrowthExtension:
             "refusals": [dict(refusal) for refusal in self.refusals],
             "controller": self.controller.state_dict(),
             "openings": self.openings.state_dict(),
+            "older": self.older,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -71,44 +76,84 @@ class GrowthExtension:
         self.refusals = [dict(refusal) for refusal in state["refusals"]]
         self.controller.load_state_dict(state["controller"])
         self.openings.load_state_dict(state["openings"])
+        self.older = state["older"]
 
     def migrate(self, change: ModelChange) -> Undo:
         """Follow the names; the lineage is written, and triggers begin anew, when the event has been certified."""
         return self.openings.follow(change)
 
-    def restore(self, adapter: ModelAdapter, state: Mapping[str, Any]) -> None:
-        """Let a model that was just built from its source grow through a checkpoint's lineage."""
-        rebuild(adapter.module, [GrowthEvent.from_dict(values) for values in state["events"]])
+    def restore(self, adapter: ModelAdapter, state: Mapping[str, Any], as_it_began: Callable[[], None]) -> None:
+        """Let a model that was just built from its source grow through a checkpoint's lineage.
+
+        Raises:
+            LineageError: The state holds no lineage, or one of another model.
+        """
+        try:
+            events, older = [GrowthEvent.from_dict(values) for values in state["events"]], int(state["older"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LineageError(
+                f"The state of growth in the checkpoint cannot be read ({type(error).__name__}: {error}).",
+                "Expected the lineage that this version of Seedbed writes.",
+                "Restore the run's folder from a copy.",
+            ) from error
+        rebuild(adapter.module, events[:older] if len(lineage_of(adapter.module)) <= older else events)
+        if len(lineage_of(adapter.module)) == older:
+            as_it_began()
+        rebuild(adapter.module, events)
         forget_sizes(adapter)
 
-    def begin(self, adapter: ModelAdapter) -> None:
+    def begin(self, adapter: ModelAdapter, total_steps: int) -> Undo | None:
         """Take over what a model grew through before this run, and let it begin with fewer blocks if it is to.
 
         Raises:
-            GrowthRefusedError: It cannot begin so.
+            ConfigError: An event is planned for a step at which nothing can grow.
+            GrowthError: It cannot begin so.
         """
-        self.events = list(lineage_of(adapter.module))
+        for wish in self.config.schedule:
+            if wish.step(total_steps) >= total_steps:
+                raise ConfigError(
+                    f"Growth in {wish.operator} is planned for step {wish.step(total_steps)} (at={wish.at!r}), and the "
+                    f"run has {total_steps}.",
+                    "Expected a step before the last: what grows then is never trained.",
+                    "Let it grow earlier, or train for longer.",
+                )
+        before = lineage_of(adapter.module)
+        self.events = list(before)
+        undo = None
         if self.config.begin_blocks is not None:
-            self.events.append(begin_with(adapter, self.config.begin_blocks))
+            event, undo = begin_with(adapter, self.config.begin_blocks)
+            self.events.append(event)
             remember(adapter.module, self.events)
+        self.older = len(self.events)
+        for event in before:
+            if event.plan.operator == "expert" and is_closed(adapter.module, event.plan):
+                self.openings.begin(adapter, event.plan)
+
+        def undone() -> None:
+            if undo is not None:
+                undo()
+                remember(adapter.module, before)
+
+        return undone
 
     def start(self, session: Any) -> None:
         """Note what the run begins with."""
-        self.controller.start(session)
         # A run that was killed soon after its first event may go on from before it.
         known = self.events or (session.run.directory / LINEAGE).exists()
-        if known and session.writer is not None:
-            save_lineage(session.run.directory, self.events)
+        if known:
+            self._save(session)
 
     def after_step(self, session: Any, batch: Mapping[str, Tensor]) -> None:
         """Make the events that are due after this step."""
         step, total = session.progress.step, session.run.total_steps
-        self.openings.step(session.run.model)
+        self.openings.step(session.run.model, None if session.average is None else session.average.average)
         if step == total:
             return
         for wish in self.config.schedule:
             if wish.step(total) == step:
-                self.grow(session, batch, self._request(wish), f"scheduled for step {step}")
+                grown = self.grow(session, batch, self._request(wish), f"scheduled for step {step}")
+                if grown is not None:
+                    self.controller.arbiter.scheduled(step)
         wanted = self.controller.decide(session, batch)
         if wanted is not None:
             grown = self.grow(session, batch, wanted.request, wanted.why, wanted.signals)
@@ -160,7 +205,7 @@ class GrowthExtension:
 
         try:
             plan = plan_growth(run.adapter, replace(request, approximate=self.config.approximate))
-            self.controller.check_budget(session, plan, len(self.events))
+            self.controller.check_budget(session, plan, len(self.events) - self.older)
             if signals and self.config.probe_steps:
                 tried = probe(session, plan, self.config.probe_steps)
                 if not tried.pays:
@@ -174,16 +219,33 @@ class GrowthExtension:
                 run.config.seed, step, self.config.new_second_moment == "mean",
                 self._tolerance(run.adapter), why, signals, agreed, teach,
             )  # fmt: skip
-        except (GrowthError, BudgetError) as error:
+        except Exception as error:
+            if not isinstance(error, SeedbedError) and not is_out_of_memory(error):
+                raise
             self._refused(session, request, error)
             return None
         self.events.append(grown.event)
         remember(run.model, self.events)
         self.openings.begin(run.adapter, plan)
         self.controller.reset()
-        if session.writer is not None:
-            save_lineage(run.directory, self.events)
+        if plan.outputs is not None or plan.promise == "approximate":
+            # What was measured before is not the loss of the weights that a checkpoint holds now.
+            session.progress.measured_step = -1
+        self._save(session)
         return grown
+
+    def _save(self, session: Any) -> None:
+        """Write the lineage for people; what a resume reads is in the checkpoints."""
+        if session.writer is None:
+            return
+        try:
+            save_lineage(session.run.directory, self.events)
+        except OSError as error:
+            warnings.warn(
+                f"{LINEAGE} cannot be written ({error.strerror or error}); training goes on, and the checkpoints hold "
+                "the lineage too.",
+                stacklevel=2,
+            )
 
     def _request(self, wish: ScheduledGrowth) -> Request:
         """Return a scheduled event as a request; the full depth is what a run that began with fewer blocks had."""
@@ -196,7 +258,7 @@ class GrowthExtension:
         """Return the bound of the settings, which is one for float32."""
         return self.config.tolerance if adapter.real_dtype == torch.float32 else None
 
-    def _refused(self, session: Any, request: Request, error: SeedbedError) -> None:
+    def _refused(self, session: Any, request: Request, error: Exception) -> None:
         """Remember that a wish could not be met, and say so once."""
         step = session.progress.step
         self.refusals.append({"step": step, "operator": request.operator, "why": str(error)})
@@ -223,9 +285,26 @@ def ahead(session: Any, batch: Mapping[str, Tensor], count: int = 8) -> list[dic
     return found
 
 
-def has_grown(adapter: ModelAdapter) -> bool:
+def has_grown(module: nn.Module) -> bool:
     """Tell whether a model is another than the one that its source builds, so that a run has to keep its lineage."""
-    return bool(lineage_of(adapter.module))
+    return bool(lineage_of(module))
+
+
+def check_source(adapter: ModelAdapter) -> None:
+    """Make sure that a run could build its model again.
+
+    Raises:
+        GrowthError: It is a copy of one that grew, and copies know nothing of the lineage.
+    """
+    source = adapter.origin
+    if has_grown(adapter.module) or not isinstance(source, LoadedModel) or not source.can_rebuild:
+        return
+    if layout(source.factory()) != layout(adapter.module):
+        raise GrowthError(
+            f"The weights of this {adapter.name} have other shapes than those that its source builds.",
+            "Expected the model that grew itself: a copy of it does not know what it grew through.",
+            "Train the model on which utils.grow was called, or call utils.grow on one that was just loaded.",
+        )
 
 
 def make_extension(config: TrainingConfig) -> GrowthExtension:
@@ -236,7 +315,8 @@ def make_extension(config: TrainingConfig) -> GrowthExtension:
     """
     settings = config.growth
     growth = settings if isinstance(settings, GrowthConfig) else GrowthConfig.from_dict(settings or {})
-    if config.devices > 1 and is_sharded(config):
+    grows = growth.schedule or growth.automatic or growth.begin_blocks is not None
+    if config.devices > 1 and is_sharded(config) and grows:
         raise ConfigError(
             f"TrainingConfig.growth is set and strategy is {config.strategy!r}.",
             "Expected ddp, or one device: weights that are divided among devices cannot grow.",

@@ -29,7 +29,9 @@ class GatedBlock(nn.Module):
         given, answer = first_tensor((args, tuple(kwargs.values()))), first_tensor(output)
         if given is None or answer is None or given.shape != answer.shape:
             raise ValueError("a gated block needs an answer of the shape of its input")
-        mixed = given + self.gate * (answer - given)
+        change = answer - given
+        # A closed gate keeps out what is infinite too, of which zero times is no number; an open one hides nothing.
+        mixed = given + self.gate * change.masked_fill(~change.isfinite() & (self.gate == 0), 0.0)
         replaced = _replaced(output, answer, mixed)
         if first_tensor(replaced) is not mixed:
             raise ValueError("a gated block needs an answer that is a tensor, or a tuple, list or dict that holds one")

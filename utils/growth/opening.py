@@ -30,7 +30,7 @@ class Openings:
     """The numbers that still rise.
 
     Attributes:
-        rising: For each: the tensor, its first and last new entry, the rise per step, and where it ends.
+        rising: For each: the tensor, its first and last new entry, the rise per step, and the steps that are left.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Openings:
         places = [(name, first, _tensor(adapter.module, name)) for name, first in opening(plan)]
         if not places:
             return
-        ends = [float(tensor[:first].mean()) for _, first, tensor in places]
+        ends = [self._of_the_open(name, first, tensor) for name, first, tensor in places]
 
         def held_back(by: float) -> Tensor:
             for (_, first, tensor), end in zip(places, ends, strict=True):
@@ -76,20 +76,34 @@ class Openings:
         far = min(2 * far, -CLOSED)
         held_back(far)
         self.rising += [
-            {"name": name, "first": first, "last": len(tensor), "by": far / STEPS, "end": end}
-            for (name, first, tensor), end in zip(places, ends, strict=True)
+            {"name": name, "first": first, "last": len(tensor), "by": far / STEPS, "left": STEPS}
+            for name, first, tensor in places
         ]
 
     @torch.no_grad()
-    def step(self, module: nn.Module) -> None:
-        """Let all of them rise after an optimizer step; one that has arrived is a number like any other."""
-        still = []
+    def step(self, module: nn.Module, average: dict[str, Tensor] | None = None) -> None:
+        """Let all of them rise after an optimizer step; one that has arrived is a number like any other.
+
+        Args:
+            module: The model.
+            average: Averages of its tensors by name, which follow at once: they would reach such numbers never.
+        """
         for entry in self.rising:
-            value = _tensor(module, entry["name"])[entry["first"] : entry["last"]]
+            places = slice(entry["first"], entry["last"])
+            value = _tensor(module, entry["name"])[places]
             value += entry["by"]
-            if float(value.min()) < entry["end"]:
-                still.append(entry)
-        self.rising = still
+            entry["left"] -= 1
+            if average is not None and entry["name"] in average:
+                average[entry["name"]][places] = value
+        self.rising = [entry for entry in self.rising if entry["left"] > 0]
+
+    def _of_the_open(self, name: str, first: int, tensor: Tensor) -> float:
+        """Return the mean of the numbers of the experts that take part."""
+        held = torch.ones(first, dtype=torch.bool)
+        for entry in self.rising:
+            if entry["name"] == name:
+                held[entry["first"] : entry["last"]] = False
+        return float(tensor[:first][held.to(tensor.device)].mean())
 
     def follow(self, change: ModelChange) -> Undo:
         """Go on with the names that tensors have after another event; what is gone rises no more."""
@@ -101,6 +115,18 @@ class Openings:
             self.rising = before
 
         return undo
+
+
+def is_closed(module: nn.Module, plan: Plan) -> bool:
+    """Tell whether the experts that a plan added are held back as they were when it was made."""
+    try:
+        places = [(first, _tensor(module, name)) for name, first in opening(plan)]
+    except AttributeError:
+        # The names are others since a block was inserted in front of them.
+        return False
+    return bool(places) and all(
+        len(tensor) > first and bool((tensor[first:] == CLOSED).all()) for first, tensor in places
+    )
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

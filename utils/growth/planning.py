@@ -4,6 +4,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
+from torch import nn
+
 from utils.adapters import ModelAdapter
 from utils.adapters.structure import Structure, structure
 from utils.growth.config import OPERATORS
@@ -18,6 +21,8 @@ from utils.growth.operators.width import plan_channels, plan_residual
 from utils.growth.request import Request
 from utils.growth.scratch import ANY, Scratch
 from utils.growth.surgery import Surgery
+from utils.loading import LoadedModel
+from utils.training.state import Undo
 
 Planner = Callable[[Scratch, Structure, Request], Plan]
 PLANNERS: Mapping[str, Planner] = {
@@ -60,21 +65,42 @@ def plan_growth(adapter: ModelAdapter, request: Request, found: Structure | None
     return replace(planner(Scratch(adapter, close=ANY), found, request), promise="approximate")
 
 
-def begin_with(adapter: ModelAdapter, blocks: int) -> GrowthEvent:
+def begin_with(adapter: ModelAdapter, blocks: int) -> tuple[GrowthEvent, Undo]:
     """Take all blocks but the first ones away from a model that has not been trained.
 
     Returns:
-        The first event of its lineage.
+        The first event of its lineage, and what takes it back.
 
     Raises:
-        GrowthRefusedError: The model does not run so; it is as it was.
+        GrowthRefusedError: The model has been trained, or does not run so; it is as it was.
     """
+    source = adapter.origin
+    if isinstance(source, LoadedModel) and source.can_rebuild and not _is_as_built(adapter.module, source):
+        raise GrowthRefusedError(
+            f"begin_blocks is {blocks}, and this {adapter.name} does not have the weights that its source begins with.",
+            "Expected a model that has not been trained: the blocks that are taken away would be lost.",
+            "Load it anew, or leave begin_blocks at None.",
+        )
     started, before = time.perf_counter(), adapter.num_parameters
     plan = plan_beginning(Scratch(adapter), structure(adapter), blocks)
-    Surgery(adapter.module, plan)
+    surgery = Surgery(adapter.module, plan)
     forget_sizes(adapter)
     why = f"begin_blocks is {blocks}"
-    return GrowthEvent(0, 0, plan, None, why, before, adapter.num_parameters, time.perf_counter() - started)
+    event = GrowthEvent(0, 0, plan, None, why, before, adapter.num_parameters, time.perf_counter() - started)
+
+    def undo() -> None:
+        surgery.undo()
+        forget_sizes(adapter)
+
+    return event, undo
+
+
+def _is_as_built(module: nn.Module, source: LoadedModel) -> bool:
+    """Tell whether a model has the weights with which its source builds it."""
+    built, present = source.factory().state_dict(), module.state_dict()
+    return built.keys() == present.keys() and all(
+        torch.equal(value, present[name].to(value.device)) for name, value in built.items()
+    )
 
 
 def forget_sizes(adapter: ModelAdapter) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from utils.growth.edits import (
     Edit,
     Gate,
+    GrowthError,
+    GrowthRefusedError,
     InsertBlock,
     InsertLayer,
     KeepBlocks,
@@ -26,7 +28,7 @@ from utils.growth.edits import (
     Widen,
 )
 from utils.growth.gated_block import GatedBlock
-from utils.runtime.seeding import derive_seed
+from utils.runtime.seeding import derive_seed, isolated_streams
 from utils.training.state import Insertion, ModelChange, TensorChange
 
 Place = tuple[dict[str, Any], str]
@@ -40,7 +42,9 @@ class Surgery:
         change: What parts of a run's state must know.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, seed: int = 0, step: int = 0, mean: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, seed: int = 0, step: int = 0, mean: bool = False, number: int = 0
+    ) -> None:
         """Apply a plan; when an edit fails, the model is as it was.
 
         Args:
@@ -49,21 +53,25 @@ class Surgery:
             seed: Seed of what is drawn.
             step: Optimizer steps done, for the change.
             mean: See `ModelChange.mean`.
+            number: Of the event, so that two at one step draw different numbers.
 
         Raises:
             LineageError: The plan does not fit the model.
+            GrowthRefusedError: A parameter has hooks, or is of a kind of its own, that a larger one would lose.
         """
         self.module = module
-        self.generator = torch.Generator().manual_seed(derive_seed(seed, "growth", step))
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, "growth", step, number))
         self._undos: list[Callable[[], None]] = []
         before = dict(module.named_parameters())
         self._history: dict[int, TensorChange] = {
             id(tensor): TensorChange(source=name) for name, tensor in (*before.items(), *module.named_buffers())
         }
         try:
-            for edit in plan.edits:
-                self._apply(edit)
-        except LineageError:
+            # Constructors and copies may draw; what the caller draws next does not depend on that.
+            with isolated_streams():
+                for edit in plan.edits:
+                    self._apply(edit)
+        except GrowthError:
             self.undo()
             raise
         except Exception as error:
@@ -162,7 +170,12 @@ class Surgery:
             if held is old
         ]
         values = values.detach().to(old.dtype).contiguous()
-        new = nn.Parameter(values, old.requires_grad) if isinstance(old, nn.Parameter) else values
+        if isinstance(old, nn.Parameter):
+            _check_plain(name, old)
+            new: Tensor = nn.Parameter(values, old.requires_grad)
+        else:
+            new = values
+        new.__dict__.update(old.__dict__)
         self._history[id(new)] = how
         for table, key in places:
             self._put(table, key, new)
@@ -219,6 +232,7 @@ class Surgery:
             known = self._history[id(tensor)]
             made = block.get_parameter(name) if isinstance(tensor, nn.Parameter) else block.get_buffer(name)
             made.grad = None
+            made.__dict__.update(tensor.__dict__)
             self._history[id(made)] = TensorChange(like=known.source or known.like or f"{prefix}{edit.source}.{name}")
             self._begin(edit, name, made)
         blocks.insert(edit.index, block)
@@ -294,6 +308,22 @@ class Surgery:
         like = None if first is None else self._history[id(first)]
         self._history[id(wrapped.gate)] = TensorChange(like=None if like is None else like.source or like.like)
         self._put(table, key, wrapped)
+
+
+def _check_plain(name: str, parameter: nn.Parameter) -> None:
+    """Refuse a parameter with something that a new one in its place cannot have."""
+    if type(parameter) is not nn.Parameter:
+        raise GrowthRefusedError(
+            f"The parameter {name} is of the class {type(parameter).__name__}, which may do more than hold numbers.",
+            "Expected an nn.Parameter: a larger one in its place would not be of that class.",
+            "Make it an nn.Parameter, or grow another part.",
+        )
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise GrowthRefusedError(
+            f"The parameter {name} has hooks on its gradient.",
+            "Expected none: a larger parameter in its place would not have them, and nothing tells how to make them.",
+            "Remove the hooks before the model grows and register them afterwards, or grow another part.",
+        )
 
 
 def _shared_settings(module: nn.Module, block: nn.Module) -> list[Any]:

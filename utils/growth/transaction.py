@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from utils.adapters import ModelAdapter
-from utils.growth.certificate import Certificate, answers, certify
+from utils.growth.certificate import DOUBLE_BOUND, Certificate, answers, certify
 from utils.growth.distillation import Lesson, teacher_of
 from utils.growth.edits import GrowthError, GrowthRefusedError, Plan
 from utils.growth.lineage import GrowthEvent
 from utils.growth.planning import forget_sizes
 from utils.growth.surgery import Surgery
+from utils.runtime.seeding import isolated_streams
 from utils.training.state import MigrationError, ModelChange, Undo
 
 TOLERANCE = 1e-5
@@ -61,6 +62,7 @@ def grow_by(
     signals: tuple[dict[str, Any], ...] = (),
     agree: Callable[[bool], bool] = bool,
     teach: Callable[[ModelAdapter], Lesson] | None = None,
+    number: int = 0,
 ) -> Grown:
     """Let a model grow, and everything that remembers something about it; or leave all as it was.
 
@@ -78,9 +80,11 @@ def grow_by(
         signals: What the triggers said, for the lineage.
         agree: Tells whether any of the processes that train together says yes.
         teach: Distils from the model before, given as an adapter of a copy; needed by a plan that is approximate.
+        number: Of the event in the lineage, so that two at one step draw different numbers.
 
     Raises:
         GrowthUndoneError: A part cannot follow, or the function is not kept; everything is as it was.
+        GrowthRefusedError: A parameter has hooks or is of a kind of its own, or there is nothing to distil from.
         LineageError: The plan does not fit the model.
     """
     started = time.perf_counter()
@@ -94,8 +98,13 @@ def grow_by(
     teacher = teacher_of(adapter) if approximate else None
     values = {name: p.detach().clone() for name, p in adapter.module.named_parameters()} if approximate else {}
     before, parameters = answers(adapter, inputs, loss), adapter.num_parameters
-    bound = TOLERANCES.get(str(before.logits.dtype), TOLERANCE) if tolerance is None else tolerance
-    surgery = Surgery(adapter.module, plan, seed, step, mean)
+    # A model in half precision may hand on its answer in float32, and the other way round.
+    rounding = max(TOLERANCES.get(str(dtype), TOLERANCE) for dtype in (adapter.real_dtype, before.logits.dtype))
+    bound = rounding if tolerance is None else tolerance
+    # Who allows more than a norm's epsilon allows it in float64 too; an operator's own fault is never allowed.
+    exactly = plan.double_bound == DOUBLE_BOUND
+    double_bound = DOUBLE_BOUND if exactly else max(plan.double_bound, tolerance or 0.0)
+    surgery = Surgery(adapter.module, plan, seed, step, mean, number)
     followed: Undo | None = None
 
     def undo() -> None:
@@ -109,10 +118,12 @@ def grow_by(
 
     try:
         forget_sizes(adapter)
-        if migrate is not None:
-            followed = migrate(surgery.change)
-        lesson = teach(teacher) if teacher is not None and teach is not None else None
-        certificate = certify(before, answers(adapter, inputs, loss), bound, plan.outputs)
+        with isolated_streams():
+            if migrate is not None:
+                followed = migrate(surgery.change)
+            lesson = teach(teacher) if teacher is not None and teach is not None else None
+            after = answers(adapter, inputs, loss, before.double is not None)
+        certificate = certify(before, after, bound, plan.outputs, double_bound)
         if lesson is not None:
             # What was distilled is measured by what it costs, not by single answers.
             certificate = replace(certificate, passed=lesson.learned, bound=None, distilled=lesson.steps)
@@ -135,6 +146,9 @@ def grow_by(
             "Grow another part, or allow an approximate step with a higher tolerance.",
             certificate,
         )
+    if plan.promise == "exact" and not (certificate.equal and not certificate.double_difference):
+        # The lineage says what was measured: the sums were cut otherwise after all.
+        plan = replace(plan, promise="bounded")
     event = GrowthEvent(
         step, seed, plan, certificate, why, parameters, adapter.num_parameters, time.perf_counter() - started, signals
     )

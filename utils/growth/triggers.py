@@ -15,8 +15,7 @@ from torch.nn import functional
 from utils.adapters.objectives import IGNORED, REAL_VALUED
 from utils.growth.benefit import LayerBenefit, total_benefit
 from utils.growth.capacity import LayerCapacity
-from utils.growth.config import GrowthConfig, ScheduledGrowth
-from utils.runtime.errors import ConfigError
+from utils.growth.config import GrowthConfig
 
 SMOOTHED = 3
 """Measurements that uncertainty and benefit are averaged over: each is of a single batch."""
@@ -322,75 +321,6 @@ class Saturation:
         self.value, self.layer = state["value"], state["layer"]
 
 
-class FixedSchedule:
-    """Fires when an event of the settings is due; `done` takes it off, whether it grew the model or was refused."""
-
-    name = "schedule"
-
-    def __init__(self, schedule: Sequence[ScheduledGrowth], total_steps: int) -> None:
-        """Place the events in a run.
-
-        Args:
-            schedule: The events.
-            total_steps: Optimizer steps of the run.
-
-        Raises:
-            ConfigError: An event is at a step that the run does not reach with one left to train.
-        """
-        late = [event for event in schedule if event.step(total_steps) >= total_steps]
-        if late:
-            raise ConfigError(
-                f"An event of growth ({late[0].operator}) is at step {late[0].step(total_steps)} of a run of "
-                f"{total_steps}.",
-                "Expected a step before the last, so that what is new still trains.",
-                "Give a share of the run, such as 0.3, or an earlier step.",
-            )
-        self.total_steps = total_steps
-        self.events = sorted(schedule, key=lambda event: event.step(total_steps))
-        self.past, self.step = 0, 0
-
-    @property
-    def due(self) -> tuple[ScheduledGrowth, ...]:
-        """The events whose step has come, in order."""
-        return tuple(event for event in self.events[self.past :] if event.step(self.total_steps) <= self.step)
-
-    @property
-    def value(self) -> float | None:
-        """Optimizer steps done."""
-        return float(self.step)
-
-    def observe(self, observation: Observation) -> None:
-        """Take in the step."""
-        self.step = observation.step
-
-    def fires(self) -> Signal:
-        """Fire while an event is due."""
-        left = self.events[self.past :]
-        following = left[0].step(self.total_steps) if left else self.total_steps
-        due = self.due
-        why = (
-            f"{', '.join(event.operator for event in due)} due at step {following}"
-            if due
-            else f"the next event is at step {following}" if left else "no event is left"
-        )  # fmt: skip
-        return Signal(self.name, bool(due), float(self.step), float(following), min(1.0, self.step / following), why)
-
-    def done(self, count: int = 1) -> None:
-        """Take the first `count` events off the list."""
-        self.past += count
-
-    def reset(self) -> None:
-        """Nothing: what is due does not depend on the model."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the step and how many events are past."""
-        return {"past": self.past, "step": self.step}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self.past, self.step = state["past"], state["step"]
-
-
 class Arbiter:
     """Decides: enough triggers must agree, not too soon after the last time, and none twice for the same reason.
 
@@ -410,19 +340,15 @@ class Arbiter:
 
         Args:
             step: Optimizer steps done.
-            signals: What every trigger says; a `FixedSchedule` that fires decides alone.
+            signals: What every trigger says.
         """
         for signal in signals:
             if signal.pressure is not None and not signal.fired and signal.pressure <= self.hysteresis:
                 self.disarmed.discard(signal.name)
-        scheduled = next((s for s in signals if s.fired and s.name == FixedSchedule.name), None)
-        if scheduled is not None:
-            return Decision(True, step, tuple(signals), f"Scheduled: {scheduled.why}.")
         asking = [s for s in signals if s.fired and s.name not in self.disarmed]
-        watched = [s for s in signals if s.name != FixedSchedule.name]
-        measured = sum(s.value is not None for s in watched)
+        measured = sum(s.value is not None for s in signals)
         why = (
-            f"{len(asking)} of {len(watched)} triggers ask for growth, {self.needed} are needed"
+            f"{len(asking)} of {len(signals)} triggers ask for growth, {self.needed} are needed"
             + (f" ({', '.join(s.name for s in asking)})" if asking else "")
             + (f"; {measured} have a value so far" if measured < self.needed else "")
         )
@@ -439,7 +365,12 @@ class Arbiter:
         """Take in what came of a decision to grow: an event, or a probe or an operator that was rejected."""
         self.last = decision.step
         self.events += grew
-        self.disarmed |= {signal.name for signal in decision.signals if signal.fired} - {FixedSchedule.name}
+        self.disarmed |= {signal.name for signal in decision.signals if signal.fired}
+
+    def scheduled(self, step: int) -> None:
+        """Take in an event that a schedule asked for: the cool-down begins anew."""
+        self.last = step
+        self.events += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last step, the number of events and the disarmed triggers."""

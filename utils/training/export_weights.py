@@ -76,7 +76,7 @@ def chosen_weights(run: Any, weights: str | None = None) -> Iterator[ChosenWeigh
     if weights == "best":
         where += ", the checkpoint with the lowest held-out loss"
     try:
-        state = checkpoint.load_into(module)
+        state = _loaded(run, checkpoint)
         if "memory" in state:
             ModuleMemory(module).load_state_dict(state["memory"])
         if decay is None:
@@ -98,6 +98,24 @@ def chosen_weights(run: Any, weights: str | None = None) -> Iterator[ChosenWeigh
             for name, value in module.state_dict().items():
                 value.copy_(kept[name])
         ModuleMemory(module).load_state_dict(memory)
+
+
+def _loaded(run: Any, checkpoint: Any) -> dict[str, Any]:
+    """Load a checkpoint into a run's model, which may have changed its structure since.
+
+    Raises:
+        ExportError: It has.
+    """
+    try:
+        return checkpoint.load_into(run.adapter.module)
+    except CheckpointError as error:
+        if run.config.growth is None:
+            raise
+        raise ExportError(
+            f"The checkpoint of step {checkpoint.step} is from before the model grew: {error.found}",
+            "Expected one of the model as it is now.",
+            "Export with weights='last'.",
+        ) from error
 
 
 def _checkpoint(run: Any, weights: str | None) -> Any:

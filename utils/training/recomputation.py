@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.adapters.structure import block_stacks
+from utils.adapters.structure import block_stacks, lone_blocks
 from utils.runtime.errors import ConfigError
 
 
@@ -28,13 +28,13 @@ def recomputed_blocks(module: nn.Module) -> Iterator[list[str]]:
         ConfigError: The model has no repeated blocks that can be computed twice.
     """
     stacks = block_stacks(module)
-    names = [name for stack in stacks.value or [] for name in stack]
+    names = [name for stack in stacks.value for name in stack] or lone_blocks(module)
     chosen = [name for name in names if not any(_counts(part) for part in module.get_submodule(name).modules())]
     if not chosen:
         raise ConfigError(
             f"TrainingConfig.gradient_checkpointing is set, and {type(module).__name__} has no block to compute again: "
             f"{'all repeated blocks keep batch statistics' if names else stacks.reason}.",
-            "Expected at least two blocks of the same shape without batch normalisation.",
+            "Expected blocks in an nn.ModuleList, or two of the same shape, without batch normalisation.",
             "Set gradient_checkpointing to false, and lower batch_size for less memory.",
         )
     blocks = [module.get_submodule(name) for name in chosen]

@@ -17,7 +17,7 @@ from utils.training.automatic_settings import asked_for, resolved
 from utils.training.background import copy_at_the_end, within
 from utils.training.config import TrainingConfig
 from utils.training.dataset_utilities import prepare_data, reference_of
-from utils.training.extensions import adopted, extensions_of
+from utils.training.extensions import adopted, check_sources, extensions_of
 from utils.training.figures import save_training_figure
 from utils.training.growth_rows import read_growth
 from utils.training.metrics import read_metrics
@@ -53,6 +53,7 @@ from utils.training.run import (
 )
 from utils.training.run_report import run_report
 from utils.training.sharding import check_sharding
+from utils.training.state import Undo
 from utils.training.tracking import check_trackers, tracked
 
 if TYPE_CHECKING:
@@ -113,17 +114,26 @@ def train(
     loaded = _loaded_of(model)
     adapter = ModelAdapter(model, spec=spec)
     _check_trainable(adapter)
-    config = adopted(config, adapter)
+    config = adopted(config, adapter.module)
     extensions = extensions_of(config)
+    check_sources(adapter)
     prepared = prepare_data(adapter, data, config)
     check_free(Path(run_dir))
     _check_devices(config, loaded, adapter)
     with session_lock(Path(run_dir)):
-        for extension in extensions.values():
-            extension.begin(adapter)
-        states = {name: extension.state_dict() for name, extension in extensions.items()}
+        # Before blocks are taken away: what is found has to fit the model that they come back to.
         config, found = resolved(adapter, prepared, config, progress)
-        run = create_run(Path(run_dir), adapter, loaded, prepared, config, found, states)
+        undos: list[Undo | None] = []
+        try:
+            total = config.total_steps(prepared.train_samples)
+            undos += [extension.begin(adapter, total) for extension in extensions.values()]
+            states = {name: extension.state_dict() for name, extension in extensions.items()}
+            run = create_run(Path(run_dir), adapter, loaded, prepared, config, found, states)
+        except BaseException:
+            for undo in reversed(undos):
+                if undo is not None:
+                    undo()
+            raise
         run = _session(run, states, mirror, progress, observers)
         run.notes = [*(finding.text() for finding in found.values()), *run.notes]
         return run
@@ -180,6 +190,7 @@ def resume(
                 _conclude(run, mirror)
             return run
         run.config = adapted(run.config, devices_here(run.config, devices), strategy)
+        extensions_of(run.config)
         if batch_size is not None:
             run.config = in_batches_of(run.config, batch_size)
         _check_devices(run.config, run.loaded, run.adapter)
@@ -225,11 +236,17 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
             "Expected the model of this run.",
         )
     run = Run(directory, adapter, load_prepared(directory / "data"), config, loaded)
-    freeze(adapter.module, record["model"]["frozen"])
     checkpoint = run.checkpoints.latest()
-    for name, extension in extensions_of(config).items():
-        if name in (states := checkpoint.states()):
-            extension.restore(adapter, states[name])
+
+    def as_it_began() -> None:
+        freeze(adapter.module, record["model"]["frozen"])
+
+    states = checkpoint.states()
+    restoring = {name: extension for name, extension in extensions_of(config).items() if name in states}
+    if not restoring:
+        as_it_began()
+    for name, extension in restoring.items():
+        extension.restore(adapter, states[name], as_it_began)
     state = checkpoint.load_into(adapter.module)
     try:
         ModuleMemory(adapter.module).load_state_dict(state["memory"])
@@ -296,7 +313,8 @@ def check_same(
         differences.append(f"the data is {record['data']['reference']}, not {reference}")
     elif _is_other_file(data, record):
         differences.append(f"the samples of {reference} are not the same")
-    settings = asked_for(config.to_dict(), record)
+    module = loaded.module if loaded is not None else ModelAdapter(model, spec=spec).module
+    settings = asked_for(adopted(config, module).to_dict(), record)
     differences += [
         f"{name} is {value!r}, not {settings[name]!r}"
         for name, value in record["config"].items()

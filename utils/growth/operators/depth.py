@@ -1,10 +1,10 @@
 """Insert blocks that begin as the identity.
 
 A pre-norm block is ``x + f(x)``; with the matrices and biases that write f's branches into the stream at zero it
-returns x, bit for bit (Gesmundo & Maile, arXiv:2308.06103, theorem 4; Staged Training, Shen et al., arXiv:2203.06211).
-Which tensors those are is found on a copy: with all of a block's tensors at zero it is the identity or it never is;
-then each gets its values back, the earliest first, unless the block stops being the identity. What is left are the last
-writers of each branch, and exactly one side of each branch is zero, so that it learns.
+returns x, bit for bit (Gesmundo & Maile, arXiv:2308.06103, layer addition; Staged Training, Shen et al.,
+arXiv:2203.06211). Which tensors those are is found on a copy: with all of a block's tensors at zero it is the identity
+or it never is; then each gets its values back, the earliest first, unless the block stops being the identity. What is
+left are the last writers of each branch, and exactly one side of each branch is zero, so that it learns.
 
 A post-norm block is ``n2(h + g(h))`` with ``h = n1(x + f(x))``. Its input is the output of a norm with gain a and shift
 b, and a norm of that is not the same again. But a norm without gain and shift is, up to its epsilon, so the gain and
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from utils.adapters.structure import Structure
+from utils.adapters.structure import Structure, lone_blocks
 from utils.growth.edits import Edit, Gate, GrowthRefusedError, InsertBlock, KeepBlocks, Overwrite, Plan
 from utils.growth.numbers import counts, renumbered
 from utils.growth.operators.layers import plan_layers
@@ -44,7 +44,7 @@ def plan_depth(scratch: Scratch, found: Structure, request: Request) -> Plan:
     Raises:
         GrowthRefusedError: There is no stack of blocks, or none of the ways to insert one keeps the function.
     """
-    if not found.stacks.value and not _alone(scratch.module):
+    if not found.stacks.value and not lone_blocks(scratch.module):
         return plan_layers(scratch, request)
     stack, place = _chosen(scratch.module, found, request)
     container, numbers = _container(scratch.module, stack)
@@ -103,7 +103,7 @@ def plan_beginning(scratch: Scratch, found: Structure, blocks: int) -> Plan:
 
 def _chosen(module: nn.Module, found: Structure, request: Request) -> tuple[list[str], int]:
     """Return the stack, and the place in it of the block behind which the new ones go."""
-    stacks = found.stacks.value or [[name] for name in _alone(module)]
+    stacks = found.stacks.value or [[name] for name in lone_blocks(module)]
     if not stacks:
         for name, child in module.named_modules():
             if isinstance(child, nn.ModuleList) and len(set(child)) < len(child):
@@ -128,17 +128,6 @@ def _chosen(module: nn.Module, found: Structure, request: Request) -> tuple[list
             return stack, stack.index(request.where)
     known = ", ".join(name for stack in stacks for name in stack)
     raise GrowthRefusedError(f"There is no block {request.where!r}.", f"Expected one of {known}.")
-
-
-def _alone(module: nn.Module) -> list[str]:
-    """Return the blocks that are the only ones of their list, the largest first."""
-    names = [
-        f"{name}.0".lstrip(".")
-        for name, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and len(child) == 1 and any(True for _ in child[0].children())
-    ]
-    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    return sorted(outermost, key=lambda name: -sum(p.numel() for p in module.get_submodule(name).parameters()))
 
 
 def _container(module: nn.Module, stack: Sequence[str]) -> tuple[str, list[int]]:

@@ -1,7 +1,7 @@
 """Add hidden units to feed-forward pairs: random rows in, zero columns out.
 
 The new units' contribution is zero times whatever they compute (Net2Wider without replication, Chen et al.,
-arXiv:1511.05641; Gesmundo & Maile, arXiv:2308.06103, theorem 1), so the function stays, up to the order in which a
+arXiv:1511.05641; Gesmundo & Maile, arXiv:2308.06103, MLP expansion), so the function stays, up to the order in which a
 longer sum is added. Their outgoing weights get a gradient in the first step, their incoming ones from the second on.
 """
 

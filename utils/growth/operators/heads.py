@@ -1,8 +1,8 @@
 """Add attention heads: random rows in the projections to queries, keys and values, zero columns in the one behind.
 
 The new heads attend to something and contribute zero times it, so the function stays up to the order in which a longer
-sum is added (Gesmundo & Maile, arXiv:2308.06103, theorem 2). Their columns of the output projection get a gradient in
-the first step, all else of them from the second on.
+sum is added (Gesmundo & Maile, arXiv:2308.06103, head addition). Their columns of the output projection get a gradient
+in the first step, all else of them from the second on.
 
 With grouped queries a group grows as a whole: one more key and value head brings as many query heads as the others
 serve. Where all query heads share one key and value head, query heads alone are added. The length of a head's vectors

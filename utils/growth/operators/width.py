@@ -8,8 +8,8 @@ With a norm across them, new lanes must leave its statistics as they were, up to
 RMSNorm divides by the root of the mean of d squares, so zero lanes make it larger by sqrt(D / d); LayerNorm also
 subtracts the mean, so new lanes have to be the mean of the old ones in everything that writes them. Either way the gain
 is multiplied by sqrt(d / D) and epsilon by d / D, and what the norm then makes of the new lanes is zero (Gesmundo &
-Maile, arXiv:2308.06103, theorem 3; LEMON, arXiv:2310.07999, for the mean). Readers draw new columns: they learn as soon
-as the new lanes hold something.
+Maile, arXiv:2308.06103, hidden dimension expansion; LEMON, arXiv:2310.07999, for the mean). Readers draw new columns:
+they learn as soon as the new lanes hold something.
 """
 
 import math
