@@ -1,4 +1,5 @@
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -6,9 +7,13 @@ import torch
 from torch import nn
 
 import utils
+from tests.growth.operators.test_expert import made
 from utils.growth.callback import GrowthCallback
-from utils.growth.edits import GrowthError
+from utils.growth.edits import GrowthError, GrowthRefusedError
+from utils.growth.opening import STEPS
+from utils.growth.operators.expert import CLOSED
 from utils.runtime.errors import ConfigError
+from utils.training.state import MigrationError, ModelChange, TensorChange
 
 SCHEDULE = {
     "schedule": [{"at": 3, "operator": "depth", "amount": 1}, {"at": 5, "operator": "feed_forward", "amount": 8}]
@@ -33,11 +38,11 @@ class Lit(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-def fit(module, callback, steps, path=None):
-    data = torch.randint(0, 60, (64, 12), generator=torch.Generator().manual_seed(0))
+def fit(module, callback, steps, path=None, data=None, **options):
+    data = data if data is not None else torch.randint(0, 60, (64, 12), generator=torch.Generator().manual_seed(0))
     trainer = pl.Trainer(
         max_steps=steps, callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu",
+        enable_model_summary=False, accelerator="cpu", **options,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,3 +88,187 @@ def test_a_name_that_holds_no_model_is_told():
 def test_what_needs_the_run_of_seedbed_is_refused(settings):
     with pytest.raises(ConfigError, match=r"Train with utils\.train"):
         GrowthCallback(settings)
+
+
+DEPTH_AT_5 = {"schedule": [{"at": 5, "operator": "depth", "amount": 1}]}
+
+
+def test_a_session_that_continues_in_the_middle_of_an_accumulation_grows_once(tmp_path):
+    """Behind an event at step 5 the first micro-batch of the next session still counts 5 steps."""
+    first = GrowthCallback(DEPTH_AT_5, model="net")
+
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, number):
+            if trainer.global_step == 5 and number % 2:
+                trainer.save_checkpoint(tmp_path / "at-5.ckpt")
+
+    module = Lit()
+    data = torch.randint(0, 60, (64, 12), generator=torch.Generator().manual_seed(0))
+    trainer = pl.Trainer(
+        max_steps=7, callbacks=[first, Saving()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu", accumulate_grad_batches=2,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+    assert [event.step for event in first.events] == [5]
+    again, second = Lit(), GrowthCallback(DEPTH_AT_5, model="net")
+    fit(again, second, 10, tmp_path / "at-5.ckpt", accumulate_grad_batches=2)
+    assert [event.step for event in second.events] == [5]
+    assert len(again.net.blocks) == 3
+
+
+def test_a_state_without_what_is_past_grows_no_second_time():
+    saved = GrowthCallback(DEPTH_AT_5)
+    state = {"events": [], "refusals": []}
+    saved.load_state_dict(state)
+    saved.model = "net"
+    trainer = SimpleNamespace(global_step=5, estimated_stepping_batches=10, max_steps=10, optimizers=[None])
+    saved.on_train_start(trainer, Lit())
+    trainer.global_step = 6
+    saved.on_train_batch_end(trainer, Lit(), None, None, 0)
+    assert saved.events == saved.refusals == []
+    assert saved.state_dict()["looked"] == 6
+
+
+def test_a_step_that_two_optimizers_pass_over_counts():
+    class Two(Lit):
+        def __init__(self):
+            super().__init__()
+            self.other, self.automatic_optimization = nn.Linear(2, 2), False
+
+        def training_step(self, batch, number):
+            for optimizer, loss in zip(
+                self.optimizers(), (super().training_step(batch, number), self.other(torch.ones(2)).sum()), strict=True
+            ):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.AdamW(self.net.parameters(), 1e-3), torch.optim.SGD(self.other.parameters(), 1e-3)]
+
+    module, callback = Two(), GrowthCallback(DEPTH_AT_5, model="net")
+    trainer = fit(module, callback, 10)
+    assert [event.step for event in callback.events] == [6]
+    first, second = ({p for g in o.param_groups for p in g["params"]} for o in trainer.optimizers)
+    assert first == set(module.net.parameters())
+    assert second == set(module.other.parameters())
+
+
+@pytest.mark.parametrize("at", [6, 50])
+def test_an_event_that_the_fit_does_not_reach_is_told_and_made_in_a_longer_one(tmp_path, at):
+    settings = {"schedule": [{"at": at, "operator": "depth", "amount": 1}]}
+    callback = GrowthCallback(settings, model="net")
+    with pytest.warns(UserWarning, match=f"planned for at={at}, and the run has 6 steps. Expected a step before"):
+        trainer = told(Lit(), callback, 6)
+    assert callback.events == []
+    assert [(r["step"], r["operator"]) for r in callback.refusals] == [(at, "depth")]
+    trainer.save_checkpoint(tmp_path / "at-6.ckpt")
+    longer = GrowthCallback(settings, model="net")
+    fit(Lit(), longer, 10, tmp_path / "at-6.ckpt")
+    assert [event.step for event in longer.events] == ([7] if at == 6 else [])
+    assert len(longer.refusals) == (at == 50)
+    stopping = GrowthCallback({**settings, "on_refusal": "stop"}, model="net")
+    with pytest.raises(GrowthRefusedError, match="Let it grow earlier"):
+        fit(Lit(), stopping, 6)
+
+
+def told(module, callback, steps):
+    data = torch.randint(0, 60, (64, 12))
+    trainer = pl.Trainer(max_steps=steps, callbacks=[callback], logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+    return trainer
+
+
+def test_a_share_of_a_fit_without_an_end_is_told():
+    callback = GrowthCallback({"schedule": [{"at": 0.5, "operator": "depth", "amount": 1}]}, model="net")
+    trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=float("inf"), max_steps=-1, optimizers=[None])
+    with pytest.warns(UserWarning, match="the run has no known end"):
+        callback.on_train_start(trainer, Lit())
+    trainer.global_step = 1
+    callback.on_train_batch_end(trainer, Lit(), None, None, 0)
+    assert callback.events == []
+
+
+def test_answers_are_compared_on_the_batch_where_forward_takes_it():
+    callback = GrowthCallback(DEPTH_AT_5, model="net")
+    fit(Lit(), callback, 7)
+    assert callback.events[0].why == "scheduled for step 5; compared on the batch just trained on"
+
+    class Pairs(Lit):
+        def training_step(self, batch, number):
+            return super().training_step(batch[0], number)
+
+    pairs = torch.utils.data.TensorDataset(torch.randint(0, 60, (64, 12)))
+    callback = GrowthCallback(DEPTH_AT_5, model="net")
+    fit(Pairs(), callback, 7, data=pairs)
+    assert callback.events[0].why == "scheduled for step 5; compared on made-up inputs"
+
+    class Long(Lit):
+        """The batch has one token more than the model takes."""
+
+        def training_step(self, batch, number):
+            return super().training_step(batch[:, :-1], number)
+
+    callback = GrowthCallback(DEPTH_AT_5, model="net")
+    fit(Long(), callback, 7, data=torch.randint(0, 60, (64, 17)))
+    assert callback.events[0].why == "scheduled for step 5; compared on made-up inputs"
+
+
+class Experts(pl.LightningModule):
+    def __init__(self, grown=False):
+        super().__init__()
+        self.net = made()
+        if grown:
+            with pytest.warns(UserWarning, match="gets no tokens"):
+                utils.grow(self.net, "expert", 1)
+
+    def training_step(self, batch, number):
+        return self.net(batch, labels=batch)[0]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def closed(module):
+    return module.net.blocks[0].mixture.router.bias[4].item() == CLOSED
+
+
+def test_a_new_expert_is_let_in_and_a_session_that_continues_goes_on(tmp_path):
+    ids = torch.randint(0, 37, (64, 12))
+    settings = {"schedule": [{"at": 1, "operator": "expert", "amount": 1}]}
+    module, callback = Experts(), GrowthCallback(settings, model="net")
+    trainer = fit(module, callback, 4, data=ids)
+    assert [event.plan.operator for event in callback.events] == ["expert"]
+    assert callback.openings.rising
+    assert not closed(module)
+    trainer.save_checkpoint(tmp_path / "at-4.ckpt")
+    again, second = Experts(), GrowthCallback(settings, model="net")
+    fit(again, second, STEPS + 5, tmp_path / "at-4.ckpt", data=ids)
+    assert second.openings.rising == []
+    assert len(second.events) == 1
+
+
+def test_an_expert_that_was_added_before_is_let_in():
+    module, callback = Experts(grown=True), GrowthCallback(DEPTH_AT_5, model="net")
+    assert closed(module)
+    fit(module, callback, 3, data=torch.randint(0, 37, (64, 12)))
+    assert callback.openings.rising
+    assert not closed(module)
+
+
+def test_a_new_parameter_that_several_optimizers_could_train_is_refused():
+    module, callback = Lit(), GrowthCallback(DEPTH_AT_5, model="net")
+    named = dict(module.net.named_parameters())
+    held = list(named.values())
+    gate = nn.Parameter(torch.zeros(()))
+    change = ModelChange("depth", 1, {**named, "gate": gate}, changes={"gate": TensorChange()}, before=named)
+    two = [torch.optim.SGD(held[:2], 0.1), torch.optim.SGD([*held[2:], module.extra], 0.1)]
+    with pytest.raises(MigrationError, match="2 optimizers train the model, and nothing says which one trains .* gate"):
+        callback._followed(SimpleNamespace(optimizers=two), change)
+    undo = callback._followed(SimpleNamespace(optimizers=two[1:]), change)
+    assert any(p is gate for p in two[1].param_groups[0]["params"])
+    undo()
+    assert not any(p is gate for p in two[1].param_groups[0]["params"])

@@ -99,3 +99,17 @@ class Held:
     """A container of its own."""
 
     stream: torch.Tensor
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38])
+def test_a_closed_gate_keeps_out_what_is_infinite_and_learns_from_the_rest(value):
+    x = torch.tensor([1.0, -3e38, 3.0])
+    given = x.clone().requires_grad_()
+    block = GatedBlock(Inner(lambda y: torch.cat([torch.tensor([5.0, value]), y[2:]])))
+    output = block(given)
+    assert torch.equal(output, x)
+    output.sum().backward()
+    assert block.gate.grad == (5.0 - 1.0) + (6.0 - 3.0)
+    assert torch.equal(given.grad, torch.ones(3))
+    block.gate.data.fill_(0.5)
+    assert bool(block(x).isfinite()[1]) is False

@@ -75,7 +75,7 @@ def test_each_way_to_be_wrong_is_told_apart():
         "RuntimeError: ": (plan(Widen("blocks.0.up.weight", 0, ((24, 2),), "like")), {}),
         "the output changes by ": (wide("like"), {}),
         "blocks.2 is never run": (plan(InsertBlock("blocks", 2, 1, ZEROED)), {"must_run": ["blocks.2"]}),
-        "no gradient reaches what is new": (plan(InsertBlock("blocks", 2, 1, ZEROED)), {}),
+        "what is new gets no gradient": (plan(InsertBlock("blocks", 2, 1, ZEROED)), {}),
         "The growth step test from 2 to 3 in the model does not fit": (plan(Scale("nothing", 2.0)), {}),
         "no, thanks": (wide(), {"also": lambda surgery: "no, thanks"}),
         "ZeroDivisionError": (wide(), {"also": lambda surgery: 1 // 0}),
@@ -96,7 +96,7 @@ def test_what_is_frozen_has_nothing_to_learn():
     model = Toy()
     model.requires_grad_(False)
     model.norm.requires_grad_(True)
-    assert Scratch(adapted(model)).attempt(wide()).problem == "no gradient reaches what is new"
+    assert Scratch(adapted(model)).attempt(wide()).problem == "what is new would be frozen, as what it belongs to"
     model.blocks[0].down.weight.requires_grad_(True)
     assert Scratch(adapted(model)).attempt(wide()).problem is None
 
@@ -107,7 +107,7 @@ def test_both_sides_at_zero_never_learn():
         Widen("blocks.0.up.bias", 0, ((24, 2),)),
         Widen("blocks.0.down.weight", 1, ((24, 2),)),
     )
-    assert Scratch(adapted(Toy())).attempt(both).problem == "no gradient reaches what is new"
+    assert Scratch(adapted(Toy())).attempt(both).problem == "what is new gets no gradient"
 
 
 def test_more_outputs_than_before_are_compared_up_to_the_old_number():

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.growth.toys import assert_undone, tensors
-from utils.growth.edits import Gate, InsertBlock, LineageError, Number, Overwrite, Plan, Scale, Widen
+from utils.growth.edits import (
+    Gate,
+    GrowthRefusedError,
+    InsertBlock,
+    InsertLayer,
+    LineageError,
+    Number,
+    Overwrite,
+    Plan,
+    Scale,
+    Widen,
+)
 from utils.growth.gated_block import GatedBlock
 from utils.growth.surgery import Surgery
 from utils.training.state import Insertion, TensorChange
@@ -292,3 +303,51 @@ def test_floats_are_compared_up_to_rounding():
     model.scale = 1 / math.sqrt(3)
     operated(Number("", ("scale",), round(1 / math.sqrt(3), 14), 0.5), model=model)
     assert model.scale == 0.5
+
+
+def test_the_random_streams_stay():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    before = torch.get_rng_state()
+    operated(InsertLayer("", 2, 1, 4, 0, 1), model=model)
+    assert len(model) == 5
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_events_at_one_step_draw_other_numbers():
+    drawn = [
+        operated(Widen("layers.0.weight", 1, ((4, 5),), "like"), seed=3, step=7, number=number)[0].layers[0].weight
+        for number in (0, 1, 1)
+    ]
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[1], drawn[2])
+
+
+def test_attributes_of_parameters_go_with_them():
+    model = Model()
+    model.layers[0].weight.no_decay = True
+    model.seen.unit = "m"
+    widen = [Widen("layers.0.weight", 0, ((4, 1),)), Widen("seen", 0, ((5, 1),))]
+    operated(InsertBlock("layers", 3, 0, ()), *widen, model=model)
+    assert model.layers[0].weight.no_decay
+    assert model.layers[3].weight.no_decay
+    assert model.seen.unit == "m"
+
+
+class Special(nn.Parameter):
+    """A kind of its own."""
+
+
+@pytest.mark.parametrize("kind", ["hook", "accumulate", "class"])
+def test_a_parameter_that_would_lose_something_is_refused(kind):
+    model = Model()
+    if kind == "hook":
+        model.layers[0].weight.register_hook(lambda gradient: gradient)
+    elif kind == "accumulate":
+        model.layers[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    else:
+        model.layers[0].weight = Special(model.layers[0].weight.data)
+    known = tensors(model)
+    words = "is of the class Special" if kind == "class" else "has hooks on its gradient"
+    with pytest.raises(GrowthRefusedError, match=f"The parameter layers.0.weight {words}.*Expected.*grow another part"):
+        operated(Scale("head.weight", 2.0), Widen("layers.0.weight", 0, ((4, 1),)), model=model)
+    assert_undone(model, known)

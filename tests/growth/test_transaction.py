@@ -1,5 +1,6 @@
 import copy
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,8 +8,8 @@ import torch
 from torch import nn
 
 import utils
-from utils.adapters import ModelAdapter
-from utils.growth.edits import LineageError, Number, Overwrite, Plan, Widen
+from utils.adapters import ModelAdapter, ModelSpec
+from utils.growth.edits import InsertLayer, LineageError, Number, Overwrite, Plan, Scale, Widen
 from utils.growth.planning import plan_growth
 from utils.growth.request import Request
 from utils.growth.transaction import GrowthUndoneError, grow_by
@@ -169,3 +170,78 @@ def test_another_process_may_say_no(trained):
     with pytest.raises(GrowthUndoneError, match="taken back: kept"):
         grow_by(adapter, plan, adapter.example_inputs(), agree=lambda failed: True)
     assert_same(before, everything(adapter, optimizer))
+
+
+def test_an_exact_plan_that_changes_the_last_place_is_called_bounded(trained):
+    adapter, _ = trained
+    exact = grow_by(adapter, plan_growth(adapter, Request("depth", 1)), adapter.example_inputs()).event
+    assert exact.plan.promise == "exact"
+    assert exact.certificate.double_difference == 0
+    wide = replace(plan_growth(adapter, Request("feed_forward", 8)), promise="exact")
+    wide = replace(wide, edits=(*wide.edits, Scale("head.weight", 1 + 2**-22)))
+    wide = replace(wide, double_bound=1e-5)
+    event = grow_by(adapter, wide, adapter.example_inputs()).event
+    assert event.plan.promise == "bounded"
+    assert "(bounded; " in event.describe()
+
+
+def test_what_is_wrong_in_float64_alone_is_taken_back(trained):
+    adapter, optimizer = trained
+    before = everything(adapter, optimizer)
+    wrong = Plan("depth", ("head",), (Scale("head.weight", 1 + 1e-6),), 2, 3)
+    with pytest.raises(GrowthUndoneError, match="in float64 where 1e-09 is the bound"):
+        grow_by(adapter, wrong, adapter.example_inputs(), None, lambda c: migrate_optimizer(optimizer, c), tolerance=0.1)
+    assert_same(before, everything(adapter, optimizer))
+    # A norm's epsilon is allowed, and more of it where the user allows more.
+    epsilon = replace(wrong, double_bound=1e-7)
+    with pytest.raises(GrowthUndoneError):
+        grow_by(adapter, epsilon, adapter.example_inputs())
+    assert grow_by(adapter, epsilon, adapter.example_inputs(), tolerance=1e-4).event.certificate.passed
+
+
+def test_a_half_precision_model_with_answers_in_float32_has_its_own_bound():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4, dtype=torch.bfloat16)
+
+        def forward(self, x):
+            return self.layer(x.to(self.layer.weight.dtype)).float()
+
+    adapter = ModelAdapter(Half(), spec=ModelSpec(example_inputs={"x": torch.randn(4, 8)}))
+    nothing = Plan("depth", ("layer",), (Scale("layer.weight", 1.0),), 1, 2)
+    assert grow_by(adapter, nothing, adapter.example_inputs(4)).event.certificate.bound == 2e-2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_event_leaves_the_random_streams_alone(fails):
+    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    adapter = ModelAdapter(module, spec=ModelSpec(example_inputs={"input": torch.randn(4, 4)}))
+    plan, inputs = plan_growth(adapter, Request("depth", 1)), adapter.example_inputs(4)
+    assert any(isinstance(edit, InsertLayer) for edit in plan.edits)
+    before = torch.get_rng_state()
+
+    def migrate(change):
+        torch.rand(3)
+        if fails:
+            raise MigrationError("it cannot")
+        return lambda: None
+
+    if fails:
+        with pytest.raises(GrowthUndoneError):
+            grow_by(adapter, plan, inputs, None, migrate)
+    else:
+        grow_by(adapter, plan, inputs, None, migrate)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_number_of_an_event_decides_what_is_drawn(trained):
+    adapter, _ = trained
+    plan, inputs = plan_growth(adapter, Request("feed_forward", 8)), adapter.example_inputs()
+    drawn = []
+    for number in (0, 1, 1):
+        grown = grow_by(adapter, plan, inputs, number=number)
+        drawn.append(adapter.module.get_parameter("blocks.0.mlp.0.weight").detach().clone())
+        grown.undo()
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[1], drawn[2])

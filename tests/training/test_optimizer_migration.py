@@ -50,7 +50,18 @@ def widened(model):
         lambda m: torch.optim.ASGD(m.parameters(), 1e-2, t0=1),
         lambda m: torch.optim.Rprop(m.parameters(), 1e-3),
     ],
-    ids=["adamw", "amsgrad-fused", "sgd-momentum", "rmsprop", "adagrad", "nadam", "adamax", "adadelta", "asgd", "rprop"],
+    ids=[
+        "adamw",
+        "amsgrad-fused",
+        "sgd-momentum",
+        "rmsprop",
+        "adagrad",
+        "nadam",
+        "adamax",
+        "adadelta",
+        "asgd",
+        "rprop",
+    ],
 )
 def test_the_old_entries_go_on_as_in_a_model_that_did_not_grow(make):
     """New units whose both sides are zero never move, so the old ones must take the very steps of the small model."""
@@ -123,13 +134,13 @@ def test_the_updates_of_adadelta_are_in_units_of_the_weights():
 
 
 def test_averaged_weights_follow_as_weights():
-    model, optimizer = trained(lambda m: torch.optim.ASGD(m.parameters(), 1e-2, t0=1))
+    model, optimizer = trained(lambda m: torch.optim.ASGD(m.parameters(), 1e-2, t0=1), 5)
     average = optimizer.state[model[0].weight]["ax"].clone()
     assert not torch.equal(average, model[0].weight)
     undo = migrate_optimizer(optimizer, scaled(model))
     assert torch.equal(optimizer.state[model[0].weight]["ax"], 2 * average)
     undo()
-    model, optimizer = trained(lambda m: torch.optim.ASGD(m.parameters(), 1e-2, t0=1))
+    model, optimizer = trained(lambda m: torch.optim.ASGD(m.parameters(), 1e-2, t0=1), 5)
     change = widened(model)
     with torch.no_grad():
         model[0].weight[2] = 7.0

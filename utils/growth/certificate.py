@@ -98,9 +98,7 @@ class Certificate:
         return cls(**values)
 
 
-def answers(
-    adapter: ModelAdapter, inputs: Mapping[str, Any], loss: Any = None, double: bool | None = None
-) -> Answers:
+def answers(adapter: ModelAdapter, inputs: Mapping[str, Any], loss: Any = None, double: bool | None = None) -> Answers:
     """Let a model answer a batch; it comes back as it was.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor
 from utils.adapters import ModelAdapter
 from utils.adapters.structure import Structure, structure
 from utils.growth.benefit import LayerBenefit, Place, benefit, where_to_grow
-from utils.growth.budget import Budget, ModelSize, model_size
+from utils.growth.budget import Budget, BudgetError, ModelSize, model_size
 from utils.growth.capacity import LayerCapacity, capacity, pairs_of
 from utils.growth.config import GrowthConfig
 from utils.growth.edits import Plan
@@ -18,6 +18,8 @@ from utils.growth.surgery import Surgery
 from utils.growth.triggers import Arbiter, Decision, Observation, Trigger, make_triggers, predictive_entropy
 from utils.training.batch_inputs import model_inputs
 from utils.training.evaluation import masked, masking_seed
+from utils.training.processes import agreed
+from utils.training.step_memory import room
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Controller:
     """Watches a run and says when and where its model should grow.
 
     Attributes:
-        decisions: What was decided at each look, as plain values.
+        arbiter: Weighs what the triggers say.
+        triggers: What watches.
+        budget: Limits that no event exceeds.
+        first: What the model cost when it was first measured; None before that.
     """
 
     def __init__(self, config: GrowthConfig) -> None:
@@ -54,7 +59,6 @@ class Controller:
         self.triggers: list[Trigger] = make_triggers(config)
         self.budget = Budget.from_config(config)
         self.first: ModelSize | None = None
-        self.decisions: list[dict[str, Any]] = []
         self._parts: Any = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,7 +116,6 @@ class Controller:
         for trigger in self.triggers:
             trigger.observe(Observation(step, entropy=entropy, capacity=layers, benefit=benefits))
         decision = self.arbiter.decide(step, [trigger.fires() for trigger in self.triggers])
-        self.decisions.append(decision.to_dict())
         return Wanted(self._best(adapter, benefits, layers), decision) if decision.grow else None
 
     def _best(
@@ -147,15 +150,18 @@ class Controller:
         return Request(operator, max(1, round(share * size))), share
 
     def check_budget(self, session: Any, plan: Plan, events: int) -> None:
-        """Refuse a plan with which the model would cost more than it may.
+        """Refuse a plan with which the model would cost more than it may, or than the GPU has room for.
+
+        All processes that train together ask at the same point, and refuse together.
 
         Raises:
             BudgetError: It would.
         """
-        limits = self.budget
-        if limits == Budget():
+        limits, run = self.budget, session.run
+        device = run.adapter.device
+        # A GPU that is full ends the run, whatever the limits; a CPU is asked where it is measured in any case.
+        if limits == Budget() and device.type != "cuda":
             return
-        run = session.run
         inputs = run.adapter.example_inputs()
         before = model_size(run.adapter, inputs, run.config, run.data)
         self.first = self.first or before
@@ -164,7 +170,13 @@ class Controller:
             after = model_size(run.adapter, inputs, run.config, run.data)
         finally:
             surgery.undo()
-        limits.check(before, after, self.first, events)
+        refused = limits.refusal(before, after, self.first, events, room(device))
+        if agreed(refused is not None):
+            raise refused or BudgetError(
+                f"Another process has no room for {plan.describe()}.",
+                "Expected room for the grown model in all processes.",
+                "Let it grow by less, or use a smaller batch_size.",
+            )
 
 
 def _rounded(size: float) -> int:

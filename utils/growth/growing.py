@@ -1,15 +1,20 @@
 """Growth in one call, for a model in your hands."""
 
+import warnings
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter, ModelSpec
+from utils.growth.config import SECOND_MOMENTS
 from utils.growth.lineage import GrowthEvent, lineage_of, remember
+from utils.growth.operators.expert import opening
 from utils.growth.planning import plan_growth
 from utils.growth.request import Request
 from utils.growth.transaction import grow_by
+from utils.runtime.errors import ConfigError
 from utils.training.optimizer_migration import migrate_optimizer
 from utils.training.state import ModelChange, Undo
 
@@ -26,6 +31,7 @@ def grow(
     optimizer: Any = None,
     seed: int = 0,
     tolerance: float | None = None,
+    new_second_moment: str = "mean",
     spec: ModelSpec | None = None,
 ) -> GrowthEvent:
     """Make a model bigger where it stands, with a certificate; when that is not possible, it is as it was.
@@ -46,15 +52,28 @@ def grow(
         optimizer: An optimizer that trains the model and is to follow.
         seed: Seed of what is drawn.
         tolerance: Largest change of an answer as a share of their size; None takes that of the model's precision.
+        new_second_moment: The optimizer's second moments of new weights: "mean", that of the tensor or of the one it is
+            modelled on, or "zero".
         spec: Facts about the model that override detection.
 
     Returns:
         What was done, with its certificate.
 
     Raises:
+        ConfigError: There is no such second moment.
         GrowthRefusedError: The model cannot grow so; the message says why.
         GrowthUndoneError: It grew, did not keep its function or could not be followed, and was taken back.
+
+    Warns:
+        UserWarning: A new expert gets no tokens before training opens it.
     """
+    if new_second_moment not in SECOND_MOMENTS:
+        near = get_close_matches(str(new_second_moment), SECOND_MOMENTS, n=1)
+        raise ConfigError(
+            f"new_second_moment is {new_second_moment!r}.",
+            f"Expected one of {', '.join(SECOND_MOMENTS)}.",
+            f"Did you mean {near[0]!r}?" if near else "Leave it out for the mean, as in a run.",
+        )
     adapter = ModelAdapter(model, spec=spec)
     module: nn.Module = adapter.module
     plan = plan_growth(adapter, Request(operator, amount, to, where))
@@ -71,7 +90,14 @@ def grow(
 
     event = grow_by(
         adapter, plan, given, loss, None if optimizer is None else migrate, seed, len(lineage_of(module)),
-        tolerance=tolerance,
+        new_second_moment == "mean", tolerance,
     ).event  # fmt: skip
     remember(module, (*lineage_of(module), event))
+    if held := [f"{name}[{first}:]" for name, first in opening(plan)]:
+        warnings.warn(
+            f"The new expert gets no tokens: {', '.join(held)} holds it back until training with utils.train or "
+            "GrowthCallback raises it.",
+            UserWarning,
+            stacklevel=2,
+        )
     return event

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from utils.adapters import ModelAdapter
 from utils.growth.budget import forward_flops
+from utils.growth.config import GrowthConfig
 from utils.growth.edits import GrowthRefusedError, Plan
 from utils.growth.planning import forget_sizes
 from utils.growth.surgery import Surgery
@@ -58,17 +59,25 @@ class Probe:
         return {**asdict(self), "pays": self.pays}
 
 
-def probe(session: Any, plan: Plan, steps: int) -> Probe:
+def probe(session: Any, plan: Plan, steps: int, number: int = 0) -> Probe:
     """Try a plan for some steps.
 
     Args:
         session: The run's `SessionCallback`, after an optimizer step.
         plan: What would be done.
         steps: Optimizer steps of each copy.
+        number: Of the event in the lineage, so that the copy draws what the event would.
 
     Raises:
-        GrowthRefusedError: The run reads its data while it trains, so the next batches are not known.
+        GrowthRefusedError: The run reads its data while it trains, so the next batches are not known; or the plan is
+            approximate, and the copy would have to be distilled first.
     """
+    if plan.promise == "approximate":
+        raise GrowthRefusedError(
+            f"probe_steps is set, and {plan.describe()} would change the function.",
+            "Expected growth that keeps the function: a copy that was not distilled says nothing of one that was.",
+            "Set probe_steps to 0, or approximate to False.",
+        )
     run, stream = session.run, session.stream
     if stream.sequential:
         raise GrowthRefusedError(
@@ -76,7 +85,7 @@ def probe(session: Any, plan: Plan, steps: int) -> Probe:
             "Expected data whose next batches can be looked at.",
             "Set probe_steps to 0, or prepare the data without ?stream=true.",
         )
-    copies = [_copied(session, None), _copied(session, plan)]
+    copies = [_copied(session, None), _copied(session, plan, number)]
     with isolated_streams(run.config.seed, "probe", session.progress.step):
         before = _measured(session, copies[0][0], steps)
         reached = []
@@ -88,7 +97,7 @@ def probe(session: Any, plan: Plan, steps: int) -> Probe:
     return Probe(steps, before, reached[0], reached[1], flops[1] / max(1, flops[0]))
 
 
-def _copied(session: Any, plan: Plan | None) -> tuple[ModelAdapter, torch.optim.Optimizer]:
+def _copied(session: Any, plan: Plan | None, number: int = 0) -> tuple[ModelAdapter, torch.optim.Optimizer]:
     """Return an adapter of a copy of the model, grown or not, and an optimizer that goes on from the run's."""
     run = session.run
     adapter = copy.copy(run.adapter)
@@ -96,7 +105,8 @@ def _copied(session: Any, plan: Plan | None) -> tuple[ModelAdapter, torch.optim.
     optimizer = make_optimizer(adapter.module, run.config)
     optimizer.load_state_dict(copy.deepcopy(session.optimizer.state_dict()))
     if plan is not None:
-        surgery = Surgery(adapter.module, plan, run.config.seed, session.progress.step)
+        mean = GrowthConfig.from_dict(run.config.growth or {}).new_second_moment == "mean"
+        surgery = Surgery(adapter.module, plan, run.config.seed, session.progress.step, mean, number)
         migrate_optimizer(optimizer, surgery.change, parameter_groups(adapter.module, run.config.weight_decay))
     forget_sizes(adapter)
     return adapter, optimizer
@@ -135,7 +145,8 @@ def _loss(session: Any, adapter: ModelAdapter, ahead: int, smoothing: float = 0.
     config, run = session.config, session.run
     batch = {name: value.to(run.adapter.device) for name, value in _ahead(session, ahead).items()}
     seed = masking_seed(config.seed, session.progress.batches + ahead, session.stream.rank)
-    return objective(adapter, run.data, batch, seed, smoothing)[0]
+    with session.module.trainer.precision_plugin.forward_context():
+        return objective(adapter, run.data, batch, seed, smoothing)[0]
 
 
 def _ahead(session: Any, number: int) -> dict[str, Tensor]:

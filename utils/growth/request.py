@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from utils.growth.edits import GrowthRefusedError
+from utils.training.config import LARGEST
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,34 @@ class Request:
     gated: bool = True
     """Allow a gate where nothing exact exists."""
 
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            GrowthRefusedError: One is no size, or no place.
+        """
+        for name in ("amount", "to"):
+            value = getattr(self, name)
+            if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST):
+                continue
+            raise GrowthRefusedError(
+                f"{name} is {str(value)[:40]!r}.",
+                f"Expected a whole number from 1 to {LARGEST:,}.",
+                "Say how much is added with amount, or the size to reach with to.",
+            )
+        if (self.amount is None) == (self.to is None):
+            raise GrowthRefusedError(
+                f"amount is {self.amount} and to is {self.to}.",
+                "Expected exactly one of them.",
+                "Say how much is added with amount, or the size to reach with to.",
+            )
+        if self.where is not None and (isinstance(self.where, bool) or not isinstance(self.where, (str, int))):
+            raise GrowthRefusedError(
+                f"where is {self.where!r}.",
+                "Expected the name of a block or module, or the number of a block.",
+                "Leave it at None to let the operator choose.",
+            )
+
     def added(self, size: int, what: str) -> int:
         """Return how much is added to a size.
 
@@ -31,10 +60,11 @@ class Request:
             GrowthRefusedError: Nothing, or less than nothing.
         """
         wanted = self.amount if self.to is None else self.to - size
-        if wanted is None or (self.amount is not None and self.to is not None) or wanted < 1:
-            asked = f"to {self.to}" if self.to is not None else f"by {self.amount}"
+        assert wanted is not None
+        if wanted < 1:
             raise GrowthRefusedError(
-                f"{self.operator} was to grow {asked}, and the model has {size} {what}.",
-                "Expected more than there is, said by one of amount and to.",
+                f"{self.operator} was to grow to {self.to}, and the model has {size} {what}.",
+                "Expected more than there is.",
+                f"Say to={size + 1} or more.",
             )
         return wanted

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
 from utils.adapters.capture import first_tensor, observe
-from utils.growth.edits import GrowthRefusedError, LineageError, Plan
+from utils.growth.edits import GrowthRefusedError, InsertBlock, InsertLayer, LineageError, Plan, Widen
 from utils.growth.surgery import Surgery
 from utils.runtime.printing import captured_output
+from utils.runtime.resources import available_memory, format_bytes
 from utils.runtime.seeding import isolated_streams
 from utils.validation.padding_masks import masks_of
 
@@ -95,6 +96,9 @@ class Scratch:
             also: Called with the change while it is made; returns a problem, or None.
             learns: A gradient has to reach something that is new.
         """
+        needed, free = 2 * _new_numbers(self.module, plan) * (8 if self.exact else 4), available_memory()
+        if needed > free:
+            return Trial(f"it takes {format_bytes(needed)} to try, and {format_bytes(free)} are free", ran=False)
         try:
             surgery = Surgery(self.module, plan, seed)
         except LineageError as error:
@@ -110,7 +114,9 @@ class Scratch:
                         return Trial(f"{missing[0]} is never run")
                     difference = changed_by(self.expected, output, plan.outputs)
                     if difference <= self.close and learns and not self._learns(surgery):
-                        return Trial("no gradient reaches what is new", difference)
+                        frozen = all(not p.requires_grad for p in _fresh(surgery).values())
+                        why = "would be frozen, as what it belongs to" if frozen else "gets no gradient"
+                        return Trial(f"what is new {why}", difference)
                     if difference <= self.close and self.other is not None:
                         asked, known = self.other
                         with torch.no_grad():
@@ -136,13 +142,8 @@ class Scratch:
         """Tell whether a gradient reaches something that is new."""
         output = self.adapter.logits(self.inputs)
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-        fresh = {
-            name: how
-            for name, how in surgery.change.changes.items()
-            if (how.insertions or how.source is None) and name in surgery.change.parameters
-        }
-        trained = {name: surgery.change.parameters[name] for name in fresh}
-        trained = {name: parameter for name, parameter in trained.items() if parameter.requires_grad}
+        fresh = _fresh(surgery)
+        trained = {name: parameter for name, parameter in fresh.items() if parameter.requires_grad}
         if not trained:
             # What was frozen stays so; what is new in it has nothing to learn.
             return not fresh
@@ -150,7 +151,7 @@ class Scratch:
         for name, gradient in zip(trained, gradients, strict=True):
             if gradient is None:
                 continue
-            how = fresh[name]
+            how = surgery.change.changes[name]
             old = gradient
             for insertion in reversed(how.insertions):
                 old = _without(old, insertion.axis, insertion.places)
@@ -183,6 +184,33 @@ class Scratch:
                 "Grow another part, such as the feed-forward width.",
             )
         return calls[0]
+
+
+def _fresh(surgery: Surgery) -> dict[str, Tensor]:
+    """Return the parameters that are new or have new entries."""
+    change = surgery.change
+    return {
+        name: change.parameters[name]
+        for name, how in change.changes.items()
+        if (how.insertions or how.source is None) and name in change.parameters
+    }
+
+
+def _new_numbers(module: nn.Module, plan: Plan) -> int:
+    """Return about how many numbers a plan adds; what does not fit the model counts for nothing."""
+    total = 0
+    for edit in plan.edits:
+        with suppress(Exception):
+            if isinstance(edit, Widen):
+                owner, _, leaf = edit.name.rpartition(".")
+                tensor = getattr(module.get_submodule(owner), leaf)
+                total += tensor.numel() // max(1, tensor.shape[edit.axis]) * sum(count for _, count in edit.places)
+            elif isinstance(edit, InsertBlock):
+                block = module.get_submodule(f"{edit.container}.{edit.source}".lstrip("."))
+                total += sum(parameter.numel() for parameter in block.parameters())
+            elif isinstance(edit, InsertLayer):
+                total += edit.width**2 * (edit.kernel**edit.axes)
+    return total
 
 
 def changed_by(before: Tensor, after: Tensor, outputs: int | None = None) -> float:

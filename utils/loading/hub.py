@@ -3,6 +3,7 @@
 Code from the Hub never runs (``trust_remote_code=False``), and weights are read from safetensors only.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,13 +68,16 @@ def load_transformers(
 
     def fresh() -> nn.Module:
         with isolated_streams("instantiate", seed):
-            return kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+            # A model keeps its config and may change it; each instance gets one of its own.
+            own = copy.deepcopy(config)
+            return kind.from_config(own) if kind is transformers.AutoModel else kind(own)
 
     def build() -> nn.Module:
         if not has_weights:
             return fresh()
         with isolated_streams("instantiate", seed):
-            return kind.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32, **common)
+            own = copy.deepcopy(config)
+            return kind.from_pretrained(name, config=own, use_safetensors=True, dtype=torch.float32, **common)
 
     notes: tuple[str, ...] = ()
     try:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from utils.adapters.structure import Structure, lone_blocks
+from utils.growth.certificate import DOUBLE_BOUND, EPSILON_BOUND
 from utils.growth.edits import Edit, Gate, GrowthRefusedError, InsertBlock, KeepBlocks, Overwrite, Plan
 from utils.growth.numbers import counts, renumbered
 from utils.growth.operators.layers import plan_layers
@@ -44,17 +45,29 @@ def plan_depth(scratch: Scratch, found: Structure, request: Request) -> Plan:
     Raises:
         GrowthRefusedError: There is no stack of blocks, or none of the ways to insert one keeps the function.
     """
+    chain: GrowthRefusedError | None = None
     if not found.stacks.value and not lone_blocks(scratch.module):
-        return plan_layers(scratch, request)
-    stack, place = _chosen(scratch.module, found, request)
+        try:
+            return plan_layers(scratch, request)
+        except GrowthRefusedError as error:
+            if isinstance(request.where, str):
+                raise
+            chain = error
+    try:
+        stack, place = _chosen(scratch.module, found, request)
+    except GrowthRefusedError as error:
+        raise GrowthRefusedError(
+            f"{error.found} {chain.found}" if chain else error.found, error.expected, error.action
+        ) from None
     container, numbers = _container(scratch.module, stack)
     added = request.added(len(stack), "blocks")
     source, last = numbers[place], stack[place]
     made = [f"{container}.{source + 1 + i}".lstrip(".") for i in range(added)]
     problems: list[str] = []
     for promise, edits, reason in _ways(scratch, found, last, container, source, added, request):
+        bound = EPSILON_BOUND if promise == "bounded" else DOUBLE_BOUND
         plan = Plan("depth", tuple(made), tuple(edits), len(stack), len(stack) + added, promise, None,
-                    (found.stacks.reason, reason))  # fmt: skip
+                    (found.stacks.reason, reason), bound)  # fmt: skip
         for numbered in renumbered(scratch.module, plan, stack, place, added):
             for complete in counts(scratch.module, numbered, len(stack), len(stack) + added):
                 trial = scratch.attempt(complete, must_run=made, also=_alive(scratch, complete))
@@ -79,12 +92,13 @@ def plan_beginning(scratch: Scratch, found: Structure, blocks: int) -> Plan:
     Raises:
         GrowthRefusedError: There are no more than these, or the model does not run without the others.
     """
-    stack, _ = _chosen(scratch.module, found, Request("depth"))
+    stack, _ = _chosen(scratch.module, found, Request("depth", 1))
     container, places = _container(scratch.module, stack)
     if blocks >= len(stack):
         raise GrowthRefusedError(
             f"begin_blocks is {blocks}, and the model has {len(stack)} blocks.",
             f"Expected a number from 1 to {len(stack) - 1}.",
+            "Set begin_blocks to one of these, or leave it at None.",
         )
     cut = KeepBlocks(container, places[blocks], places[-1] + 1)
     plan = Plan("depth", (container,), (cut,), len(stack), blocks, "anew", None, (found.blocks.reason,))
@@ -121,13 +135,18 @@ def _chosen(module: nn.Module, found: Structure, request: Request) -> tuple[list
             raise GrowthRefusedError(
                 f"Block {request.where} was asked for, and there are {len(main)}.",
                 f"Expected a number from 0 to {len(main) - 1}.",
+                "Set where to one of these, or leave it at None.",
             )
         return main, request.where % len(main)
     for stack in stacks:
         if request.where in stack:
             return stack, stack.index(request.where)
     known = ", ".join(name for stack in stacks for name in stack)
-    raise GrowthRefusedError(f"There is no block {request.where!r}.", f"Expected one of {known}.")
+    raise GrowthRefusedError(
+        f"There is no block {request.where!r}.",
+        f"Expected one of {known}.",
+        "Name one of these, or leave where at None.",
+    )
 
 
 def _container(module: nn.Module, stack: Sequence[str]) -> tuple[str, list[int]]:

@@ -169,13 +169,17 @@ def _chosen(mixtures: list[Mixture], found: Structure, request: Request) -> list
     if isinstance(where, int):
         if not -len(blocks) <= where < len(blocks):
             raise GrowthRefusedError(
-                f"Block {where} was asked for, and there are {len(blocks)}.", "Expected the number of a block."
+                f"Block {where} was asked for, and there are {len(blocks)}.",
+                f"Expected a number from 0 to {len(blocks) - 1}." if blocks else "Expected blocks that have numbers.",
+                "Set where to the name of a module, or leave it at None.",
             )
         where = blocks[where]
     inside = [mixture for mixture in mixtures if f"{mixture.name}.".startswith(f"{where}.")]
     if not inside:
         raise GrowthRefusedError(
-            f"There is no mixture of experts in {where!r}.", f"Expected one of {', '.join(m.name for m in mixtures)}."
+            f"There is no mixture of experts in {where!r}.",
+            f"Expected one of {', '.join(m.name or 'the model itself' for m in mixtures)}.",
+            "Name one of these, or leave where at None.",
         )
     return inside
 

@@ -83,7 +83,9 @@ def _planning_refused(
         _planned(scratch, found, request, [pair for pair in pairs if pair.hidden == pairs[0].hidden], False)
     except GrowthRefusedError as error:
         return error
-    return GrowthRefusedError("The feed-forward pairs cannot grow together.", "Expected pairs of one kind.")
+    return GrowthRefusedError(
+        "The feed-forward pairs cannot grow together.", "Expected pairs of one kind.", "Name one of them by `where`."
+    )
 
 
 def _planned(scratch: Scratch, found: Structure, request: Request, pairs: Sequence[FeedForward], whole: bool) -> Plan:
@@ -122,14 +124,17 @@ def chosen(pairs: Sequence[FeedForward], module: nn.Module, found: Structure, re
         blocks = found.blocks.value
         if not -len(blocks) <= name < len(blocks):
             raise GrowthRefusedError(
-                f"Block {name} was asked for, and there are {len(blocks)}.", "Expected the number of a block."
+                f"Block {name} was asked for, and there are {len(blocks)}.",
+                f"Expected a number from 0 to {len(blocks) - 1}." if blocks else "Expected blocks that have numbers.",
+                "Set where to the name of a module, or leave it at None.",
             )
         name = blocks[name]
     inside = [pair for pair in pairs if f"{pair.up.module}.".startswith(f"{name}.")]
     if not inside:
         raise GrowthRefusedError(
             f"There is no feed-forward pair in {name!r}.",
-            f"Expected one of {', '.join(dict.fromkeys(pair.block or pair.name for pair in pairs))}.",
+            f"Expected one of {', '.join(dict.fromkeys(pair.block or pair.name or pair.up.module for pair in pairs))}.",
+            "Name one of these, or leave where at None.",
         )
     return inside
 

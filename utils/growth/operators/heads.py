@@ -90,7 +90,9 @@ def _chosen(scratch: Scratch, found: Structure, request: Request) -> list[Attent
     if isinstance(where, int):
         if not -len(blocks) <= where < len(blocks):
             raise GrowthRefusedError(
-                f"Block {where} was asked for, and there are {len(blocks)}.", "Expected the number of a block."
+                f"Block {where} was asked for, and there are {len(blocks)}.",
+                f"Expected a number from 0 to {len(blocks) - 1}." if blocks else "Expected blocks that have numbers.",
+                "Set where to the name of a module, or leave it at None.",
             )
         where = blocks[where]
     if where is None:
@@ -102,7 +104,9 @@ def _chosen(scratch: Scratch, found: Structure, request: Request) -> list[Attent
             return named
     if not inside:
         raise GrowthRefusedError(
-            f"There is no attention in {where!r}.", f"Expected one of {', '.join(a.name for a in attentions)}."
+            f"There is no attention in {where!r}.",
+            f"Expected one of {', '.join(a.name or 'the model itself' for a in attentions)}.",
+            "Name one of these, or leave where at None.",
         )
     return [a for a in inside if _attends_to_itself(scratch, a)] or inside
 

@@ -70,8 +70,12 @@ def plan_vocabulary(scratch: Scratch, found: Structure, request: Request) -> Pla
                 size if predicts else None, reasons)  # fmt: skip
     checks = [_reads(scratch, tables, size + added), _loses(scratch, size if predicts else None, added)]
     if predicts:
-        options = _outputs(module, found.head.value, size, added, grown, anywhere=True)
-        made = _needed(scratch, plan, options, checks[1])
+        made = _needed(scratch, plan, _outputs(module, found.head.value, size, added, set(grown), False), checks[1])
+        alone = scratch.attempt(replace(plan, edits=(*plan.edits, *made)), also=_wide(scratch, plan.after, checks[1]))
+        if alone.problem is not None:
+            # Vectors elsewhere that happen to be as long are tried only where the head's own are not enough.
+            options = _outputs(module, found.head.value, size, added, grown, anywhere=True)
+            made = _needed(scratch, plan, options, checks[1])
         limit, how = _bound(made, size, added)
         plan = replace(plan, edits=(*plan.edits, *made), reasons=(*reasons, how))
         checks.append(_bounded(scratch, size, added, limit))
@@ -100,6 +104,7 @@ def plan_classes(scratch: Scratch, found: Structure, request: Request) -> Plan:
         raise GrowthRefusedError(
             f"The model has {size} {'output' if size == 1 else 'outputs'} and its task is {task}.",
             "Expected one output per class, and at least two.",
+            "Grow another part.",
         )
     added = request.added(size, "classes")
     head = request.where if isinstance(request.where, str) else found.head.value
@@ -112,7 +117,9 @@ def plan_classes(scratch: Scratch, found: Structure, request: Request) -> Plan:
     options = _outputs(scratch.module, head, size, added, set(), anywhere=False)
     if not options:
         raise GrowthRefusedError(
-            f"No parameter of {head} has {size} rows.", "Expected a linear layer whose outputs are the logits."
+            f"No parameter of {head or 'the model itself'} has {size} rows.",
+            "Expected a linear layer whose outputs are the logits.",
+            "Name such a layer by `where`, or leave it at None.",
         )
     loses = _loses(scratch, size, added)
     plan = Plan("classes", (head,), (), size, size + added, "bounded", size)
@@ -135,7 +142,9 @@ def _tables(found: Structure, request: Request) -> list[EmbeddingTable]:
     named = [table for table in tables if table.name == request.where]
     if not named:
         raise GrowthRefusedError(
-            f"There is no token table {request.where!r}.", f"Expected one of {', '.join(t.name for t in tables)}."
+            f"There is no token table {request.where!r}.",
+            f"Expected one of {', '.join(t.name for t in tables)}.",
+            "Name one of these, or leave where at None.",
         )
     return named
 
@@ -194,13 +203,20 @@ def _bound(edits: Sequence[Edit], size: int, added: int) -> tuple[float, str]:
     return limit, f"new outputs begin at the mean of the old ones{below}: the loss rises by at most {limit:.1e}"
 
 
-def _needed(scratch: Scratch, plan: Plan, options: Sequence[list[Edit]], check: Check) -> list[Edit]:
-    """Leave out what need not grow, such as a table of places that happens to have as many rows."""
+def _wide(scratch: Scratch, outputs: int, check: Check) -> Check:
+    """Return a check that the model has so many outputs, and then another."""
 
     def also(surgery: Surgery) -> str | None:
         width = scratch.adapter.logits(scratch.inputs).shape[-1]
-        return check(surgery) if width == plan.after else f"the model still has {width} outputs"
+        return check(surgery) if width == outputs else f"the model still has {width} outputs"
 
+    return also
+
+
+def _needed(scratch: Scratch, plan: Plan, options: Sequence[list[Edit]], check: Check) -> list[Edit]:
+    """Leave out what need not grow, such as a table of places that happens to have as many rows."""
+
+    also = _wide(scratch, plan.after, check)
     kept = list(options)
     for option in options:
         fewer = [other for other in kept if other is not option]

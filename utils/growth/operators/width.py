@@ -21,6 +21,7 @@ from torch import nn
 from utils.adapters.capture import first_tensor, observe
 from utils.adapters.lanes import LaneGroup, Member, lane_groups
 from utils.adapters.structure import Structure
+from utils.growth.certificate import DOUBLE_BOUND, EPSILON_BOUND
 from utils.growth.edits import Edit, GrowthRefusedError, Number, Plan, Scale, Widen
 from utils.growth.numbers import owned_sizes, settled
 from utils.growth.request import Request
@@ -72,7 +73,10 @@ def _planned(scratch: Scratch, request: Request, groups: Sequence[LaneGroup], op
         )
     edits = list(_edits(scratch, group, added))
     where = tuple(dict.fromkeys(member.name.rpartition(".")[0] or member.name for member in group.members))
-    plan = Plan(operator, where, tuple(edits), group.size, group.size + added, "bounded", None, (group.reason,))
+    # An epsilon that no attribute holds does not shrink with the share of the old lanes.
+    numbers = sum(isinstance(edit, Number) and edit.path[-1] in EPSILON for edit in edits)
+    bound = DOUBLE_BOUND if numbers == len({norm.name for norm in group.norms}) else EPSILON_BOUND
+    plan = Plan(operator, where, tuple(edits), group.size, group.size + added, "bounded", None, (group.reason,), bound)
     return settled(scratch, plan, [(group.size, group.size + added)])
 
 
@@ -80,7 +84,9 @@ def _chosen(module: nn.Module, groups: Sequence[LaneGroup], request: Request, op
     """Return the group that was asked for, or the free one that the most weights belong to."""
     if isinstance(request.where, int):
         raise GrowthRefusedError(
-            f"{operator} was asked for at place {request.where}.", "Expected the name of a module or a parameter."
+            f"{operator} was asked for at place {request.where}.",
+            "Expected the name of a module or a parameter.",
+            "Name one, or leave where at None.",
         )
     if request.where is not None:
         name = request.where
@@ -98,7 +104,8 @@ def _chosen(module: nn.Module, groups: Sequence[LaneGroup], request: Request, op
             )
             raise GrowthRefusedError(
                 f"Nothing in {name!r} makes lanes that {operator} could widen.",
-                f"Expected one of {', '.join(makers) or 'none: this model has no such lanes'}.",
+                f"Expected one of {', '.join(makers)}." if makers else "Expected such lanes, and the model has none.",
+                "Name one of these, or leave where at None." if makers else "Grow another part.",
             )
         return max(inside, key=lambda group: (group.fixed is None, _weights(module, group)))
     free = [group for group in groups if group.fixed is None]
