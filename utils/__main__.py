@@ -467,10 +467,12 @@ def _lines_to_load(options: argparse.Namespace) -> str:
 
 
 def _value(text: str) -> Any:
-    """Read a setting: a number, null, true, false, or else text."""
+    """Read a setting: a number, null, true, false, settings within a setting as JSON, or else text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except ValueError as error:
+        if text.lstrip().startswith(("{", "[")):
+            raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
         return text
 
 

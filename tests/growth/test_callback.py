@@ -8,7 +8,9 @@ from torch import nn
 
 import utils
 from tests.growth.operators.test_expert import made
-from utils.growth.callback import GrowthCallback
+from tests.growth.toys import Toy
+from utils.adapters import ModelAdapter
+from utils.growth.callback import GrowthCallback, _inputs, _total
 from utils.growth.edits import GrowthError, GrowthRefusedError
 from utils.growth.opening import STEPS
 from utils.growth.operators.expert import CLOSED
@@ -18,6 +20,8 @@ from utils.training.state import MigrationError, ModelChange, TensorChange
 SCHEDULE = {
     "schedule": [{"at": 3, "operator": "depth", "amount": 1}, {"at": 5, "operator": "feed_forward", "amount": 8}]
 }
+
+BEGINS = {"begin_blocks": 1, "schedule": [{"at": 3, "operator": "depth", "to": "full"}]}
 
 
 class Lit(pl.LightningModule):
@@ -84,7 +88,7 @@ def test_a_name_that_holds_no_model_is_told():
         fit(Lit(), GrowthCallback(SCHEDULE), 2)
 
 
-@pytest.mark.parametrize("settings", [{"operators": ["depth"]}, {"begin_blocks": 1}])
+@pytest.mark.parametrize("settings", [{"operators": ["depth"]}, BEGINS])
 def test_what_needs_the_run_of_seedbed_is_refused(settings):
     with pytest.raises(ConfigError, match=r"Train with utils\.train"):
         GrowthCallback(settings)
@@ -118,12 +122,32 @@ def test_a_session_that_continues_in_the_middle_of_an_accumulation_grows_once(tm
     assert len(again.net.blocks) == 3
 
 
+class Counting(SimpleNamespace):
+    """What the callback asks of a trainer."""
+
+
+def test_a_trainer_that_fits_again_goes_on_and_another_begins_anew():
+    settings = {"schedule": [{"at": 2, "operator": "depth", "amount": 1}, {"at": 4, "operator": "depth", "amount": 1}]}
+    module, callback = Lit(), GrowthCallback(settings, model="net")
+    trainer = fit(module, callback, 4)
+    assert [event.step for event in callback.events] == [2]
+    trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 3, 7
+    data = torch.utils.data.DataLoader(torch.randint(0, 60, (64, 12)), batch_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, data)
+    assert [event.step for event in callback.events] == [2, 5]
+    assert callback.refusals == []
+    fit(Lit(), callback, 6)
+    assert [event.step for event in callback.events] == [2, 4]
+
+
 def test_a_state_without_what_is_past_grows_no_second_time():
     saved = GrowthCallback(DEPTH_AT_5)
     state = {"events": [], "refusals": []}
     saved.load_state_dict(state)
     saved.model = "net"
-    trainer = SimpleNamespace(global_step=5, estimated_stepping_batches=10, max_steps=10, optimizers=[None])
+    trainer = Counting(global_step=5, estimated_stepping_batches=10, max_steps=10, optimizers=[None])
     saved.on_train_start(trainer, Lit())
     trainer.global_step = 6
     saved.on_train_batch_end(trainer, Lit(), None, None, 0)
@@ -184,7 +208,7 @@ def told(module, callback, steps):
 
 def test_a_share_of_a_fit_without_an_end_is_told():
     callback = GrowthCallback({"schedule": [{"at": 0.5, "operator": "depth", "amount": 1}]}, model="net")
-    trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=float("inf"), max_steps=-1, optimizers=[None])
+    trainer = Counting(global_step=0, estimated_stepping_batches=float("inf"), max_steps=-1, optimizers=[None])
     with pytest.warns(UserWarning, match="the run has no known end"):
         callback.on_train_start(trainer, Lit())
     trainer.global_step = 1
@@ -207,13 +231,13 @@ def test_answers_are_compared_on_the_batch_where_forward_takes_it():
     assert callback.events[0].why == "scheduled for step 5; compared on made-up inputs"
 
     class Long(Lit):
-        """The batch has one token more than the model takes."""
+        """The batch ends with an id that the model has no row for."""
 
         def training_step(self, batch, number):
             return super().training_step(batch[:, :-1], number)
 
     callback = GrowthCallback(DEPTH_AT_5, model="net")
-    fit(Long(), callback, 7, data=torch.randint(0, 60, (64, 17)))
+    fit(Long(), callback, 7, data=torch.cat([torch.zeros(64, 8), torch.full((64, 1), 99)], 1).long())
     assert callback.events[0].why == "scheduled for step 5; compared on made-up inputs"
 
 
@@ -272,3 +296,22 @@ def test_a_new_parameter_that_several_optimizers_could_train_is_refused():
     assert any(p is gate for p in two[1].param_groups[0]["params"])
     undo()
     assert not any(p is gate for p in two[1].param_groups[0]["params"])
+
+
+def test_a_mapping_is_taken_where_its_names_are_arguments_of_forward():
+    adapter = ModelAdapter(Toy())
+    ids = torch.randint(0, 37, (6, 12))
+    assert torch.equal(_inputs(adapter, {"input_ids": ids, "labels": ids})["input_ids"], ids[:4])
+    assert list(_inputs(adapter, {"input_ids": ids, "labels": ids})) == ["input_ids"]
+    for batch in ({"input_ids": ids, "weights": ids}, {"labels": ids}, {"input_ids": ids.float()}, [ids], ids[0], {},
+                  {"input_ids": ids[:0]}, {"input_ids": 4}, ids + 30, ids.repeat(1, 6)):  # fmt: skip
+        assert _inputs(adapter, batch) is None
+
+
+@pytest.mark.parametrize(
+    ("batches", "max_steps", "optimizers", "total"),
+    [(10, 10, 1, 10), (10, -1, 1, 10), (10, -1, 2, 20), (10, 15, 2, 15), (float("inf"), -1, 1, None)],
+)
+def test_the_steps_of_all_optimizers_count(batches, max_steps, optimizers, total):
+    trainer = Counting(estimated_stepping_batches=batches, max_steps=max_steps, optimizers=[None] * optimizers)
+    assert _total(trainer) == total

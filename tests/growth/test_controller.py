@@ -47,7 +47,9 @@ def asked(monkeypatch):
 
 def test_a_gpu_without_room_refuses_without_any_limit(asked):
     assert asked("cuda", 10**9) == ["cuda", "cuda"]
-    with pytest.raises(BudgetError, match=r"more memory, a reserve of 15% included, and 10 B are free. .*beside what runs"):
+    with pytest.raises(
+        BudgetError, match=r"more memory, a reserve of 15% included, and 10 B are free. .*beside what runs"
+    ):
         asked("cuda", 10)
 
 
@@ -59,5 +61,7 @@ def test_a_cpu_is_asked_where_limits_are_set(asked):
 
 
 def test_one_process_without_room_stops_all(asked):
-    with pytest.raises(BudgetError, match="Another process has no room for feed_forward from 128 to 192.*Expected room"):
+    with pytest.raises(
+        BudgetError, match="Another process has no room for feed_forward from 128 to 192.*Expected room"
+    ):
         asked("cuda", 10**9, others=True)

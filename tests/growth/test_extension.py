@@ -87,7 +87,8 @@ def test_training_begins_with_few_blocks_and_ends_with_all(tmp_path, text_file, 
 def test_a_run_that_is_killed_before_its_first_step_begins_with_the_same_blocks(
     tmp_path, text_file, quick, monkeypatch
 ):
-    config = quick.with_changes(growth={"begin_blocks": 1}, max_steps=4)
+    growth = {"begin_blocks": 1, "schedule": [{"at": 3, "operator": "feed_forward", "amount": 8}]}
+    config = quick.with_changes(growth=growth, max_steps=4)
     whole = utils.train(fresh(), f"file:{text_file}", config, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
         patched.setattr("utils.training.training_core.fit", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
@@ -128,7 +129,7 @@ def test_a_beginning_is_no_event_of_the_budget(tmp_path, text_file, quick):
 def test_a_beginning_is_taken_back_when_the_run_cannot_be_made(tmp_path, text_file, quick, monkeypatch):
     loaded = fresh()
     before = {name: id(p) for name, p in loaded.module.named_parameters()}
-    config = quick.with_changes(growth={"begin_blocks": 1}, max_steps=4)
+    config = quick.with_changes(growth=GrowthConfig.progressive(1).to_dict(), max_steps=4)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="gone"):
         patched.setattr("utils.training.resume.create_run", lambda *_: (_ for _ in ()).throw(OSError("gone")))
         utils.train(loaded, f"file:{text_file}", config, tmp_path / "run", progress=False)
@@ -139,7 +140,7 @@ def test_a_beginning_is_taken_back_when_the_run_cannot_be_made(tmp_path, text_fi
 def test_blocks_that_were_trained_are_not_taken_away(tmp_path, text_file, quick):
     loaded = fresh()
     utils.train(loaded, f"file:{text_file}", quick.with_changes(max_steps=2), tmp_path / "first", progress=False)
-    config = quick.with_changes(growth={"begin_blocks": 1}, max_steps=4)
+    config = quick.with_changes(growth=GrowthConfig.progressive(1).to_dict(), max_steps=4)
     with pytest.raises(utils.growth.edits.GrowthRefusedError, match="Expected a model that has not been trained"):
         utils.train(loaded, f"file:{text_file}", config, tmp_path / "second", progress=False)
 
@@ -272,7 +273,8 @@ def test_a_probe_decides_and_leaves_no_trace(tmp_path, text_file, quick):
         ({"growth": {"schedule": [{"at": 2, "operator": "width"}]}}, "ScheduledGrowth.operator is 'width'"),
         ({"growth": {"schedule": SCHEDULE}, "devices": 2, "strategy": "fsdp"}, "strategy is 'fsdp'.*Expected ddp"),
         ({"growth": {"operators": ["depth"]}, "devices": 2}, "Expected a schedule on several devices"),
-        ({"growth": {"begin_blocks": 2}}, "begin_blocks is 2, and the model has 2 blocks"),
+        ({"growth": {"begin_blocks": 2}}, "begin_blocks is 2 and nothing says when"),
+        ({"growth": GrowthConfig.progressive(2).to_dict()}, "begin_blocks is 2, and the model has 2 blocks"),
         ({"growth": {"schedule": [{"at": 0.99, "operator": "depth", "amount": 1}]}}, "planned for step 24.*has 24"),
         ({"growth": {"schedule": [{"at": 50, "operator": "depth", "amount": 1}]}}, "planned for step 50.*has 24"),
     ],

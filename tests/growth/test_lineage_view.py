@@ -77,8 +77,11 @@ def test_a_run_that_never_grew_has_no_picture_and_says_so(text, config, tmp_path
     run = train(utils.load_model("example:gpt", config=SMALL), text, plain, tmp_path / "run", progress=False)
     assert not (run.directory / GROWTH_PICTURE).exists()
     assert "growth_events" not in run.summary()
-    with pytest.raises(LineageError, match="holds no growth events.*Expected the directory.*Train with growth="):
-        show_lineage(run)
+    assert str(show_lineage(run)) == "The model of this run never grew."
+    assert show_lineage(run)._repr_html_() == "<p>The model of this run never grew.</p>"
+    for ask, where in ((lineage_figure, run), (show_lineage, tmp_path)):
+        with pytest.raises(LineageError, match="holds no growth events.*Expected the directory.*Train with growth="):
+            ask(where)
 
 
 @pytest.mark.parametrize("fault", [OSError("no space"), MissingPackageError("matplotlib is missing.")])

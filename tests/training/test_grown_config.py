@@ -1,9 +1,11 @@
 import json
 
+import pytest
 import torch
 
 import utils
 from utils.adapters import ModelAdapter, ModelSpec
+from utils.growth.lineage import read_lineage, rebuild
 from utils.training.export_utilities import export
 from utils.training.grown_config import fitting_config, layout
 from utils.training.weights import load_weights
@@ -55,3 +57,25 @@ def test_what_no_setting_says_is_told(tmp_path):
     assert "no setting of its code says" in report.results[0].why
     assert report.results[0].status == "ok"
     assert layout(loaded.factory()) != layout(loaded.module)
+    again = utils.load_model(tmp_path / "out", trust=True).module.eval()
+    rebuild(again, read_lineage(tmp_path / "out"))
+    load_weights(again, tmp_path / "out" / "model.safetensors")
+    tokens = torch.randint(0, 60, (2, 9))
+    assert torch.equal(again(tokens), loaded.module.eval()(tokens))
+
+
+def test_a_grown_transformers_model_is_exported_with_a_config_of_its_size(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "source")
+    loaded = utils.load_model(tmp_path / "source")
+    utils.grow(loaded, "depth", 1)
+    assert sum(p.numel() for p in loaded.factory().parameters()) < loaded.num_parameters
+    export(loaded, tmp_path / "out", formats=("safetensors",), progress=False)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.randint(0, 60, (2, 9))
+    with torch.no_grad():
+        assert torch.allclose(again(tokens).logits, loaded.module.eval()(tokens).logits, atol=1e-5)

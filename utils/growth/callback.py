@@ -5,6 +5,7 @@ through it before the weights are loaded.
 """
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -66,6 +67,8 @@ class GrowthCallback(pl.Callback):
         self._past: list[ScheduledGrowth] = []
         # Refusals of what this fit does not reach; a longer one may.
         self._late: list[dict[str, Any]] = []
+        self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._opened: weakref.ref[nn.Module] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the lineage, what of the schedule is past, and the experts that are being let in."""
@@ -94,6 +97,8 @@ class GrowthCallback(pl.Callback):
         """Let the model grow through the lineage of a checkpoint before its weights are loaded."""
         module = self._module(pl_module)
         self.events = list(lineage_of(module))
+        if self._opened is None or self._opened() is not module:
+            self._opened, self.openings = weakref.ref(module), Openings()
         loading = pl_module.on_load_checkpoint
 
         def grown_first(checkpoint: dict[str, Any]) -> None:
@@ -116,10 +121,11 @@ class GrowthCallback(pl.Callback):
             GrowthRefusedError: An event is planned for a step at which nothing can grow, and ``on_refusal`` is stop.
         """
         self._step = trainer.global_step
-        if self._loaded is None:
-            self._looked, self._past, self.openings = self._step, [], Openings()
-        else:
+        if self._loaded is not None:
             self._looked, self._loaded = int(min(self._loaded, self._step)), None
+        elif self._trainer is None or self._trainer() is not trainer:
+            self._looked, self._past = self._step, []
+        self._trainer = weakref.ref(trainer)
         module, total = self._module(pl_module), _total(trainer)
         rising = {entry["name"] for entry in self.openings.rising}
         for event in self.events:
@@ -291,7 +297,7 @@ def _inputs(adapter: ModelAdapter, batch: Any) -> dict[str, Any] | None:
         name in few and few[name].dim() == value.dim() and few[name].is_floating_point() == value.is_floating_point()
         for name, value in example.items()
     )
-    if not alike:
+    if not alike or not _readable(adapter, few[adapter.main_input]):
         return None
     given = {name: value for name, value in few.items() if name in example or name not in LABEL_INPUTS}
     try:
@@ -301,3 +307,12 @@ def _inputs(adapter: ModelAdapter, batch: Any) -> dict[str, Any] | None:
         # What training_step gives the model is made from the batch in a way of its own, such as with one token less.
         return None
     return given
+
+
+def _readable(adapter: ModelAdapter, content: Tensor) -> bool:
+    """Tell whether a model of tokens has rows for all ids and places; on a GPU one without ends the process."""
+    if adapter.modality != "tokens" or content.is_floating_point() or not content.numel():
+        return content.numel() > 0
+    longest = adapter.max_length.value
+    within = int(content.min()) >= 0 and int(content.max()) < adapter.readable_ids()
+    return within and (longest is None or content.dim() < 2 or content.shape[1] <= longest)

@@ -173,6 +173,12 @@ class GrowthConfig:
             _check_number(self, name, 0, 1)
         for name in ("benefit_threshold", "amount_share", "tolerance"):
             _check_number(self, name, 0, MOST, above=True)
+        if self.begin_blocks is not None and not self.schedule and not self.operators:
+            raise ConfigError(
+                f"GrowthConfig.begin_blocks is {self.begin_blocks!r} and nothing says when the model grows.",
+                "Expected a schedule or operators: the other blocks would be gone for good.",
+                "Add schedule=[{'at': 0.5, 'operator': 'depth', 'to': 'full'}].",
+            )
         if self.begin_blocks is None and any(event.to == FULL for event in self.schedule):
             raise ConfigError(
                 "GrowthConfig.schedule has an event with to='full' and begin_blocks is None.",

@@ -8,6 +8,7 @@ before, at or after an event repeats it bit for bit.
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -288,6 +289,14 @@ def ahead(session: Any, batch: Mapping[str, Tensor], count: int = 8) -> list[dic
 def has_grown(module: nn.Module) -> bool:
     """Tell whether a model is another than the one that its source builds, so that a run has to keep its lineage."""
     return bool(lineage_of(module))
+
+
+def leave_behind(module: nn.Module, directory: Path) -> bool:
+    """Write the lineage of a model beside its weights, if it has one."""
+    events = lineage_of(module)
+    if events:
+        save_lineage(directory, events)
+    return bool(events)
 
 
 def check_source(adapter: ModelAdapter) -> None:

@@ -41,6 +41,9 @@ LABEL_LENGTH, MOST_SAID = 24, 28
 """Characters of a row's name, and of what grew in the key."""
 
 
+NEVER = "The model of this run never grew."
+
+
 @dataclass(frozen=True, repr=False)
 class LineageView:
     """A lineage that shows itself in a notebook."""
@@ -67,12 +70,14 @@ class LineageView:
 
     def __str__(self) -> str:
         """Return a line per event."""
-        return "\n".join(event.describe() for event in self.events)
+        return "\n".join(event.describe() for event in self.events) or NEVER
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """Show picture and table; the picture is light or dark as the page is."""
+        if not self.events:
+            return f"<p>{NEVER}</p>"
         try:
             light, dark = (base64.b64encode(_png(self.figure(dark))).decode("ascii") for dark in (False, True))
         except MissingPackageError as error:
@@ -97,25 +102,25 @@ def lineage_table(events: Iterable[GrowthEvent], older: int = 0) -> list[dict[st
 
 
 def show_lineage(run: Any) -> LineageView:
-    """Return the lineage of a run, for a notebook to show.
+    """Return the lineage of a run, for a notebook to show; one that never grew says so.
 
     Args:
         run: A `Run`, or its directory.
 
     Raises:
-        LineageError: The run never grew, or its lineage is damaged.
+        LineageError: There is no run, or its lineage is damaged.
     """
     directory = Path(getattr(run, "directory", run))
     events = read_lineage(directory)
-    if not events:
-        raise LineageError(
-            f"{directory} holds no growth events.",
-            "Expected the directory of a run whose model grew.",
-            "Train with growth={...} in the settings, or look at another run.",
-        )
     try:
         parameters = read_record(directory)["model"].get("parameters")
-    except RunError:
+    except RunError as error:
+        if not events:
+            raise LineageError(
+                f"{directory} holds no growth events. {error.found}",
+                "Expected the directory of a run whose model grew.",
+                "Train with growth={...} in the settings, or look at another run.",
+            ) from None
         parameters = None
     older = events_before([event.to_dict() for event in events], parameters)
     return LineageView(directory, tuple(events), older)
@@ -151,6 +156,12 @@ def lineage_figure(run: Any, dark: bool = False) -> "Figure":
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     view = show_lineage(run)
+    if not view.events:
+        raise LineageError(
+            f"{view.directory} holds no growth events.",
+            "Expected the directory of a run whose model grew.",
+            "Train with growth={...} in the settings, or look at another run.",
+        )
     try:
         measured = read_metrics(view.directory / METRICS)
     except (OSError, ValueError, KeyError):

@@ -101,9 +101,9 @@ def grow_by(
     # A model in half precision may hand on its answer in float32, and the other way round.
     rounding = max(TOLERANCES.get(str(dtype), TOLERANCE) for dtype in (adapter.real_dtype, before.logits.dtype))
     bound = rounding if tolerance is None else tolerance
-    # Who allows more than a norm's epsilon allows it in float64 too; an operator's own fault is never allowed.
-    exactly = plan.double_bound == DOUBLE_BOUND
-    double_bound = DOUBLE_BOUND if exactly else max(plan.double_bound, tolerance or 0.0)
+    # What a norm's gain and epsilon change is rounded to the model's precision, which float64 shows as it is; where
+    # nothing but sums is cut otherwise, no tolerance excuses an operator's own fault.
+    double_bound = plan.double_bound if plan.double_bound <= DOUBLE_BOUND else max(plan.double_bound, bound)
     surgery = Surgery(adapter.module, plan, seed, step, mean, number)
     followed: Undo | None = None
 

@@ -24,6 +24,7 @@ from utils.loading import load_model
 from utils.runtime.errors import ExportError, InstantiationError, SeedbedError
 from utils.runtime.files import tag_nonfinite, write_json
 from utils.runtime.optional import require
+from utils.training.extensions import leave_behind
 from utils.training.grown_config import fitting_config, layout
 from utils.training.weights import load_weights, save_weights
 
@@ -147,6 +148,8 @@ def write_safetensors(candidate: Candidate, directory: Path) -> tuple[Runner, st
                 if config is not None:
                     write_json(directory / "config.json", config)
                     built = lambda: load_model(directory, trust=True).module  # noqa: E731
+                else:
+                    leave_behind(adapter.module, directory)
         except InstantiationError:
             remark = "The model's code is not in the export, because it was given as a module."
     if not (directory / "config.json").exists():
@@ -169,8 +172,8 @@ def _follow_growth(candidate: Candidate) -> tuple[str, dict[str, Any] | None] | 
     settings = fitting_config(loaded, candidate.adapter)
     if settings is None:
         return (
-            "The model has grown in a way that no setting of its code says: the weights load into a model that was "
-            "brought to the same shape with the run's lineage (growth.json, utils.growth.lineage.rebuild).", None
+            "The model has grown in a way that no setting of its code says. The weights load into it after "
+            "utils.growth.lineage.rebuild(module, read_lineage(folder)), which needs the growth.json beside them.", None
         )  # fmt: skip
     changed = [
         f"{name} {loaded.config.get(name)} -> {value}"

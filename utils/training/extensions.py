@@ -7,6 +7,7 @@ extension. Nothing of it is imported before a run asks for it.
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from utils.training.session_callback import SessionCallback
 
 SLOTS: Mapping[str, str] = {"growth": "utils.growth.extension"}
-"""The setting that fills a slot, and the module that brings what goes into it: ``make_extension(config)``, and
-``has_grown(module)``, which tells whether a model needs it whatever the settings say, and ``check_source(adapter)``."""
+"""The setting that fills a slot, and the module that brings what goes into it.
+
+Its functions: ``make_extension(config)``; ``has_grown(module)``, which tells whether a model needs it whatever the
+settings say; ``check_source(adapter)`` and ``leave_behind(module, directory)``, see below.
+"""
 
 
 class Extension(StatefulPart, Protocol):
@@ -69,6 +73,18 @@ def adopted(config: TrainingConfig, module: nn.Module) -> TrainingConfig:
         if used and getattr(config, name) is None and importlib.import_module(home).has_grown(module):
             config = config.with_changes(**{name: {}})
     return config
+
+
+def leave_behind(module: nn.Module, directory: Path) -> bool:
+    """Write what else it takes to build a model as it is now; tell whether there was anything.
+
+    Args:
+        module: The model.
+        directory: Where its weights are.
+    """
+    used = [home for home in SLOTS.values() if home.rpartition(".")[0] in sys.modules]
+    left = [importlib.import_module(home).leave_behind(module, directory) for home in used]
+    return any(left)
 
 
 def check_sources(adapter: ModelAdapter) -> None:

@@ -31,8 +31,8 @@ KINDS = {
     **dict.fromkeys(("ax", "z", "slow_buffer", "slow_param"), WEIGHT),
     "step_size": STEP,
 }  # fmt: skip
-"""What optimizers keep under which name: like a gradient (moments, buffers), like its square, squared updates (Adadelta),
-weights (the average of ASGD, the sequence z of ScheduleFree), and steps of each entry (Rprop)."""
+"""What optimizers keep under which name: like a gradient (moments, buffers), like its square, squared updates
+(Adadelta), weights (the average of ASGD, the sequence z of ScheduleFree), and steps of each entry (Rprop)."""
 POWERS = {GRADIENT: -1, SQUARE: -2, UPDATE: 2, STEP: 0}
 """A parameter made larger by a factor has gradients smaller by it: by which power of the factor each kind changes."""
 

@@ -99,6 +99,7 @@ def train(
     _require_packages()
     config = config or TrainingConfig()
     check_trackers(config)
+    extensions_of(config)
     rank, world = rank_and_world()
     if world > 1 and world != config.devices:
         raise RunError(

@@ -70,6 +70,7 @@ def plan_expert(scratch: Scratch, found: Structure, request: Request) -> Plan:
         raise GrowthRefusedError(
             f"The mixtures have {', '.join(map(str, sorted(sizes)))} experts.",
             "Expected mixtures of one size, or one of them named by `where`.",
+            f"Name one of {', '.join(mixture.name or 'the model itself' for mixture in mixtures)}.",
         )
     before = sizes.pop()
     added = request.added(before, "experts")

@@ -58,6 +58,7 @@ def plan_feed_forward(scratch: Scratch, found: Structure, request: Request) -> P
         raise GrowthRefusedError(
             f"The feed-forward pairs have {', '.join(map(str, sizes))} hidden units.",
             f"Expected pairs of one size, or one of them named by `where`, such as {names}.",
+            "Name one of these by `where`, and grow the others in events of their own.",
         )
     if not able or len(able) == len(pairs):
         raise refusal or _planning_refused(scratch, found, request, pairs)
@@ -117,7 +118,7 @@ def _planned(scratch: Scratch, found: Structure, request: Request, pairs: Sequen
 
 def chosen(pairs: Sequence[FeedForward], module: nn.Module, found: Structure, request: Request) -> list[FeedForward]:
     """Return the pairs of the block or module that was asked for; all when none was."""
-    if request.where is None:
+    if request.where is None or not pairs:
         return list(pairs)
     name = request.where
     if isinstance(name, int):

@@ -51,6 +51,7 @@ def plan_heads(scratch: Scratch, found: Structure, request: Request) -> Plan:
         raise GrowthRefusedError(
             f"The attentions have {', '.join(f'{heads} heads of {dim}' for heads, _, dim in sorted(kinds))}.",
             "Expected attentions of one size, or one of them named by `where`.",
+            f"Name one of {', '.join(attention.name or 'the model itself' for attention in attentions)}.",
         )
     heads, kv_heads, _ = kinds.pop()
     added = request.added(heads, "heads")
@@ -59,6 +60,7 @@ def plan_heads(scratch: Scratch, found: Structure, request: Request) -> Plan:
         raise GrowthRefusedError(
             f"{added} more heads were asked for, and each key and value head serves {each} query heads.",
             f"Expected a multiple of {each}: groups grow as a whole.",
+            f"Set amount to {-(-added // each) * each}.",
         )
     new_kv = added // each if kv_heads > 1 or heads == 1 else 0
     sizes = _sizes(scratch.module, attentions[0], added, new_kv)

@@ -215,7 +215,6 @@ def _wide(scratch: Scratch, outputs: int, check: Check) -> Check:
 
 def _needed(scratch: Scratch, plan: Plan, options: Sequence[list[Edit]], check: Check) -> list[Edit]:
     """Leave out what need not grow, such as a table of places that happens to have as many rows."""
-
     also = _wide(scratch, plan.after, check)
     kept = list(options)
     for option in options:

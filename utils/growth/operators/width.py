@@ -73,9 +73,8 @@ def _planned(scratch: Scratch, request: Request, groups: Sequence[LaneGroup], op
         )
     edits = list(_edits(scratch, group, added))
     where = tuple(dict.fromkeys(member.name.rpartition(".")[0] or member.name for member in group.members))
-    # An epsilon that no attribute holds does not shrink with the share of the old lanes.
-    numbers = sum(isinstance(edit, Number) and edit.path[-1] in EPSILON for edit in edits)
-    bound = DOUBLE_BOUND if numbers == len({norm.name for norm in group.norms}) else EPSILON_BOUND
+    # A gain times the root of a share is rounded to the precision of the gain, and not every epsilon shrinks with it.
+    bound = EPSILON_BOUND if group.norms else DOUBLE_BOUND
     plan = Plan(operator, where, tuple(edits), group.size, group.size + added, "bounded", None, (group.reason,), bound)
     return settled(scratch, plan, [(group.size, group.size + added)])
 
