@@ -94,6 +94,14 @@ def test_what_needs_the_run_of_seedbed_is_refused(settings):
         GrowthCallback(settings)
 
 
+@pytest.mark.parametrize(
+    "limit", [{"max_parameters": 1000}, {"max_events": 1}, {"probe_steps": 2}, {"approximate": True}]
+)
+def test_limits_that_it_cannot_keep_are_refused(limit):
+    with pytest.raises(ConfigError, match=f"was given {next(iter(limit))}="):
+        GrowthCallback({**SCHEDULE, **limit})
+
+
 DEPTH_AT_5 = {"schedule": [{"at": 5, "operator": "depth", "amount": 1}]}
 
 

@@ -62,6 +62,7 @@ def test_the_refusal_has_three_sentences():
         probe.probe(None, Plan("depth", (), (), 1, 2, "approximate"), 3)
     assert str(caught.value) == (
         "probe_steps is set, and depth from 1 to 2 in the model would change the function. Expected growth that keeps "
-        "the function: a copy that was not distilled says nothing of one that was. Set probe_steps to 0, or approximate "
+        "the function: a copy that was not distilled says nothing of one that was. Set probe_steps to 0, or "
+        "approximate "
         "to False."
     )

@@ -287,7 +287,7 @@ def test_a_state_in_one_piece_is_refused_by_name():
         return loss
 
     optimizer.step(closure)
-    with pytest.raises(MigrationError, match="LBFGS keeps `al` for all parameters in one piece"):
+    with pytest.raises(MigrationError, match="LBFGS keeps the past of all parameters in one piece"):
         migrate_optimizer(optimizer, ModelChange("widen", 1, before=dict(model.named_parameters())))
 
 

@@ -25,9 +25,12 @@ from utils.growth.operators.expert import opening
 from utils.growth.planning import plan_growth
 from utils.growth.request import Request
 from utils.growth.transaction import grow_by
-from utils.runtime.errors import ConfigError
+from utils.runtime.errors import ConfigError, SeedbedError
 from utils.training.optimizer_migration import is_unplaced, migrate_optimizer
 from utils.training.state import MigrationError, ModelChange, Undo
+
+LIMITS = ("max_parameters", "max_flops_share", "max_memory_gb", "max_events", "probe_steps", "approximate")
+"""Settings that only `utils.train` can keep."""
 
 
 class GrowthCallback(pl.Callback):
@@ -60,6 +63,13 @@ class GrowthCallback(pl.Callback):
                 "GrowthCallback was given operators for triggers, or begin_blocks.",
                 "Expected a schedule only.",
                 "Train with utils.train(..., config=TrainingConfig(growth=...)) for growth that decides by itself.",
+            )
+        limits = {name: value for name in LIMITS if (value := getattr(self.config, name)) not in (None, 0, False)}
+        if limits:
+            raise ConfigError(
+                f"GrowthCallback was given {', '.join(f'{name}={value}' for name, value in limits.items())}.",
+                "Expected a schedule without limits, probes or distillation: they need a run's data and settings.",
+                "Train with utils.train(..., config=TrainingConfig(growth=...)).",
             )
         # Optimizer steps up to which the schedule was looked at, and the events of it that were made or refused.
         self._looked = self._step = 0
@@ -174,7 +184,7 @@ class GrowthCallback(pl.Callback):
                 ahead.append(wish)
         return ahead
 
-    def _refused(self, refusal: dict[str, Any], error: GrowthError, said: str) -> None:
+    def _refused(self, refusal: dict[str, Any], error: SeedbedError, said: str) -> None:
         """Remember why an event is not made, and say so or stop."""
         self.refusals.append(refusal)
         if self.config.on_refusal == "stop":
@@ -219,7 +229,7 @@ class GrowthCallback(pl.Callback):
                 lambda change: self._followed(trainer, change), 0, step, mean, bound,
                 f"scheduled for step {step}; compared on {measured}",
             )  # fmt: skip
-        except GrowthError as error:
+        except SeedbedError as error:
             refusal = {"step": step, "operator": request.operator, "why": str(error)}
             self._refused(refusal, error, f"At step {step} the model did not grow in {request.operator}: {error}")
             return

@@ -76,9 +76,6 @@ class Controller:
             trigger.load_state_dict(state["triggers"][trigger.name])
         self.first = None if state["first"] is None else ModelSize(**state["first"])
 
-    def start(self, session: Any) -> None:
-        """Nothing has to be made ready."""
-
     def reset(self) -> None:
         """Forget what was measured of the model before it grew."""
         self._parts = None

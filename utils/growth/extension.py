@@ -208,17 +208,19 @@ class GrowthExtension:
             plan = plan_growth(run.adapter, replace(request, approximate=self.config.approximate))
             self.controller.check_budget(session, plan, len(self.events) - self.older)
             if signals and self.config.probe_steps:
-                tried = probe(session, plan, self.config.probe_steps)
+                tried = probe(session, plan, self.config.probe_steps, number=len(self.events))
                 if not tried.pays:
                     raise GrowthRefusedError(
                         f"The probe rejected {plan.describe()}: {tried.why}.",
                         "Expected the loss to fall by more per FLOP with growth than without.",
+                        "The next look at the triggers may find otherwise; probe_steps=0 grows without asking.",
                     )
                 why = f"{why} The probe kept it: {tried.why}."
             grown = grow_by(
                 run.adapter, plan, model_inputs(run.adapter, few, run.data), loss, session.migrate,
                 run.config.seed, step, self.config.new_second_moment == "mean",
                 self._tolerance(run.adapter), why, signals, agreed, teach,
+                number=len(self.events),
             )  # fmt: skip
         except Exception as error:
             if not isinstance(error, SeedbedError) and not is_out_of_memory(error):

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from utils.growth.certificate import Certificate
-from utils.growth.edits import LineageError, Plan
+from utils.growth.edits import GrowthError, LineageError, Plan
 from utils.growth.surgery import Surgery
 from utils.runtime.files import tag_nonfinite, untag_nonfinite, write_json
 from utils.training.growth_rows import LINEAGE
@@ -113,7 +113,7 @@ def rebuild(module: nn.Module, events: Sequence[GrowthEvent]) -> None:
         event = events[number]
         try:
             Surgery(module, event.plan, event.seed, event.step)
-        except LineageError as error:
+        except GrowthError as error:
             raise LineageError(
                 f"Event {number + 1} of the lineage (step {event.step}) cannot be repeated: {error.found}",
                 "Expected the source and the lineage of the same run.",

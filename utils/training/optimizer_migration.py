@@ -88,6 +88,13 @@ def migrate_optimizer(
 
 def _check(optimizer: torch.optim.Optimizer) -> None:
     """Refuse what keeps the past of all parameters in one piece."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        # It also holds the parameters themselves, from its first breath.
+        raise MigrationError(
+            "LBFGS keeps the past of all parameters in one piece, and a changed model has other parameters.",
+            "Expected state that belongs to single parameters.",
+            "Use AdamW or another optimizer that keeps its state by parameter.",
+        )
     for entry in optimizer.state.values():
         lists = [name for name, value in entry.items() if isinstance(value, (list, tuple, dict))]
         if lists:
