@@ -186,3 +186,28 @@ def test_what_is_remembered_of_a_rehearsal_keeps_no_model_alive():
     del model, spec
     gc.collect()
     assert watched() is None and key not in rehearsal._SURVIVED
+
+
+@pytest.mark.slow
+def test_a_large_process_still_tells_waiting_from_work(run_python):
+    """Being the child of a large process costs processor time of its own, which is no sign of work."""
+    run_python(
+        """
+        ballast = [bytearray(b"x" * 10_000_000) for _ in range(250)]
+        objects = [{number: str(number)} for number in range(3_000_000)]
+        import time
+        import torch
+        from utils.runtime import rehearsal
+        from utils.runtime.rehearsal import rehearse
+
+        waited = rehearse(lambda notes: time.sleep(100), 0.5, torch.nn.Linear(2, 2))
+        assert waited.outcome == "timed_out" and not waited.busy, waited
+
+        def loop(notes):
+            while True:
+                pass
+
+        worked = rehearse(loop, 1.0, torch.nn.Linear(2, 2))
+        assert worked.outcome == "timed_out" and worked.busy, worked
+        """
+    )

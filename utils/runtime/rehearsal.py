@@ -29,6 +29,8 @@ GRACE_SECONDS = 2.0
 """Time beyond the limit after which a child that its own alarm could not interrupt is ended."""
 BUSY_SHARE = 0.1
 """A child that used less of its time than this was waiting for something, possibly for what forking took away."""
+FORKING_SECONDS = 0.2
+"""Processor time that a child of a large process takes for being one: pages are copied as they are touched."""
 NOTABLE_BYTES = 1e9
 FIELD = 512
 ONCE_SECONDS, SECONDS_PER_BILLION = 60.0, 30.0
@@ -262,7 +264,8 @@ def _watch(child: int, notes: Notes, started: float, seconds: float) -> Rehearsa
         if not over:
             _end(child)
             os.waitpid(child, 0)
-    busy = usage.ru_utime + usage.ru_stime > BUSY_SHARE * (time.monotonic() - started)
+    used = usage.ru_utime + usage.ru_stime - FORKING_SECONDS
+    busy = used > BUSY_SHARE * (time.monotonic() - started)
     grown = usage.ru_maxrss * 1024 - before
     place: dict[str, Any] = {"stage": notes.stage, "where": notes.where, "busy": busy, "taken": grown}
     taken = f" and had taken {format_bytes(grown)}" if grown > NOTABLE_BYTES else ""
