@@ -1,5 +1,6 @@
 """What a user, a schedule or the controller asks for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.growth.edits import GrowthRefusedError
@@ -52,6 +53,22 @@ class Request:
                 "Expected the name of a block or module, or the number of a block.",
                 "Leave it at None to let the operator choose.",
             )
+
+    def place(self, blocks: Sequence[str]) -> str | None:
+        """Return where, by name: a number counts the blocks.
+
+        Raises:
+            GrowthRefusedError: There is no block of that number.
+        """
+        if not isinstance(self.where, int):
+            return self.where
+        if not -len(blocks) <= self.where < len(blocks):
+            raise GrowthRefusedError(
+                f"Block {self.where} was asked for, and there are {len(blocks)}.",
+                f"Expected a number from 0 to {len(blocks) - 1}." if blocks else "Expected blocks that have numbers.",
+                "Set where to the name of a module, or leave it at None.",
+            )
+        return blocks[self.where]
 
     def added(self, size: int, what: str) -> int:
         """Return how much is added to a size.

@@ -164,17 +164,9 @@ def _chosen(mixtures: list[Mixture], found: Structure, request: Request) -> list
             "Expected alike modules in an nn.ModuleList, or tensors with a slice per expert, and a router beside them.",
             "Grow the feed-forward width.",
         )
-    where, blocks = request.where, found.blocks.value
+    where = request.place(found.blocks.value)
     if where is None:
         return mixtures
-    if isinstance(where, int):
-        if not -len(blocks) <= where < len(blocks):
-            raise GrowthRefusedError(
-                f"Block {where} was asked for, and there are {len(blocks)}.",
-                f"Expected a number from 0 to {len(blocks) - 1}." if blocks else "Expected blocks that have numbers.",
-                "Set where to the name of a module, or leave it at None.",
-            )
-        where = blocks[where]
     inside = [mixture for mixture in mixtures if f"{mixture.name}.".startswith(f"{where}.")]
     if not inside:
         raise GrowthRefusedError(

@@ -120,16 +120,7 @@ def chosen(pairs: Sequence[FeedForward], module: nn.Module, found: Structure, re
     """Return the pairs of the block or module that was asked for; all when none was."""
     if request.where is None or not pairs:
         return list(pairs)
-    name = request.where
-    if isinstance(name, int):
-        blocks = found.blocks.value
-        if not -len(blocks) <= name < len(blocks):
-            raise GrowthRefusedError(
-                f"Block {name} was asked for, and there are {len(blocks)}.",
-                f"Expected a number from 0 to {len(blocks) - 1}." if blocks else "Expected blocks that have numbers.",
-                "Set where to the name of a module, or leave it at None.",
-            )
-        name = blocks[name]
+    name = request.place(found.blocks.value)
     inside = [pair for pair in pairs if f"{pair.up.module}.".startswith(f"{name}.")]
     if not inside:
         raise GrowthRefusedError(

@@ -82,21 +82,14 @@ def plan_heads(scratch: Scratch, found: Structure, request: Request) -> Plan:
 
 def _chosen(scratch: Scratch, found: Structure, request: Request) -> list[AttentionModule]:
     """Return the attentions that were asked for: self-attentions, unless another is named."""
-    attentions, blocks, where = found.attentions.value, found.blocks.value, request.where
+    attentions, blocks = found.attentions.value, found.blocks.value
     if not attentions:
         raise GrowthRefusedError(
             f"There is no attention: {found.attentions.reason}.",
             "Expected a softmax of a product of queries and keys that weights values.",
             "Grow the depth or the feed-forward width.",
         )
-    if isinstance(where, int):
-        if not -len(blocks) <= where < len(blocks):
-            raise GrowthRefusedError(
-                f"Block {where} was asked for, and there are {len(blocks)}.",
-                f"Expected a number from 0 to {len(blocks) - 1}." if blocks else "Expected blocks that have numbers.",
-                "Set where to the name of a module, or leave it at None.",
-            )
-        where = blocks[where]
+    where = request.place(blocks)
     if where is None:
         inside = [a for a in attentions if a.block in blocks] or list(attentions)
     else:
