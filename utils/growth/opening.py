@@ -16,6 +16,7 @@ from utils.adapters import ModelAdapter
 from utils.growth.edits import Plan
 from utils.growth.operators.expert import CLOSED, opening
 from utils.growth.scratch import changed_by
+from utils.growth.surgery import tensor_of
 from utils.training.state import ModelChange, Undo
 
 STEPS = 100
@@ -53,7 +54,7 @@ class Openings:
             adapter: The model, grown.
             plan: What was done.
         """
-        places = [(name, first, _tensor(adapter.module, name)) for name, first in opening(plan)]
+        places = [(name, first, tensor_of(adapter.module, name).data) for name, first in opening(plan)]
         if not places:
             return
         ends = [self._of_the_open(name, first, tensor) for name, first, tensor in places]
@@ -90,7 +91,7 @@ class Openings:
         """
         for entry in self.rising:
             places = slice(entry["first"], entry["last"])
-            value = _tensor(module, entry["name"])[places]
+            value = tensor_of(module, entry["name"]).data[places]
             value += entry["by"]
             entry["left"] -= 1
             if average is not None and entry["name"] in average:
@@ -120,15 +121,10 @@ class Openings:
 def is_closed(module: nn.Module, plan: Plan) -> bool:
     """Tell whether the experts that a plan added are held back as they were when it was made."""
     try:
-        places = [(first, _tensor(module, name)) for name, first in opening(plan)]
+        places = [(first, tensor_of(module, name).data) for name, first in opening(plan)]
     except AttributeError:
         # The names are others since a block was inserted in front of them.
         return False
     return bool(places) and all(
         len(tensor) > first and bool((tensor[first:] == CLOSED).all()) for first, tensor in places
     )
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf).data

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from utils.adapters import ModelAdapter
 from utils.adapters.capture import first_tensor, observe
 from utils.growth.edits import GrowthRefusedError, InsertBlock, InsertLayer, LineageError, Plan, Widen
-from utils.growth.surgery import Surgery
+from utils.growth.surgery import Surgery, tensor_of
 from utils.runtime.printing import captured_output
 from utils.runtime.resources import available_memory, format_bytes
 from utils.runtime.seeding import isolated_streams
@@ -202,8 +202,7 @@ def _new_numbers(module: nn.Module, plan: Plan) -> int:
     for edit in plan.edits:
         with suppress(Exception):
             if isinstance(edit, Widen):
-                owner, _, leaf = edit.name.rpartition(".")
-                tensor = getattr(module.get_submodule(owner), leaf)
+                tensor = tensor_of(module, edit.name)
                 total += tensor.numel() // max(1, tensor.shape[edit.axis]) * sum(count for _, count in edit.places)
             elif isinstance(edit, InsertBlock):
                 block = module.get_submodule(f"{edit.container}.{edit.source}".lstrip("."))

@@ -35,6 +35,12 @@ Place = tuple[dict[str, Any], str]
 """A module's table of parameters or buffers, and the name in it."""
 
 
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer of a name."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
 class Surgery:
     """One plan on one model.
 
@@ -125,12 +131,10 @@ class Surgery:
 
     def _tensor(self, name: str) -> Tensor:
         """Return the values of a parameter or buffer."""
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.module.get_submodule(owner), leaf).detach()
+        return tensor_of(self.module, name).detach()
 
     def _of(self, name: str) -> TensorChange:
-        owner, _, leaf = name.rpartition(".")
-        how = self._history.get(id(getattr(self.module.get_submodule(owner), leaf)))
+        how = self._history.get(id(tensor_of(self.module, name)))
         if how is None:
             raise ValueError(f"{name} is computed, and no parameter or buffer")
         return how
@@ -160,8 +164,7 @@ class Surgery:
 
     def _renew(self, name: str, values: Tensor, how: TensorChange) -> None:
         """Put a new tensor wherever the old one of a name is."""
-        owner, _, leaf = name.rpartition(".")
-        old = getattr(self.module.get_submodule(owner), leaf)
+        old = tensor_of(self.module, name)
         places: list[Place] = [
             (table, key)
             for child in self.module.modules()

@@ -89,7 +89,7 @@ def _candidates(config: Mapping[str, Any], sizes: Mapping[int, set[int]]) -> Ite
     places = [(path, sorted(sizes[value])) for path, value in _numbers(config) if type(value) is int and value in sizes]
     choices = islice(product(*[[None, *new] for _, new in places]), 1, MOST_CHOICES)
     for choice in sorted(choices, key=lambda choice: sum(value is not None for value in choice)):
-        changed = _copied(config)
+        changed = copy.deepcopy(dict(config))
         for (path, _), value in zip(places, choice, strict=True):
             if value is not None:
                 holder = changed
@@ -107,10 +107,3 @@ def _numbers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
             yield from _numbers(item, (*path, name))
         else:
             yield (*path, name), item
-
-
-def _copied(value: Any) -> Any:
-    """Return nested dicts and lists anew."""
-    if isinstance(value, Mapping):
-        return {name: _copied(item) for name, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value

@@ -26,6 +26,7 @@ from utils.growth.edits import Edit, GrowthRefusedError, Number, Plan, Scale, Wi
 from utils.growth.numbers import owned_sizes, settled
 from utils.growth.request import Request
 from utils.growth.scratch import Scratch
+from utils.growth.surgery import tensor_of
 
 EPSILON = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps")
 """What norms call the number that keeps them from dividing by zero."""
@@ -158,7 +159,7 @@ def _edits(scratch: Scratch, group: LaneGroup, added: int) -> Iterator[Edit]:
     said: set[Number] = set()
     norms = {norm.name for norm in group.norms}
     for (name, axis), members in places.items():
-        tensor = _tensor(module, name)
+        tensor = tensor_of(module, name)
         where = sorted((m.offset + group.size * m.repeat, added * m.repeat) for m in members)
         owner, _, leaf = name.rpartition(".")
         if owner in norms:
@@ -205,7 +206,7 @@ def _rescaled(scratch: Scratch, name: str, group: LaneGroup, after: int) -> Iter
 
 def _silent_gain(scratch: Scratch, norm: nn.Module, name: str, gain: str) -> float:
     """Return the value of a gain at which its norm answers its shift alone: 0, or -1 where code adds it to one."""
-    held = _tensor(scratch.module, gain)
+    held = tensor_of(scratch.module, gain)
     kept = held.detach().clone()
     answers: dict[float, float] = {}
 
@@ -228,8 +229,3 @@ def _silent_gain(scratch: Scratch, norm: nn.Module, name: str, gain: str) -> flo
             "Grow another part.",
         )
     return silent[0]
-
-
-def _tensor(module: nn.Module, name: str) -> nn.Parameter:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
