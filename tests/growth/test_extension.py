@@ -325,8 +325,11 @@ def test_steps_of_several_passes_grow_between_them(tmp_path, text_file, growing)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_model_grows(tmp_path, text_file, quick):
+@pytest.mark.timeout(900)
+def test_a_compiled_model_grows(tmp_path, text_file, quick, monkeypatch):
+    """What is traced holds the old parameters; the code that a C++ compiler would make of it is not looked at here."""
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: whole(module, backend="eager"))
     runs = []
     for name, compiled in (("plain", False), ("compiled", True)):
         growth = {"schedule": [{"at": 3, "operator": "depth", "amount": 1}]}
