@@ -285,7 +285,7 @@ CAUSAL = {"task": "causal_lm", "vocab_size": 300, "max_length": 32}
         ("file:a.csv?stream=true", {"task": "seq2seq"}, "read while training, and the model's task is seq2seq"),
         ("builtin:wine", CAUSAL, "holds rows of numbers.*Use builtin:python-docs"),
         ("builtin:nothing", CAUSAL, "'builtin:nothing' is not available"),
-        (["a"], CAUSAL, "Data given as builtins.list is not available"),
+        (7, CAUSAL, "Data given as builtins.int is not available"),
         ("builtin:digits", CAUSAL, r"builtin:digits holds images.*task is causal_lm.*Use builtin:python-docs"),
         ("builtin:python-docs", {"task": "image_classification"}, "holds plain text.*Use builtin:digits"),
         ("builtin:python-docs", {"task": "regression"}, "holds plain text, and the model's task is regression"),

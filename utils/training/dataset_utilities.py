@@ -8,6 +8,7 @@ the training side only.
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils.training.archives import unpacked
 from utils.training.batch_inputs import boundary_facts
 from utils.training.config import TrainingConfig
 from utils.training.corpora import load_builtin_table, load_texts
+from utils.training.data_parts import divide, parts_of, parts_reference, prepare_parts
 from utils.training.hub_data import (
     hub_tables,
     is_data_module,
@@ -79,7 +81,7 @@ def load_data(
 
     Args:
         reference: ``builtin:NAME``, ``file:PATH``, ``hub:owner/name[/config]``, each with ``?column=name`` options, or
-            a ``datasets.Dataset``.
+            a ``datasets.Dataset``; or a list of these, or a dict from names to them, which are joined as parts.
         task: The model's task; it must fit the data.
         vocab_size: Number of token ids the model knows; needed for text.
         max_length: Tokens in a window; 256 when the model has no limit.
@@ -118,20 +120,28 @@ def load_for(reference: object, needs: Needs) -> PreparedData:
             f"The validation share is {needs.share}.",
             "Expected a number between 0 and 1, such as 0.05: without held-out data nothing could be measured.",
         )
+    named = None if is_dataset(reference) else parts_of(reference)
+    if named is None:
+        data = _load_one(reference, needs)
+    else:
+        data = prepare_parts(named, needs, reference_of(reference), _load_one)
+    return replace(data, facts={**data.facts, "seed": needs.seed, "sha256": data.fingerprint()})
+
+
+def _load_one(reference: object, needs: Needs) -> PreparedData:
+    """Load what one reference names, or one dataset."""
     if is_data_module(reference):
         raise refuse_data_module(reference)
     if is_dataset(reference):
-        data = _from_tables(*object_tables(reference), {}, needs, object_name(reference))
-    elif isinstance(reference, str):
+        return _from_tables(*object_tables(reference), {}, needs, object_name(reference))
+    if isinstance(reference, str):
         parsed = parse_reference(reference)
         _check_columns(parsed, needs)
-        data = _from_reference(parsed, needs)
-    else:
-        raise DataError(
-            f"Data given as {type(reference).__module__}.{type(reference).__qualname__} is not available.",
-            describe_references(),
-        )
-    return replace(data, facts={**data.facts, "seed": needs.seed, "sha256": data.fingerprint()})
+        return _by_column(parsed, needs) if "task" in parsed.options else _from_reference(parsed, needs)
+    raise DataError(
+        f"Data given as {type(reference).__module__}.{type(reference).__qualname__} is not available.",
+        describe_references(),
+    )
 
 
 def prepare_data(model: Any, reference: object, config: TrainingConfig | None = None) -> PreparedData:
@@ -236,6 +246,9 @@ def reference_of(data: object) -> str:
     """Return what identifies some data in a run's record: its reference, or the fingerprint of a dataset."""
     if isinstance(data, PreparedData):
         return data.reference
+    named = None if is_dataset(data) else parts_of(data)
+    if named is not None:
+        return parts_reference(named, reference_of)
     return object_name(data) if is_dataset(data) else str(data)
 
 
@@ -281,6 +294,43 @@ def _from_reference(reference: DataReference, needs: Needs) -> PreparedData:
     _check_task(text, "plain text", needs.task, LANGUAGE_TASKS, IMAGE_BUILTINS[0])
     _ = needs.length, needs.vocabulary
     return prepare_language(load_texts(name)[: reference.samples], needs, text)
+
+
+def _by_column(reference: DataReference, needs: Needs) -> PreparedData:
+    """Cut a table by a column, and join the parts again as data that knows them."""
+    text, columns = reference.text, reference.columns
+    if needs.in_memory or reference.streamed:
+        raise DataError(
+            f"{text} is {'one of several parts' if needs.in_memory else 'read while training'}, and names the column "
+            f"{reference.options['task']!r} to be divided by.",
+            "Expected either: the parts are the tasks, or the values of a column are.",
+            "Leave out ?task=COLUMN" + ("." if needs.in_memory else ", or ?stream=true."),
+        )
+    held: Table | None = None
+    with ExitStack() as stack:
+        if reference.kind == "hub":
+            table, held = hub_tables(reference)
+        elif reference.kind == "file":
+            files = find_files(stack.enter_context(unpacked(reference.path)), text)
+            if not files.tables:
+                raise DataError(
+                    f"{text} holds no table.", "Expected csv, jsonl or parquet: rows have columns.",
+                    "Leave out ?task=COLUMN.",
+                )  # fmt: skip
+            if reference.samples is None:
+                _check_memory(files.root, sum(path.stat().st_size for path in files.tables))
+            table = read_table(files.tables, reference.samples)
+        elif f"builtin:{reference.name}" in TABLE_BUILTINS:
+            table = load_builtin_table(f"builtin:{reference.name}")
+        else:
+            raise DataError(f"{text} holds no table.", "Expected rows with columns.", "Leave out ?task=COLUMN.")
+        rows = {name: (part, measured) for name, part, measured in divide(table, reference.options["task"], held)}
+
+        def prepare(name: str, own: Needs) -> PreparedData:
+            return _from_tables(*rows[name], columns, own, f"{text} ({name})")
+
+        # Images lie beside their table, which may be unpacked for as long as this lasts.
+        return prepare_parts([(name, name) for name in rows], needs, text, prepare, one_source=True)
 
 
 def _streamed(reference: DataReference, needs: Needs) -> PreparedData:
@@ -336,7 +386,14 @@ def _language(files: Files, reference: DataReference, needs: Needs) -> PreparedD
     size = files.text_bytes
     _ = needs.length, needs.vocabulary
     started = partial(_limited, files, reference)
-    if size > min(IN_MEMORY, available_memory() // MEMORY_PER_BYTE) and reference.samples is None:
+    limit = min(IN_MEMORY, available_memory() // MEMORY_PER_BYTE)
+    if size > limit and reference.samples is None:
+        if needs.in_memory:
+            raise DataError(
+                f"{reference.text} holds {format_bytes(size)} of text.",
+                f"At most {format_bytes(limit)} can be one of several parts, which are joined in memory.",
+                "Take a part of it with ?samples=N",
+            )
         return prepare_large(started, size, needs, reference.text)
     texts = list(started())
     if not texts:

@@ -174,10 +174,13 @@ def _prepared(
     duplicates: int = 0,
     fixed: Sequence[bool] | None = None,
 ) -> PreparedData:
-    """Split and normalise images in [0, 1]."""
+    """Split images in [0, 1], and normalise them by the training ones or as a first part was."""
     held = split_rows(keys, labels, needs.share_of_samples, needs.seed, reference, fixed)
     training = torch.from_numpy(~held)
     mean, deviation = float(images[training].mean()), float(images[training].std())
+    if needs.like is not None:
+        # Of several parts all are seen alike, whatever a later one looks like.
+        mean, deviation = needs.like.facts["mean"], needs.like.facts["deviation"]
     pixels = (images - mean) / (deviation or 1.0)
     targets = torch.from_numpy(labels)
     parts = [{"pixel_values": pixels[mask].contiguous(), "labels": targets[mask]} for mask in (training, ~training)]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from utils.runtime.errors import DataError
+from utils.training.prepared_data import PreparedData
 from utils.training.tables import to_number
 
 MISSING = -1
@@ -155,13 +156,15 @@ def read_numbers(values: Sequence[Any], origin: str) -> np.ndarray:
     return found
 
 
-def standardised(numbers: np.ndarray, training: np.ndarray, origin: str) -> Targets:
-    """Bring targets to mean 0 and deviation 1 over the training samples.
+def standardised(numbers: np.ndarray, training: np.ndarray, origin: str, like: PreparedData | None = None) -> Targets:
+    """Bring targets to mean 0 and deviation 1 over the training samples, or to the scale of a first part.
 
     Raises:
         DataError: They are all the same.
     """
     mean, deviation = float(numbers[training].mean()), float(numbers[training].std())
+    if like is not None:
+        mean, deviation = like.facts["target_mean"], like.facts["target_deviation"]
     if deviation == 0:
         raise DataError(f"{origin} holds the number {mean:g} in every row.", "Expected numbers that differ.")
     return Targets(((numbers - mean) / deviation).astype(np.float32)[:, None], mean, deviation)

@@ -13,7 +13,7 @@ from torch import Tensor
 from utils.runtime.errors import DataError
 from utils.runtime.progress import progress_bar
 from utils.runtime.resources import format_bytes
-from utils.tokenization import TextTokenizer, choose_tokenizer, pack_causal, pack_masked
+from utils.tokenization import TextTokenizer, pack_causal, pack_masked
 from utils.training.corpora import without_duplicates
 from utils.training.data_report import DataReport, describe_lengths, find_overlap
 from utils.training.needs import Needs
@@ -58,7 +58,7 @@ def prepare_language(
         train_texts, held_texts = split_documents(unique, needs.share_of_text, length, needs.seed)
     else:
         train_texts, held_texts = unique, without_duplicates(held_out)
-    tokenizer = choose_tokenizer(train_texts, needs.vocabulary, needs.task, needs.pad_token_id, needs.tokenizers)
+    tokenizer = needs.tokenizer_for(train_texts)
     encoded = [tokenizer.encode(side) for side in (train_texts, held_texts)]
     train, train_tokens = pack_documents(tokenizer, encoded[0], needs.task, length)
     validation, validation_tokens = pack_documents(tokenizer, encoded[1], needs.task, length)
@@ -211,7 +211,7 @@ def train_tokenizer(documents: Iterable[str], needs: Needs, share: float) -> Tex
             break
     if not sample:
         raise DataError("No document is left to train on.", "Expected more than one document.", "Use more data.")
-    return choose_tokenizer(sample, needs.vocabulary, needs.task, needs.pad_token_id, needs.tokenizers)
+    return needs.tokenizer_for(sample)
 
 
 def _groups(documents: Iterator[str]) -> Iterator[list[str]]:

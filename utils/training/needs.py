@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from utils.runtime.errors import DataError
-from utils.tokenization import Candidate
+from utils.tokenization import Candidate, TextTokenizer, choose_tokenizer
+
+if TYPE_CHECKING:
+    from utils.training.prepared_data import PreparedData
 
 LANGUAGE_TASKS = ("causal_lm", "masked_lm")
 DEFAULT_LENGTH = 256
@@ -50,6 +54,20 @@ class Needs:
     """Chooses what is held out."""
     share: float | None = None
     """Share that is held out."""
+    like: "PreparedData | None" = None
+    """The first of several parts, whose tokenizer, scales and columns the others take over."""
+    in_memory: bool = False
+    """It must fit into memory, because it is one of several parts that are joined."""
+
+    def tokenizer_for(self, texts: Sequence[str]) -> TextTokenizer:
+        """Return the tokenizer of the first part, or choose one by some training text.
+
+        Raises:
+            DataError: The vocabulary is unknown, or too small.
+        """
+        if self.like is not None and self.like.tokenizer is not None:
+            return self.like.tokenizer
+        return choose_tokenizer(texts, self.vocabulary, self.task, self.pad_token_id, self.tokenizers)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ OPTIONS = {
     "validation": "the split of a dataset to measure on",
     "samples": "how many samples to take at most",
     "stream": "true: read while training, and keep only what is measured on",
+    "task": "the column whose values divide the rows into the tasks of continual learning",
 }
 """What may stand behind the question mark."""
 WHOLE = ("samples",)

@@ -41,7 +41,8 @@ def prepare_features(table: Table, columns: dict[str, str], needs: Needs, refere
     found, usable = read_targets(given, regression, needs.num_labels, origin, known)
     numbers, names = found.numbers, found.names
     notes += [found.reason] if found.reason else []
-    values, titles = _features(table, label_column)
+    known_titles = None if needs.like is None else list(needs.like.facts["features"])
+    values, titles = _features(table, label_column, known_titles)
     values, numbers = values[usable], numbers[usable]
     warnings = [f"{(~usable).sum():,} rows have no label and were left out"] if not usable.all() else []
     if needs.features is not None and values.shape[1] != needs.features:
@@ -59,12 +60,19 @@ def prepare_features(table: Table, columns: dict[str, str], needs: Needs, refere
     rows = np.flatnonzero(usable)[chosen].tolist()
     groups = None if regression else numbers
     held = split_rows(keys, groups, needs.share_of_samples, needs.seed, table.origin, table.held_of(rows))
-    filled, missing = _standardised(values, held)
+    if needs.like is not None:
+        scale = np.array(needs.like.facts["feature_means"]), np.array(needs.like.facts["feature_deviations"])
+    else:
+        scale = _scale(values[~held])
+    filled, missing = _standardised(values, *scale)
     if missing:
         warnings.append(f"{missing:,} missing values were filled with the mean of their column")
-    facts: dict[str, Any] = {"features": titles, "columns": {"label": label_column}}
+    facts: dict[str, Any] = {
+        "features": titles, "columns": {"label": label_column}, "feature_means": scale[0].tolist(),
+        "feature_deviations": scale[1].tolist(),
+    }  # fmt: skip
     if regression:
-        targets = standardised(numbers, ~held, origin)
+        targets = standardised(numbers, ~held, origin, needs.like)
         labels = torch.from_numpy(targets.values)
         facts |= {"target_mean": targets.mean, "target_deviation": targets.deviation}
     else:
@@ -82,20 +90,28 @@ def prepare_features(table: Table, columns: dict[str, str], needs: Needs, refere
     return PreparedData(reference, needs.task, parts[0], parts[1], None, {**facts, "report": report.to_dict()})
 
 
-def _features(table: Table, label: str) -> tuple[np.ndarray, list[str]]:
-    """Return all columns but the label, float64 ``(rows, features)`` with nan for missing values, and their names."""
+def _features(table: Table, label: str, wanted: list[str] | None = None) -> tuple[np.ndarray, list[str]]:
+    """Return all columns but the label, float64 ``(rows, features)`` with nan for missing values, and their names.
+
+    Args:
+        table: The rows.
+        label: The column that is predicted.
+        wanted: The features of a first part; a column of words then has those words, and no row any other.
+    """
     found: list[np.ndarray] = []
     titles: list[str] = []
     for name, values in table.columns.items():
         if name == label:
             continue
         blank = [value is None or (isinstance(value, str) and not value.strip()) for value in values]
-        if all(empty or to_number(value) is not None for value, empty in zip(values, blank, strict=True)):
+        known = None if wanted is None else [one for one in wanted if one.startswith(f"{name}=")]
+        numeric = all(empty or to_number(value) is not None for value, empty in zip(values, blank, strict=True))
+        if numeric and not known:
             found.append(read_numbers(values, f"The column {name!r} of {table.origin}"))
             titles.append(name)
             continue
         words = ["" if empty else str(value).strip() for value, empty in zip(values, blank, strict=True)]
-        categories = sorted(set(words) - {""})
+        categories = [one.removeprefix(f"{name}=") for one in known] if known else sorted(set(words) - {""})
         if len(categories) > MOST_CATEGORIES:
             raise DataError(
                 f"The column {name!r} of {table.origin} holds {len(categories):,} different texts.",
@@ -106,15 +122,26 @@ def _features(table: Table, label: str) -> tuple[np.ndarray, list[str]]:
         titles += [f"{name}={category}" for category in categories]
     if not found:
         raise DataError(f"{table.origin} has the one column {label!r}.", "Expected features beside the label.")
-    return np.column_stack(found), titles
+    if wanted is not None and sorted(titles) != sorted(wanted):
+        raise DataError(
+            f"{table.origin} has the features {', '.join(titles[:8])}{', ...' if len(titles) > 8 else ''}.",
+            f"Expected those of the first part: {', '.join(wanted[:8])}{', ...' if len(wanted) > 8 else ''}.",
+            "Give all parts the same columns, with numbers in the same of them.",
+        )
+    order = range(len(titles)) if wanted is None else [titles.index(one) for one in wanted]
+    return np.column_stack([found[place] for place in order]), wanted or titles
 
 
-def _standardised(values: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return features with mean 0 and deviation 1 over the training rows, and how many values were missing."""
-    training = values[~held]
+def _scale(training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and deviation of each feature over the training rows, missing values aside."""
     present = ~np.isnan(training)
     count = np.maximum(present.sum(0), 1)
     mean = np.where(present, training, 0).sum(0) / count
     deviation = np.sqrt((np.where(present, training - mean, 0) ** 2).sum(0) / count)
+    return mean, deviation
+
+
+def _standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return features at a scale, and how many values were missing."""
     scaled = (values - mean) / np.where(deviation > 0, deviation, 1)
     return np.nan_to_num(scaled, nan=0.0).astype(np.float32), int(np.isnan(values).sum())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.adapters.objectives import IGNORED
 from utils.runtime.errors import DataError
-from utils.tokenization import TextTokenizer, choose_tokenizer
+from utils.tokenization import TextTokenizer
 from utils.training.data_report import (
     DataReport,
     class_counts,
@@ -62,12 +62,12 @@ def prepare_labelled(table: Table, columns: dict[str, str], needs: Needs, refere
 
     length = needs.length
     training = [text for text, out in zip(texts, held, strict=True) if not out]
-    tokenizer = choose_tokenizer(training, needs.vocabulary, needs.task, needs.pad_token_id, needs.tokenizers)
+    tokenizer = needs.tokenizer_for(training)
     encoded = tokenizer.encode(texts)
     ids, lengths = _padded([document[:length] for document in encoded], tokenizer.fill_id)
     facts: dict[str, Any] = {"length": length, "columns": {"text": text_column, label_role: label_column}}
     if regression:
-        targets = standardised(numbers, ~held, origin)
+        targets = standardised(numbers, ~held, origin, needs.like)
         labels = torch.from_numpy(targets.values)
         facts |= {"target_mean": targets.mean, "target_deviation": targets.deviation}
     else:
@@ -123,7 +123,7 @@ def prepare_pairs(table: Table, columns: dict[str, str], needs: Needs, reference
     held = split_rows(keys, None, needs.share_of_samples, needs.seed, table.origin, fixed)
     length = needs.length
     training = [text for pair, out in zip(pairs, held, strict=True) if not out for text in pair]
-    tokenizer = choose_tokenizer(training, needs.vocabulary, needs.task, needs.pad_token_id, needs.tokenizers)
+    tokenizer = needs.tokenizer_for(training)
     end = tokenizer.eos_id
     assert end is not None, "every tokenizer made by choose_tokenizer has one"
     start = next((n for n in (needs.decoder_start, tokenizer.pad_id) if n is not None and n < needs.vocabulary), end)
