@@ -24,7 +24,7 @@ try:
     from utils.runtime.files import write_atomic
     from utils.runtime.project import VERSION
     from utils.runtime.settings import field_help
-    from utils.training.config import NOT_YET, TrainingConfig
+    from utils.training.config import TrainingConfig
     from utils.training.run_file import RunFile
     from utils.ui.command_options import (
         REFERENCE_HELP,
@@ -81,8 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
         settings = sub.add_argument_group("training settings")
         texts = field_help(TrainingConfig)
         for setting in fields(TrainingConfig):
-            if setting.name in NOT_YET:
-                continue
             default = "" if setting.default in (None, MISSING) else f" (default: {setting.default})"
             settings.add_argument(
                 f"--{setting.name.replace('_', '-')}", type=_value, metavar="VALUE", dest=f"setting_{setting.name}",

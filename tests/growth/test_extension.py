@@ -1,7 +1,6 @@
 import copy
 import itertools
 import json
-import shutil
 import warnings
 
 import pytest

@@ -124,7 +124,8 @@ def continued(root, broken):
     again, _ = run_all(root, broken)
     assert "1 unfinished run." in shown(again, "unfinished")
     names = sorted(path.name for path in broken.glob("runs/*"))
-    assert names == [run_dir.name, f"{run_dir.name}-grown-60"], "beside the run that grows, no second one was begun"
+    sections = ["", "-digits-consolidation", "-digits-naive", "-grown-60"]
+    assert names == [run_dir.name + end for end in sections], "beside those of the sections, no second one was begun"
     assert (run_dir / "run.json").read_bytes() == record
     assert rows(run_dir, saved, timed=True) == before, "what was trained before the kill was not trained again"
     return run_dir, json.loads(record)

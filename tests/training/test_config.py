@@ -57,7 +57,8 @@ def test_round_trip_through_a_dict():
         ({"session_limit_minutes": INF}, ["session_limit_minutes is inf", "None for no limit"]),
         ({"learning_rate": INF}, ["learning_rate is inf", "at most 1"]),
         ({"growth": "depth"}, ["growth is 'depth'", "names and values", "or None"]),
-        ({"continual": {"method": "ewc"}}, ["continual is set", "not available in this version"]),
+        ({"continual": "ewc"}, ["continual is 'ewc'", "names and values", "or None"]),
+        ({"curriculum": "easy"}, ["curriculum is 'easy'", "names and values", "or None"]),
         ({"tracking": "mlflow"}, ["tracking is 'mlflow'", "wandb, tensorboard"]),
     ],
 )

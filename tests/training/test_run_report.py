@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from utils.continual.accuracy_matrix import AccuracyMatrix, save_matrix
 from utils.runtime.errors import RunError
 from utils.training.figures import save_training_figure, training_figure, trend
 from utils.training.growth_rows import LINEAGE
@@ -11,6 +12,7 @@ from utils.training.line_chart import Series, line_chart, number, thinned, ticks
 from utils.training.resume import train
 from utils.training.run import REPORT
 from utils.training.run_report import read_facts, run_report
+from utils.training.task_rows import MATRIX
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,49 @@ def test_a_damaged_record_of_growth_is_told_and_costs_nothing_else(runs, tmp_pat
     fragment = run_report(tmp_path / "a").fragment
     assert "growth.json cannot be read" in fragment
     assert "Loss of this run" in fragment and '<line class="mark"' not in fragment
+
+
+def test_tasks_are_shown_with_the_score_on_each_after_each(runs, tmp_path):
+    shutil.copytree(runs / "first", tmp_path / "a")
+    assert "<h2>Tasks</h2>" not in run_report(tmp_path / "a").fragment
+    save_matrix(tmp_path / "a", AccuracyMatrix(("<b>", "other"), ((0.9, 0.1), (0.5, 0.8))))
+    text = run_report(tmp_path / "a").path.read_text()
+    assert "<h2>Tasks</h2><p>Learned 2 tasks one after another: average accuracy 65.0 %, forgetting 40.0 points" in text
+    assert "on &lt;b&gt;</th>" in text and "<b>other" not in text
+    assert text.count("color-mix") == 4 and not re.search(r"https?:|src=|@import|url\(", text)
+    losses = AccuracyMatrix(("first", "other"), ((2.0, 3.0),), higher_is_better=False, unit="nats")
+    save_matrix(tmp_path / "a", losses)
+    text = run_report(tmp_path / "a").path.read_text()
+    assert "average loss 2.00 nats" in text and "Scores are in nats" in text
+    many = AccuracyMatrix(tuple(map(str, range(30))), ((0.5,) * 30,))
+    save_matrix(tmp_path / "a", many)
+    assert "right after it was learned; accuracy_matrix.json has those on all." in run_report(tmp_path / "a").fragment
+    save_matrix(tmp_path / "a", AccuracyMatrix(("first", "other"), (), (0.1, 0.2)))
+    assert "<h2>Tasks</h2><p class" in run_report(tmp_path / "a").fragment, "nothing was learned yet"
+
+
+def test_a_stream_is_compared_by_its_last_loss(runs, tmp_path):
+    shutil.copytree(runs / "first", tmp_path / "a")
+    path = tmp_path / "a" / "metrics.csv"
+    head, *lines = path.read_text().splitlines()
+    lines = [line for line in lines if ",validation," in line]
+    path.write_text("\n".join([head, *reversed(lines)]) + "\n")
+    rising = read_facts(tmp_path / "a")
+    assert rising.best[0] == min(loss for _, loss in rising.points("validation", "loss"))
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    record["config"]["continual"] = {"method": "naive"}
+    (tmp_path / "a" / "run.json").write_text(json.dumps(record))
+    stream = read_facts(tmp_path / "a")
+    assert stream.best != rising.best
+    assert stream.best[0] == stream.last("validation", "loss") == stream.points("validation", "loss")[-1][1]
+
+
+@pytest.mark.parametrize("content", ["{", "[3]", '{"kind": "accuracy_matrix", "version": 9}'])
+def test_a_damaged_record_of_tasks_is_told_and_costs_nothing_else(runs, tmp_path, content):
+    shutil.copytree(runs / "first", tmp_path / "a")
+    (tmp_path / "a" / MATRIX).write_text(content)
+    fragment = run_report(tmp_path / "a").fragment
+    assert '<h2>Tasks</h2><p class="soft">accuracy_matrix.json ' in fragment and "Loss of this run" in fragment
 
 
 def test_a_setting_that_holds_many_others_is_cut(runs, tmp_path):

@@ -7,11 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.continual.toys import SPEC, net, settings
+from utils.continual.accuracy_matrix import AccuracyMatrix, read_matrix, save_matrix
 from utils.runtime.errors import MissingPackageError
 from utils.training import TrainingConfig, tracking
 from utils.training.growth_rows import COLUMNS, LINEAGE
 from utils.training.resume import resume, train
-from utils.training.tracking import Tracking, WandbTracker, architecture, check_trackers, describe, make_trackers
+from utils.training.task_rows import MATRIX, TaskRows, read_tasks
+from utils.training.tracking import (
+    News,
+    Tracking,
+    WandbTracker,
+    architecture,
+    check_trackers,
+    describe,
+    make_trackers,
+    task_news,
+)
 from utils.training.weights import weights_sha256
 
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"
@@ -272,6 +284,40 @@ def test_wandb_has_the_growth_as_a_table(tmp_path, text_file, tiny_gpt, small):
     assert [(row[0], row[1]) for row in newest["data"]] == [(3, "depth"), (8, "feed_forward")]
     rows = [row for row in wandb_history(folder) if "step" in row]
     assert [row["step"] for row in rows] == [row["step"] for row in run.metrics], "tables add no rows"
+
+
+@pytest.mark.slow
+def test_wandb_has_the_tasks_as_a_table_and_their_headline_as_numbers(tmp_path):
+    pytest.importorskip("wandb")
+    run = train(
+        net(), "builtin:digits", settings("replay", tracking="wandb"), tmp_path / "run", spec=SPEC, progress=False
+    )
+    (folder,) = (run.directory / "tracking" / "wandb").glob("offline-run-*")
+    tables = [json.loads(path.read_text()) for path in folder.rglob("tasks*.table.json")]
+    newest = max(tables, key=lambda table: len(table["data"]))
+    record = read_tasks(run.directory)
+    assert newest["columns"] == list(record.columns) and newest["data"] == record.values
+    matrix, history = read_matrix(run.directory), wandb_history(folder)
+    for name, exact in (("average_accuracy", matrix.average_accuracy), ("forgetting", matrix.forgetting)):
+        logged = [row[f"tasks/{name}"] for row in history if f"tasks/{name}" in row]
+        assert logged[-1] == pytest.approx(exact)
+    assert [row["step"] for row in history if "step" in row] == [row["step"] for row in run.metrics]
+
+
+def test_news_is_a_record_that_got_longer(tmp_path):
+    class Here:
+        directory = tmp_path
+
+    assert task_news().new() is None and News(TaskRows).new() is None
+    news = task_news(Here())
+    assert news.new() is None
+    matrix = AccuracyMatrix(("a", "b"), ((0.9, 0.1),))
+    save_matrix(tmp_path, matrix)
+    assert len(news.new().rows) == 1 and news.new() is None
+    (tmp_path / MATRIX).write_text("{")
+    assert news.new() is None and news.told == 1
+    save_matrix(tmp_path, matrix.with_row((0.5, 0.8)))
+    assert news.new().headline == {"average_accuracy": 0.65, "forgetting": pytest.approx(0.4)}
 
 
 def test_a_run_continued_online_sends_only_what_the_server_lacks():

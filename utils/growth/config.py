@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from utils.runtime.errors import ConfigError
+from utils.runtime.settings import check_names
 from utils.training.config import LARGEST, MOST
 
 OPERATORS = ("depth", "feed_forward", "heads", "residual", "vocabulary", "classes", "expert", "channels")
@@ -81,7 +82,7 @@ class ScheduledGrowth:
         Raises:
             ConfigError: A name is unknown or missing, or a value is invalid.
         """
-        _check_names(cls, settings)
+        check_names(cls, settings)
         missing = [name for name in ("at", "operator") if name not in settings]
         if missing:
             raise ConfigError(
@@ -243,7 +244,7 @@ class GrowthConfig:
                 "Expected names and values, such as {'schedule': [{'at': 0.3, 'operator': 'depth', 'amount': 2}]}.",
             )
         given = _from_historic(settings) if any(name in settings for name in HISTORIC) else dict(settings)
-        _check_names(cls, given)
+        check_names(cls, given)
         for name in ("operators", "triggers", "schedule"):
             if isinstance(given.get(name), list):
                 given[name] = tuple(given[name])
@@ -287,19 +288,6 @@ def _from_historic(settings: Mapping[str, Any]) -> dict[str, Any]:
     )
     named = {"operators": ("depth",), "triggers": ("uncertainty",), "needed": 1, "uncertainty_threshold": threshold}
     return {**named, **rest}
-
-
-def _check_names(settings_class: type, settings: Mapping[str, Any]) -> None:
-    """Check that all names are fields, and suggest the nearest one."""
-    known = [field.name for field in fields(settings_class)]
-    for name in settings:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            raise ConfigError(
-                f"{settings_class.__name__} has no setting {name!r}.",
-                f"Expected one of {', '.join(known)}.",
-                f"Did you mean {near[0]!r}?" if near else "",
-            )
 
 
 def _check_choice(settings: Any, name: str, allowed: tuple[str, ...]) -> None:

@@ -33,6 +33,7 @@ from utils.runtime.resources import is_out_of_memory
 from utils.training.batch_inputs import model_inputs
 from utils.training.config import TrainingConfig
 from utils.training.evaluation import masked, masking_seed, objective
+from utils.training.extensions import Extension
 from utils.training.grown_config import layout
 from utils.training.growth_rows import LINEAGE
 from utils.training.processes import agreed
@@ -40,7 +41,7 @@ from utils.training.sharding import is_sharded
 from utils.training.state import ModelChange, Undo
 
 
-class GrowthExtension:
+class GrowthExtension(Extension):
     """Lets a run's model grow.
 
     Attributes:

@@ -1,11 +1,11 @@
 """The settings of a training run: one frozen object for notebook, command line and checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from utils.runtime.errors import ConfigError
+from utils.runtime.settings import check_names
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -28,9 +28,12 @@ MOST = 1e300
 """Bound of other numbers, infinity excluded: JSON has none, and arithmetic with one fails in the middle of a run."""
 BOUNDS = {"max_epochs": (-LARGEST, LARGEST), "workers": (0, 1024), "seed": (-(2**63), 2**64 - 1)}
 """Other bounds, by setting; a seed is what random streams take."""
-NESTED = {"growth": "{'schedule': [{'at': 0.5, 'operator': 'depth', 'amount': 1}]}"}
+NESTED = {
+    "growth": "{'schedule': [{'at': 0.5, 'operator': 'depth', 'amount': 1}]}",
+    "continual": "{'method': 'consolidation', 'tasks': 5}",
+    "curriculum": "{'phases': [{'name': 'easy', 'share': 0.3, 'steps': 0.2}, {'name': 'all'}]}",
+}
 """Settings that hold settings of their own, with an example; the layer that they belong to checks what is in them."""
-NOT_YET = {"continual": "Continual learning"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ class TrainingConfig:
     growth: Mapping[str, Any] | None = None
     """When, where and how the model grows while it trains, see docs/growth.md; None never grows it."""
     continual: Mapping[str, Any] | None = None
-    """Settings of continual learning; not available in this version."""
+    """The stream of tasks and the method against forgetting, see docs/continual.md; None trains on all data alike."""
+    curriculum: Mapping[str, Any] | None = None
+    """Which samples come first, how fast harder ones join them, and when: phases and gates; None mixes all alike."""
     tracking: str | None = None
     """Outside tracking beside the CSV file: wandb, tensorboard, both with a comma, or None."""
 
@@ -118,7 +123,7 @@ class TrainingConfig:
         """Check every field and every pair that can contradict.
 
         Raises:
-            ConfigError: A value is out of range, two values contradict, or a feature is not available yet.
+            ConfigError: A value is out of range, or two values contradict.
         """
         if (self.max_steps is None) == (self.max_epochs is None):
             raise ConfigError(
@@ -200,13 +205,6 @@ class TrainingConfig:
                     )
                 # The settings of a layer above, kept as what JSON and a checkpoint can hold.
                 object.__setattr__(self, name, value.to_dict())
-        for name, feature in NOT_YET.items():
-            if getattr(self, name) is not None:
-                raise ConfigError(
-                    f"TrainingConfig.{name} is set.",
-                    f"{feature} is not available in this version.",
-                    "Leave it at None.",
-                )
 
     def _check_size(self, name: str, whole: bool) -> None:
         """Check that a number can be computed with: a run recorded with one that cannot would fail for ever."""
@@ -292,15 +290,7 @@ class TrainingConfig:
         Raises:
             ConfigError: A name is unknown (the nearest known one is suggested) or a value is invalid.
         """
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                raise ConfigError(
-                    f"TrainingConfig has no setting {name!r}.",
-                    f"Expected one of {', '.join(known)}.",
-                    f"Did you mean {near[0]!r}?" if near else "",
-                )
+        check_names(cls, settings)
         return cls(**settings)
 
     def with_changes(self, **changes: Any) -> "TrainingConfig":

@@ -14,23 +14,52 @@ from torch import nn
 
 from utils.adapters import ModelAdapter
 from utils.training.config import TrainingConfig
-from utils.training.state import StatefulPart, Undo
+from utils.training.prepared_data import PreparedData
+from utils.training.state import ModelChange, Undo
+from utils.training.stream import SampleStream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from utils.training.run import Run
     from utils.training.session_callback import SessionCallback
 
-SLOTS: Mapping[str, str] = {"growth": "utils.growth.extension"}
-"""The setting that fills a slot, and the module that brings what goes into it.
+SLOTS: Mapping[str, str] = {
+    "growth": "utils.growth.extension",
+    "continual": "utils.continual.extension",
+    "curriculum": "utils.continual.curriculum_extension",
+}
+"""The setting that fills a slot, and the module that brings what goes into it; they act in this order.
 
-Its functions: ``make_extension(config)``; ``has_grown(module)``, which tells whether a model needs it whatever the
-settings say; ``check_source(adapter)`` and ``leave_behind(module, directory)``, see below.
+Its functions: ``make_extension(config)``; and where models are changed for good ``has_grown(module)``, which tells whether
+a model needs it whatever the settings say, ``check_source(adapter)`` and ``leave_behind(module, directory)``, see below.
 """
 
 
-class Extension(StatefulPart, Protocol):
-    """Something that takes part in a run; its state is a part of the checkpoints, under the name of its slot."""
+class Extension:
+    """Something that takes part in a run; its state is a part of the checkpoints, under the name of its slot.
+
+    It is a `utils.training.state.StatefulPart`. What it does not need it leaves as it is here.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: nested dicts and lists of numbers, strings and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state that `state_dict` returned."""
+
+    def migrate(self, change: ModelChange) -> Undo | None:
+        """Follow a change of the model; see `utils.training.state.StatefulPart`."""
+        return None
+
+    def arrange(self, adapter: ModelAdapter, data: PreparedData) -> PreparedData:
+        """Return the data of a new run as this wants it: with notes of its own.
+
+        Raises:
+            SeedbedError: It cannot work on this data.
+        """
+        return data
 
     def begin(self, adapter: ModelAdapter, total_steps: int) -> Undo | None:
         """Act on a model with which a new run begins, before anything is written.
@@ -45,6 +74,7 @@ class Extension(StatefulPart, Protocol):
         Raises:
             SeedbedError: The model cannot begin so; it is as it was.
         """
+        return None
 
     def restore(self, adapter: ModelAdapter, state: Mapping[str, Any], as_it_began: Callable[[], None]) -> None:
         """Bring a model that was just built from its source into the shape that a checkpoint's weights have.
@@ -52,8 +82,12 @@ class Extension(StatefulPart, Protocol):
         Args:
             adapter: The model.
             state: What `state_dict` returned when the checkpoint was written.
-            as_it_began: To be called when the model has the shape that it had when the run began.
+            as_it_began: To be called when the model has the shape that it had when the run began; at the end by itself.
         """
+
+    def open_stream(self, run: "Run") -> SampleStream | None:
+        """Return the training data in another order; None for the usual one."""
+        return None
 
     def start(self, session: "SessionCallback") -> None:
         """Get ready; the states of all parts are loaded."""
@@ -61,16 +95,37 @@ class Extension(StatefulPart, Protocol):
     def after_step(self, session: "SessionCallback", batch: "Mapping[str, Tensor]") -> None:
         """Act after an optimizer step, before it is decided whether the run stops or saves."""
 
+    def measure(self, session: "SessionCallback") -> dict[str, float] | None:
+        """Return held-out metrics of the present weights instead of the usual ones; None for these.
+
+        Such numbers are of what the run is about at this step; no checkpoint is kept for being best by them.
+        """
+        return None
+
     def end(self, session: "SessionCallback") -> None:
         """Act at the end of a session that no error ended; everything is saved."""
+
+    def release(self) -> None:
+        """Let go of the model at the end of any session, also one that an error ended; may be called twice."""
+
+
+class Shaping(Protocol):
+    """What changes the loss or the gradient of every step."""
+
+    def new_batch(self, batch: "dict[str, Tensor]") -> None:
+        """Get ready for a forward pass on a batch of the run's data."""
+
+    def extra_loss(self, batch: "dict[str, Tensor]", logits: "Tensor", labels: "Tensor") -> "Tensor | None":
+        """Return what is added to the loss of a batch, with its graph."""
+
+    def change_gradient(self) -> None:
+        """Change the gradient of a whole step, before it is measured and clipped."""
 
 
 def adopted(config: TrainingConfig, module: nn.Module) -> TrainingConfig:
     """Return settings with the slots filled that a model needs because of what was done with it before."""
-    for name, home in SLOTS.items():
-        # A package that was never imported has done nothing.
-        used = home.rpartition(".")[0] in sys.modules
-        if used and getattr(config, name) is None and importlib.import_module(home).has_grown(module):
+    for name, has_grown in _used("has_grown"):
+        if getattr(config, name) is None and has_grown(module):
             config = config.with_changes(**{name: {}})
     return config
 
@@ -82,8 +137,7 @@ def leave_behind(module: nn.Module, directory: Path) -> bool:
         module: The model.
         directory: Where its weights are.
     """
-    used = [home for home in SLOTS.values() if home.rpartition(".")[0] in sys.modules]
-    left = [importlib.import_module(home).leave_behind(module, directory) for home in used]
+    left = [leave(module, directory) for _, leave in _used("leave_behind")]
     return any(left)
 
 
@@ -93,9 +147,16 @@ def check_sources(adapter: ModelAdapter) -> None:
     Raises:
         SeedbedError: It could not.
     """
-    for home in SLOTS.values():
-        if home.rpartition(".")[0] in sys.modules:
-            importlib.import_module(home).check_source(adapter)
+    for _, check in _used("check_source"):
+        check(adapter)
+
+
+def _used(function: str) -> list[tuple[str, Callable[..., Any]]]:
+    """Return the slots whose packages have a function of this name; one that was never imported has done nothing."""
+    modules = [
+        (name, importlib.import_module(home)) for name, home in SLOTS.items() if home.rpartition(".")[0] in sys.modules
+    ]
+    return [(name, getattr(module, function)) for name, module in modules if hasattr(module, function)]
 
 
 def extensions_of(config: TrainingConfig) -> dict[str, Extension]:

@@ -185,6 +185,10 @@ def growth_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def growth_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as a table in Markdown; empty when there are none."""
     said = said_rows(rows)
-    lines = [[" ".join(text.split()).replace("|", "\\|") for text in row.values()] for row in said]
-    table = [list(said[0]), ["---"] * len(said[0]), *lines] if said else []
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return markdown_table(list(said[0]), [list(row.values()) for row in said]) if said else ""
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return headings and rows of text as a table in Markdown."""
+    cells = [[" ".join(text.split()).replace("|", "\\|") for text in line] for line in (head, *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ["---"] * len(head), *cells[1:]))

@@ -12,6 +12,7 @@ from utils.runtime.project import VERSION
 from utils.runtime.resources import format_bytes, format_count
 from utils.training.export_report import ExportReport, quality_text
 from utils.training.export_weights import ChosenWeights
+from utils.training.task_rows import TaskRows, read_tasks, said_method
 
 PIPELINES = {
     "causal_lm": "text-generation",
@@ -124,23 +125,33 @@ def _training(run: Any) -> str:
 
 def _results(run: Any, report: ExportReport, chosen: ChosenWeights) -> str:
     measured = [row for row in run.metrics if row["split"] == "validation"]
-    blocks = []
+    tasks, blocks = read_tasks(run.directory), []
+    learned = _learned(tasks, run, chosen)
     if measured:
         best = min(measured, key=lambda row: row["loss"])
-        picked = {row["step"]: row for row in (measured[0], best, measured[-1])}
+        # The loss over a stream's first task says nothing beside that over all: none of them is the best.
+        stream = bool(tasks.learned)
+        picked = {row["step"]: row for row in (measured[0], *(() if stream else (best,)), measured[-1])}
         names = [(key, title) for key, title in NUMBERS if any(key in row for row in measured)]
         rows = [
             (f"{step:,}", *(f"{row[key]:.4f}" if key in row else "" for key, _ in names))
             for step, row in sorted(picked.items())
         ]
-        blocks.append("Measured on all held-out data at the first, the best and the last measurement:")
+        blocks.append(
+            "Measured on the held-out data of the tasks begun by then, at the first and the last measurement:"
+            if stream
+            else "Measured on all held-out data at the first, the best and the last measurement:"
+        )
         blocks.append(_table(("step", *(title for _, title in names)), rows))
+        blocks += learned
         if not chosen.measured:
             blocks.append(
                 "These were measured with the moving average of the weights; the exported weights are the plain ones."
             )
         elif chosen.step not in {row["step"] for row in measured}:
             blocks.append(f"The exported weights are of step {chosen.step:,}, at which nothing was measured.")
+    else:
+        blocks += learned
     last = run.last("train")
     if "loss" in last:
         blocks.append(f"Training loss over the last logged steps: {last['loss']:.4f} nats.")
@@ -154,6 +165,17 @@ def _results(run: Any, report: ExportReport, chosen: ChosenWeights) -> str:
         blocks.append("The exported weights before and after export, on the first held-out samples:")
         blocks.append(_table(("format", "measured"), rows))
     return "\n\n".join(blocks)
+
+
+def _learned(tasks: TaskRows, run: Any, chosen: ChosenWeights) -> list[str]:
+    """Say how a stream of tasks was learned; nothing for a run without one."""
+    if tasks.newest is None:
+        return []
+    said = f"{tasks.sentence} ({said_method(run.config.to_dict())})."
+    step = tasks.newest["step"]
+    if None not in (step, chosen.step) and step != chosen.step:
+        said += f" This was measured at step {step:,}; the exported weights are of step {chosen.step:,}."
+    return [said]
 
 
 def _files(report: ExportReport) -> str:

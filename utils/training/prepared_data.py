@@ -108,6 +108,11 @@ class PreparedData:
         return len(next(iter(self.train.values())))
 
     @property
+    def pass_samples(self) -> int:
+        """Samples that one pass over the training data hands out: more than there are where tasks share them."""
+        return int(self.facts.get("pass_samples", self.train_samples))
+
+    @property
     def validation_samples(self) -> int:
         """Number of held-out samples."""
         return len(next(iter(self.validation.values())))
@@ -142,6 +147,7 @@ class PreparedData:
             "task": self.task,
             "train_samples": self.train_samples,
             "validation_samples": self.validation_samples,
+            "pass_samples": self.pass_samples,
             "shapes": {name: list(tensor.shape) for name, tensor in _flatten(self).items()},
             "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in _flatten(self).items()},
             "tokenizer": None if self.tokenizer is None else self.tokenizer.to_dict(),
@@ -223,6 +229,11 @@ class PreparedData:
         if self.tokens is not None:
             files[TOKENS] = _place(self.tokens.path, directory / TOKENS)
         write_json(directory / MANIFEST, tag_nonfinite({"version": VERSION, **self.to_dict(), "files": files}))
+
+
+def planned_samples(told: Mapping[str, Any]) -> int:
+    """Return the samples of one pass over the training data, given what a run's record tells of it."""
+    return int(told.get("pass_samples", told.get("train_samples", 0)))
 
 
 def load_prepared(directory: str | Path) -> PreparedData:

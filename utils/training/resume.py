@@ -82,7 +82,8 @@ def train(
     Args:
         model: A loaded model (the run can then be continued from its directory alone), a reference for
             `utils.load_model`, an adapter or a module.
-        data: A data reference such as ``builtin:python-docs``, ``builtin:digits`` or ``file:PATH``, or prepared data.
+        data: A data reference such as ``builtin:python-docs``, ``builtin:digits`` or ``file:PATH``, a list of them or a
+            dict from names to them (one domain after the other, see ``config.continual``), or prepared data.
         config: How to train.
         run_dir: A new or empty directory.
         spec: Facts about the model that override detection.
@@ -119,6 +120,8 @@ def train(
     extensions = extensions_of(config)
     check_sources(adapter)
     prepared = prepare_data(adapter, data, config)
+    for extension in extensions.values():
+        prepared = extension.arrange(adapter, prepared)
     check_free(Path(run_dir))
     _check_devices(config, loaded, adapter)
     with session_lock(Path(run_dir)):
@@ -126,7 +129,7 @@ def train(
         config, found = resolved(adapter, prepared, config, progress)
         undos: list[Undo | None] = []
         try:
-            total = config.total_steps(prepared.train_samples)
+            total = config.total_steps(prepared.pass_samples)
             undos += [extension.begin(adapter, total) for extension in extensions.values()]
             states = {name: extension.state_dict() for name, extension in extensions.items()}
             run = create_run(Path(run_dir), adapter, loaded, prepared, config, found, states)
@@ -239,15 +242,18 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
     run = Run(directory, adapter, load_prepared(directory / "data"), config, loaded)
     checkpoint = run.checkpoints.latest()
 
+    began: list[bool] = []
+
     def as_it_began() -> None:
-        freeze(adapter.module, record["model"]["frozen"])
+        if not began:
+            freeze(adapter.module, record["model"]["frozen"])
+            began.append(True)
 
     states = checkpoint.states()
-    restoring = {name: extension for name, extension in extensions_of(config).items() if name in states}
-    if not restoring:
-        as_it_began()
-    for name, extension in restoring.items():
-        extension.restore(adapter, states[name], as_it_began)
+    for name, extension in extensions_of(config).items():
+        if name in states:
+            extension.restore(adapter, states[name], as_it_began)
+    as_it_began()
     state = checkpoint.load_into(adapter.module)
     try:
         ModuleMemory(adapter.module).load_state_dict(state["memory"])
@@ -259,7 +265,7 @@ def open_run(run_dir: str | Path, *, model: nn.Module | None = None, trust: bool
             "Expected the states of all parts of a run.",
             "Delete this checkpoint to resume from the one before it.",
         ) from None
-    run.total_steps = config.total_steps(run.data.train_samples)
+    run.total_steps = config.total_steps(run.data.pass_samples)
     if (directory / METRICS).exists():
         try:
             run.metrics = read_metrics(directory / METRICS)

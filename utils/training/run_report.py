@@ -20,7 +20,9 @@ from utils.training.figures import metric_of, trend
 from utils.training.growth_rows import GrowthRows, growth_table, read_growth
 from utils.training.line_chart import Series, line_chart
 from utils.training.metrics import read_metrics
+from utils.training.prepared_data import planned_samples
 from utils.training.run import METRICS, RECORD, REPORT, SUMMARY, read_record
+from utils.training.task_rows import MATRIX, TaskRows, read_tasks, said_method, tasks_table
 
 MOST_NEIGHBOURS = 7
 """Curves beside the run's own; the table lists `MOST_LISTED` runs."""
@@ -61,6 +63,7 @@ border-bottom:1px solid var(--line);background:none;color:inherit;white-space:no
 .seedbed-run th{color:var(--soft);font-weight:500}
 .seedbed-run td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:220px}
 .seedbed-run td.number,.seedbed-run th.number{text-align:right;font-variant-numeric:tabular-nums}
+.seedbed-run .tasks td,.seedbed-run .tasks th{padding-left:10px;padding-right:10px}
 .seedbed-run tr.own td{font-weight:600}.seedbed-run td.best{color:var(--good)}
 .seedbed-run i.key{display:inline-block;width:14px;height:3px;vertical-align:middle;margin-right:7px;border-radius:2px}
 .seedbed-run details{margin:8px 0}.seedbed-run summary{cursor:pointer;color:var(--soft)}
@@ -102,8 +105,11 @@ class RunFacts:
 
     @property
     def best(self) -> tuple[float, int] | None:
-        """The lowest held-out loss and its step."""
+        """The lowest held-out loss and its step; the last of a run that learns task after task."""
         points = self.points("validation", "loss")
+        if self.settings.get("continual"):
+            # The earlier ones are means over fewer tasks, and lower for that alone.
+            points = points[-1:]
         return min(((loss, int(step)) for step, loss in points), default=None)
 
     @property
@@ -207,6 +213,7 @@ def report_fragment(own: RunFacts, neighbours: Sequence[RunFacts], notes: Sequen
         _tiles(own),
         _charts(own, shown),
         _growth(own.growth),
+        _tasks(read_tasks(own.directory), said_method(own.settings)),
         _table(own, neighbours, colours),
         *(f'<p class="soft">{escape(note)}</p>' for note in notes),
         _settings(own),
@@ -241,7 +248,7 @@ def _tiles(own: RunFacts) -> str:
 
 def _planned(own: RunFacts) -> int:
     config = TrainingConfig.from_dict(own.settings)
-    return config.total_steps(int(own.record["data"].get("train_samples", 0)))
+    return config.total_steps(planned_samples(own.record["data"]))
 
 
 def _charts(own: RunFacts, shown: Sequence[RunFacts]) -> str:
@@ -286,6 +293,26 @@ def _growth(growth: GrowthRows) -> str:
     return (
         '<h2>Growth</h2><p class="soft">What the model grew through, and by how much its answers, as a share of their '
         f"size, and its loss, in nats, changed at that moment.</p>{growth_table(growth.rows)}"
+    )
+
+
+def _tasks(tasks: TaskRows, method: str) -> str:
+    """Return how good the model was at every task after each that it learned; empty for a run without tasks."""
+    if tasks.problem is not None:
+        return f'<h2>Tasks</h2><p class="soft">{escape(tasks.problem)}</p>'
+    if not tasks.rows:
+        return ""
+    said = f"<p>{escape(f'{tasks.sentence} ({method}).')}</p>" if tasks.newest else ""
+    what = (
+        "A row holds the score on each task after the one that it names was learned, faint on those still to come."
+        if tasks.shown
+        else f"A row holds the score on the task that it names, right after it was learned; {MATRIX} has those on all."
+    )
+    unit = "Accuracies are in percent" if tasks.unit == "accuracy" else f"Scores are in {tasks.unit}"
+    return (
+        f'<h2>Tasks</h2>{said}<p class="soft">{what} {escape(unit)}; the average is over the tasks learned, and '
+        "forgetting is what was lost since the best earlier row. Held-out numbers elsewhere in this report are means "
+        f"over the tasks begun by then.</p>{tasks_table(tasks)}"
     )
 
 

@@ -1,6 +1,8 @@
 """Optimizers and learning-rate schedules: what changes the weights, and by how much at which step."""
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,6 +86,21 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     )
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, total_steps: int, config: TrainingConfig) -> LambdaLR:
-    """Return the schedule of an optimizer over a run of `total_steps` steps."""
-    return LambdaLR(optimizer, lambda step: learning_rate_share(step, total_steps, config))
+def make_schedule(
+    optimizer: torch.optim.Optimizer, total_steps: int, config: TrainingConfig, restarts: Sequence[int] = ()
+) -> LambdaLR:
+    """Return the schedule of an optimizer over a run.
+
+    Args:
+        optimizer: The optimizer.
+        total_steps: Steps of the run.
+        config: The schedule's settings.
+        restarts: Steps at which it begins anew, for the steps up to the next one; ascending.
+    """
+    borders = (0, *restarts, total_steps)
+
+    def share(step: int) -> float:
+        part = min(bisect_right(borders, step), len(borders) - 1)
+        return learning_rate_share(step - borders[part - 1], borders[part] - borders[part - 1], config)
+
+    return LambdaLR(optimizer, share)

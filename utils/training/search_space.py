@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, Protocol
 
 from utils.runtime.errors import ConfigError
-from utils.training.config import NOT_YET, TrainingConfig
+from utils.training.config import TrainingConfig
 
 FIXED = {
     **dict.fromkeys(("max_steps", "max_epochs"), "a longer run nearly always ends lower"),
@@ -15,7 +15,7 @@ FIXED = {
     **dict.fromkeys(
         ("devices", "strategy", "workers", "tracking", "time_budget_minutes", "session_limit_minutes",
          "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "keep_best", "keep_every_steps",
-         "log_every_steps", "gradient_checkpointing", "compile", *NOT_YET),
+         "log_every_steps", "gradient_checkpointing", "compile"),
         "it does not change what is learned",
     ),
 }  # fmt: skip

@@ -192,9 +192,12 @@ class SessionCallback(pl.Callback):
         """Let the extensions end their session too."""
         for extension in self.extensions.values():
             extension.end(self)
+            extension.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let the checkpoint that is being written become whole; it was good when it was begun."""
+        for extension in self.extensions.values():
+            extension.release()
         if self.writer is not None:
             self.writer.finish(copy=False)
 
@@ -313,6 +316,11 @@ class SessionCallback(pl.Callback):
     def _measure(self, trainer: pl.Trainer) -> None:
         """Write one row of held-out metrics, of the averaged weights when there are some."""
         started = time.monotonic()
+        own = (extension.measure(self) for extension in self.extensions.values())
+        if (found := next((each for each in own if each is not None), None)) is not None:
+            self._row({"split": "validation", **found})
+            self.row_start += time.monotonic() - started
+            return
         context = trainer.precision_plugin.forward_context
         arguments = (self.run.adapter, self.run.data, self.config.batch_size, self.config.seed, context)
         if self.average is not None:

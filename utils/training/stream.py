@@ -22,6 +22,8 @@ class SampleStream:
 
     sequential = False
     """Whether batches exist in their order only, so that worker processes cannot make them by number."""
+    restarts: tuple[int, ...] = ()
+    """Samples after which the learning rate's schedule begins anew."""
 
     def __init__(
         self,

@@ -319,5 +319,9 @@ def open_stream(data: PreparedData, config: TrainingConfig, rank: int = 0, world
         )
     if data.stream is not None:
         return TextStream(data.stream, data, config.batch_size, config.seed, rank, world)
-    augmentation = Augmentation(config.seed, data.facts.get("flips", True)) if config.augment else None
-    return SampleStream(data.train, config.batch_size, config.seed, rank, world, augmentation)
+    return SampleStream(data.train, config.batch_size, config.seed, rank, world, augmentation_of(data, config))
+
+
+def augmentation_of(data: PreparedData, config: TrainingConfig) -> Augmentation | None:
+    """Return how a run's training images are changed; None when they are not."""
+    return Augmentation(config.seed, data.facts.get("flips", True)) if config.augment else None

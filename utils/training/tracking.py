@@ -17,14 +17,17 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from utils.runtime.optional import require
 from utils.runtime.secrets import find_secret
 from utils.training.config import TrainingConfig
-from utils.training.growth_rows import COLUMNS, LINEAGE, growth_markdown, read_growth
+from utils.training.growth_rows import COLUMNS, LINEAGE, GrowthRows, growth_markdown, read_growth
 from utils.training.run import METRICS, RECORD, Run, read_record
+from utils.training.task_rows import MATRIX, TaskRows, read_tasks, tasks_markdown
 
 if TYPE_CHECKING:
     from utils.training.session_callback import Observer
@@ -203,22 +206,47 @@ def settings_of(run: Run) -> dict[str, Any]:
     }
 
 
-class Growth:
-    """Looks from time to time whether a run's model has grown."""
+class Seen(Protocol):
+    """A record of a run that gets longer."""
 
-    def __init__(self, run: Run | None = None) -> None:
-        """Look into a run's directory; without a run there is nothing to see."""
-        self._directory = run.directory if run is not None else None
-        self._parameters = None if run is None else read_record(run.directory)["model"].get("parameters")
-        self._known = 0
+    @property
+    def rows(self) -> Sequence[dict[str, Any]]:
+        """What is in it; nothing when it cannot be read."""
 
-    def new_rows(self) -> Sequence[dict[str, Any]]:
-        """Return all events when there are new ones; a record that cannot be read holds none."""
-        rows = () if self._directory is None else read_growth(self._directory, self._parameters).rows
-        if len(rows) <= self._known:
-            return ()
-        self._known = len(rows)
-        return rows
+
+Record = TypeVar("Record", bound=Seen)
+
+
+class News(Generic[Record]):
+    """Looks from time to time whether a record in a run's directory has more rows.
+
+    Attributes:
+        told: Number of rows that it had when `new` last returned it.
+    """
+
+    def __init__(self, read: Callable[[], Record]) -> None:
+        """Look at what `read` returns."""
+        self._read, self.told = read, 0
+
+    def new(self) -> Record | None:
+        """Return the whole record when there are new rows."""
+        record = self._read()
+        if len(record.rows) <= self.told:
+            return None
+        self.told = len(record.rows)
+        return record
+
+
+def growth_news(run: Run | None = None) -> News[GrowthRows]:
+    """Look whether a run's model has grown; without a run there is nothing to see."""
+    if run is None:
+        return News(GrowthRows)
+    return News(partial(read_growth, run.directory, read_record(run.directory)["model"].get("parameters")))
+
+
+def task_news(run: Run | None = None) -> News[TaskRows]:
+    """Look whether a run has learned another task; without a run there is nothing to see."""
+    return News(TaskRows) if run is None else News(partial(read_tasks, run.directory))
 
 
 class WandbTracker:
@@ -233,12 +261,12 @@ class WandbTracker:
         self.trouble = ""
         self._run: Any = None
         self._skip = 0
-        self._growth = Growth()
+        self._growth, self._tasks = growth_news(), task_news()
 
     def open(self, run: Run) -> None:
         """Begin or continue the run at wandb."""
         wandb: Any = require("wandb", "track a run with wandb")
-        self._growth = Growth(run)
+        self._growth, self._tasks = growth_news(run), task_news(run)
         self.folder = (run.directory / FOLDER).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         secret = find_secret(KEY)
@@ -282,21 +310,27 @@ class WandbTracker:
                 continue
             values = {f"{row['split']}/{name}": value for name, value in row.items() if name not in ("step", "split")}
             self._run.log({"step": row["step"], **values}, step=number)
-        self._log_growth(first + len(rows) - 1)
+        self._log_tables(first + len(rows) - 1)
 
-    def _log_growth(self, number: int) -> None:
-        """Log what the model grew through, under the number of the newest row, when there is something new."""
-        if grown := self._growth.new_rows():
+    def _log_tables(self, number: int) -> None:
+        """Log growth and learned tasks, under the number of the newest row, when there is something new."""
+        values: dict[str, Any] = {}
+        if grown := self._growth.new():
+            values["growth"] = COLUMNS, [[row[name] for name in COLUMNS] for row in grown.rows]
+        if learned := self._tasks.new():
+            values["tasks"] = learned.columns, learned.values
+        if values:
             import wandb
 
-            table = wandb.Table(columns=list(COLUMNS), data=[[row[name] for name in COLUMNS] for row in grown])
-            self._run.log({"growth": table}, step=max(number, self._skip))
+            values = {name: wandb.Table(columns=list(head), data=rows) for name, (head, rows) in values.items()}
+            values |= {f"tasks/{name}": value for name, value in (learned.headline if learned else {}).items()}
+            self._run.log(values, step=max(number, self._skip))
 
     def close(self, run: Run, ended: bool) -> str:
         """Add the finished run's files, and finish."""
         with own_folders(self.folder):
             # A session may stop at an event, before the next row.
-            self._log_growth(len(run.metrics) - 1)
+            self._log_tables(len(run.metrics) - 1)
             if ended and run.finished:
                 self._run.log_artifact(self._artifact(run))
             directory = Path(self._run.dir).parent
@@ -318,8 +352,9 @@ class WandbTracker:
         places = {"weights": newest.directory, "data": run.directory / "data"}
         for path in (run.directory / RECORD, run.directory / METRICS, *places["weights"].glob("*.safetensors")):
             made.add_file(str(path), policy="mutable" if path.name == METRICS else "immutable")
-        if (lineage := run.directory / LINEAGE).exists():
-            made.add_file(str(lineage), policy="mutable")
+        for path in (run.directory / LINEAGE, run.directory / MATRIX):
+            if path.exists():
+                made.add_file(str(path), policy="mutable")
         if (tokenizer := places["data"] / "tokenizer.json").exists():
             made.add_file(str(tokenizer), policy="immutable")
         return made
@@ -353,7 +388,7 @@ class TensorBoardTracker:
         """Begin nothing yet."""
         self.folder = Path()
         self._writer: Any = None
-        self._growth = Growth()
+        self._growth, self._tasks = growth_news(), task_news()
 
     def open(self, run: Run) -> None:
         """Remove the files of earlier sessions: this one writes all rows."""
@@ -366,7 +401,7 @@ class TensorBoardTracker:
         lines = [f"| {' | '.join(map(str, row))} |" for row in architecture(run)]
         table = ["| module | class | parameters | trained |", "| --- | --- | --- | --- |", *lines]
         self._writer.add_text("architecture", "\n".join(table))
-        self._growth = Growth(run)
+        self._growth, self._tasks = growth_news(run), task_news(run)
 
     def log(self, first: int, rows: list[dict[str, Any]]) -> None:
         """Write each number as a scalar at its step."""
@@ -374,15 +409,23 @@ class TensorBoardTracker:
             for name, value in row.items():
                 if name not in ("step", "split"):
                     self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
-        self._log_growth(rows[-1]["step"])
+        self._log_tables(rows[-1]["step"])
 
     def close(self, run: Run, ended: bool) -> str:
         """Flush and close."""
-        self._log_growth(run.step)
+        self._log_tables(run.step)
         self._writer.close()
         return f"TensorBoard: `tensorboard --logdir {self.folder}`"
 
-    def _log_growth(self, step: int) -> None:
-        """Write what the model grew through as a table, when there is something new."""
-        if grown := self._growth.new_rows():
-            self._writer.add_text("growth", growth_markdown(grown), step)
+    def _log_tables(self, step: int) -> None:
+        """Write growth and learned tasks as tables, when there is something new, and how each task went."""
+        if grown := self._growth.new():
+            self._writer.add_text("growth", growth_markdown(grown.rows), step)
+        known = self._tasks.told
+        if learned := self._tasks.new():
+            self._writer.add_text("tasks", tasks_markdown(learned), step)
+            for number in range(known + 1, len(learned.rows) + 1):
+                until = replace(learned, rows=learned.rows[:number])
+                end = (until.newest or {}).get("step")
+                for name, value in until.headline.items():
+                    self._writer.add_scalar(f"tasks/{name}", value, step if end is None else end)

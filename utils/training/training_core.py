@@ -95,15 +95,17 @@ def fit(
     """
     config = run.config
     rank, world = rank_and_world()
-    stream = open_stream(run.data, config, rank, world)
-    run.total_steps = config.total_steps(stream.samples)
+    run.total_steps = config.total_steps(run.data.pass_samples)
+    own = (extension.open_stream(run) for extension in (extensions or {}).values())
+    stream = next((each for each in own if each is not None), None) or open_stream(run.data, config, rank, world)
     done = 0
     if resumed and "progress" in resumed:
         done = resumed["progress"]["step"]
         stream.load_state_dict(resumed["stream"])
     sharding = Sharding(run.adapter, config) if world > 1 and is_sharded(config) else None
     spare = world > 1 and sharding is None and leaves_some_out(run.adapter, run.data, config)
-    module = TrainingModule(run.adapter, run.data, config, run.total_steps, sharding)
+    restarts = [place // config.samples_per_step for place in stream.restarts]
+    module = TrainingModule(run.adapter, run.data, config, run.total_steps, sharding, restarts)
     watching: list[Observer] = [Shielded(observer) for observer in observers or []] if rank == 0 else []
     callback = SessionCallback(run, module, stream, resumed, watching, mirror, extensions)
     remaining = (run.total_steps - done) * config.accumulate

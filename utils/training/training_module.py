@@ -6,7 +6,7 @@ step of a small model, and a gradient that is not finite must be noticed before 
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from utils.runtime.seeding import seed_streams
 from utils.training.config import TrainingConfig
 from utils.training.diagnosis import NotFiniteError, culprit, not_finite
 from utils.training.evaluation import CLASSIFIERS, masking_seed, objective
+from utils.training.extensions import Shaping
 from utils.training.gradients import StepMean, clip, gradient_norm, gradients_of
 from utils.training.prepared_data import PreparedData
 from utils.training.schedules import make_optimizer, make_schedule
@@ -41,6 +42,7 @@ class TrainingModule(pl.LightningModule):
         stepped: Whether the last batch ended an optimizer step.
         phase: Where it stands: ``between`` batches, in the ``passes`` of one, or in the ``update`` of the weights.
         mean: The mean loss of the last step, and how the passes of a step add up to it.
+        shaping: What changes the loss or the gradient of every step; None is nothing.
         learning_rate: The rate of the last step.
         gradient_norm: Norm of the last gradient before clipping.
         failed: On a GPU the number of the batch that ended the first step whose gradient is not finite, on the device;
@@ -55,13 +57,23 @@ class TrainingModule(pl.LightningModule):
         config: TrainingConfig,
         total_steps: int,
         sharding: Sharding | None = None,
+        restarts: Sequence[int] = (),
     ) -> None:
-        """Wrap a model; see `utils.training.config.TrainingConfig` for the settings, `sharding` cuts it in parts."""
+        """Wrap a model; see `utils.training.config.TrainingConfig` for the settings.
+
+        Args:
+            adapter: The model.
+            data: What it is trained on.
+            config: How.
+            total_steps: Optimizer steps of the run.
+            sharding: Cuts it in parts.
+            restarts: Steps at which the learning rate's schedule begins anew.
+        """
         super().__init__()
         self.automatic_optimization = False
         self.model = adapter.module
         self.adapter, self.data, self.config, self.total_steps = adapter, data, config, total_steps
-        self.sharding = sharding
+        self.sharding, self.restarts = sharding, tuple(restarts)
         self.batch_number = 0
         self.stepped = False
         self.phase = "between"
@@ -69,6 +81,7 @@ class TrainingModule(pl.LightningModule):
         self.gradient_norm: Tensor | None = None
         self.failed: Tensor | None = None
         self.left_out: Tensor | None = None
+        self.shaping: Shaping | None = None
         self.mean = StepMean(config.accumulate)
         self.trained: list[nn.Parameter] = []
 
@@ -88,7 +101,10 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule; `training_step` drives both."""
         optimizer = make_optimizer(self.model, self.config)
-        return {"optimizer": optimizer, "lr_scheduler": make_schedule(optimizer, self.total_steps, self.config)}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": make_schedule(optimizer, self.total_steps, self.config, self.restarts),
+        }
 
     def on_train_start(self) -> None:
         """Look up, once, what every step needs."""
@@ -170,11 +186,18 @@ class TrainingModule(pl.LightningModule):
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
         seed = masking_seed(self.config.seed, self.batch_number, self.global_rank)
-        loss, _, labels = objective(self.adapter, self.data, batch, seed, self.config.label_smoothing)
+        if self.shaping is not None:
+            self.shaping.new_batch(batch)
+        loss, logits, labels = objective(self.adapter, self.data, batch, seed, self.config.label_smoothing)
         if self.on_cpu and self.alone and not math.isfinite(float(loss.detach())):
             # Now, because after the last pass of the step nobody could tell which one it was.
             raise not_finite(self, "training loss", float(loss.detach()), (self.batch_number,), culprit(self, batch))
         part = self.mean.add(loss, lambda: (labels != IGNORED).sum())
+        if self.shaping is not None:
+            extra = self.shaping.extra_loss(batch, logits, labels)
+            if extra is not None:
+                # Not a part of the mean over the labels of a step: each pass brings its share.
+                part = part + extra / self.config.accumulate
         if self.alone:
             part.backward()
         else:
@@ -185,8 +208,10 @@ class TrainingModule(pl.LightningModule):
         """Look, clip and step."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        self.mean.end(gradients_of(self.trained))
+        if self.shaping is not None:
+            self.shaping.change_gradient()
         gradients = gradients_of(self.trained)
-        self.mean.end(gradients)
         norm = gradient_norm(self.trained)
         self.gradient_norm, self.phase = norm, "update"
         self.learning_rate = self.optimizer.param_groups[0]["lr"]

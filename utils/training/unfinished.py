@@ -10,6 +10,7 @@ from typing import Any
 from utils.runtime.errors import RunError, SeedbedError
 from utils.training.config import TrainingConfig
 from utils.training.mirror import newest_step
+from utils.training.prepared_data import planned_samples
 from utils.training.run import RECORD, SUMMARY, read_record
 
 
@@ -74,7 +75,7 @@ def _read(directory: Path) -> UnfinishedRun | None:
     """Return how a run stands; None when it is finished, and a warning when nobody can say."""
     try:
         record = read_record(directory)
-        total = TrainingConfig.from_dict(record["config"]).total_steps(record["data"].get("train_samples", 0))
+        total = TrainingConfig.from_dict(record["config"]).total_steps(planned_samples(record["data"]))
         step = newest_step(directory)
         if step < 0:
             raise RunError(f"{directory} has no checkpoint.", "Expected at least that of step 0.")

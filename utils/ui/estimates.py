@@ -82,7 +82,7 @@ def estimate_run(
     measured = None
     if not failure:
         measured, failure = _measure(adapter, data, config, device, seconds)
-    planned = config.total_steps(data.train_samples)
+    planned = config.total_steps(data.pass_samples)
     steps = max(0, planned - done)
     weights, checkpoint = tensor_bytes(adapter.module), checkpoint_bytes(adapter, config)
     place, there = _room(Path(run_dir))

@@ -14,7 +14,6 @@ from utils.training.config import (
     AUTO,
     AUTOMATIC,
     NESTED,
-    NOT_YET,
     PRECISIONS,
     SCHEDULES,
     STRATEGIES,
@@ -43,6 +42,8 @@ GROUPS = {
         "val_every_steps", "log_every_steps",
     ),
     "Growth": ("growth",),
+    "Continual learning": ("continual",),
+    "Curriculum": ("curriculum",),
     "Machine": ("precision", "gradient_checkpointing", "compile", "workers", "devices", "strategy"),
 }  # fmt: skip
 """Where a setting is shown; one that is named nowhere is shown under Machine."""
@@ -52,8 +53,8 @@ HELP = "opacity:.7;font-size:12px;line-height:1.35"
 
 
 def shown_fields() -> list[str]:
-    """Return the settings that have a row: all that can be set in this version."""
-    return [each.name for each in fields(TrainingConfig) if each.name not in NOT_YET]
+    """Return the settings that have a row: all of them."""
+    return [each.name for each in fields(TrainingConfig)]
 
 
 def grouped() -> dict[str, list[str]]:

@@ -208,6 +208,6 @@ class ContinuedRun:
 
     def _repr_html_(self) -> str:
         """Say what goes on."""
-        total = self.settings.config.total_steps(self.data.train_samples)
+        total = self.settings.config.total_steps(self.data.pass_samples)
         where = f"{self.run_dir} goes on at step {self.step:,} of {total:,}: {self.loaded.name}"
         return f"<p><b>{escape(where)}</b></p>{self.settings._repr_html_()}"
