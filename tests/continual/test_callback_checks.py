@@ -221,6 +221,14 @@ def test_a_batch_may_be_a_mapping_or_a_pair(digits):
     assert list(made("naive", module)._batch((LABELS[:, None], LABELS))) == ["input_ids", "labels"]
 
 
+@pytest.mark.parametrize("labels", [LABELS.float(), torch.zeros(4, 10).long()])
+def test_labels_that_are_no_classes_are_told(digits, labels):
+    module = Lit()
+    callback = made("ewc", module, batch=lambda batch: {"pixel_values": IMAGES, "labels": labels})
+    with pytest.raises(DataError, match=r"has labels of shape \(4.* Expected the number of a class .* Let batch"):
+        fit(module, loader(digits, 0), callback)
+
+
 def test_labels_without_an_output_are_told(digits):
     module = Lit(net(outputs=3))
     callback = ContinualCallback({"method": "naive"}, model=module.net, task="image_classification")

@@ -1,4 +1,5 @@
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional
@@ -73,6 +74,26 @@ def test_what_is_kept_follows_a_model_that_grows_in_the_same_trainer(tmp_path, m
     assert second.step == 12
     fit(again, text(0, 30), second)
     assert len(second.ends) == 3
+
+
+class Falling(pl.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, number):
+        if trainer.global_step == 5:
+            raise RuntimeError("fell")
+
+
+def test_a_task_that_was_interrupted_after_growth_goes_on():
+    module = Words()
+    callback, growth = of_words("ewc+replay", module), GrowthCallback(GROWS, model="net")
+    fit(module, text(0, 30), callback)
+    with pytest.raises(RuntimeError, match="fell"):
+        fit(module, text(30, 60), callback, growth, Falling())
+    assert len(growth.events) == 2
+    assert callback.in_task
+    assert not module.net._forward_hooks
+    assert "_followed" not in vars(growth)
+    fit(module, text(30, 60), callback)
+    assert callback.ends == (6, 17)
 
 
 def test_growth_that_cannot_be_followed_is_undone():

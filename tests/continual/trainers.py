@@ -71,10 +71,9 @@ class Batches:
         return len(self.batches)
 
     def __iter__(self):
-        for place in range(self.at, len(self.batches)):
+        for place in range(self.at % len(self.batches), len(self.batches)):
             self.at = place + 1
             yield self.batches[place]
-        self.at = 0
 
     def state_dict(self):
         return {"at": self.at}

@@ -351,9 +351,11 @@ def make_extension(config: TrainingConfig) -> ContinualExtension:
             "Expected one device: memories of several processes would hold different samples.",
             "Set devices to 1.",
         )
-    if config.label_smoothing and settings.setting == "task":
+    lowers = any(kind.lowers for kind in method_classes(settings.method))
+    if config.label_smoothing and (settings.setting == "task" or lowers):
+        why = "setting is 'task'" if settings.setting == "task" else f"method is {settings.method!r}"
         raise ConfigError(
-            f"ContinualConfig.setting is 'task' and TrainingConfig.label_smoothing is {config.label_smoothing}.",
+            f"ContinualConfig.{why} and TrainingConfig.label_smoothing is {config.label_smoothing}.",
             "Expected no smoothing: a share of each label would go to outputs that may not answer.",
             "Set label_smoothing to 0.0.",
         )

@@ -23,6 +23,8 @@ TASK = "task"
 """Entry of remembered samples: the number of the task that they are of."""
 LOGITS = "logits"
 """Entry of remembered samples: what the model answered when it saw them."""
+NEW = -1e4
+"""Added to the score of an output that came up by growth and is not known yet; float16 holds it."""
 WHOLE = "_seedbed_whole"
 """Attribute of scores that are masked: what they were before."""
 
@@ -53,9 +55,14 @@ class TaskAdapter:
         """Return scores that the model gave, ``(batch, ..., outputs)``, as `logits` does; the same ones if all may."""
         if self.answers is None and self.lowered is None:
             return logits
-        masked = logits if self.lowered is None else logits + self.lowered.to(logits)
+        lowest, masked = torch.finfo(logits.dtype).min, logits
+        if self.lowered is not None:
+            # Outputs that are new answer nothing yet, until a method knows them.
+            new = logits.shape[-1] - len(self.lowered)
+            masked = logits + functional.pad(self.lowered.to(logits), (0, new), value=NEW)
         if self.answers is not None:
-            masked = masked.masked_fill(~self.answers.to(logits.device), torch.finfo(logits.dtype).min)
+            new = logits.shape[-1] - self.answers.shape[-1]
+            masked = masked.masked_fill(~functional.pad(self.answers.to(logits.device), (0, new)), lowest)
         setattr(masked, WHOLE, logits)
         return masked
 

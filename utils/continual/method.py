@@ -47,6 +47,7 @@ class Method:
         needs_boundaries: It must be told where tasks begin and end.
         needs_task: It must be told which task a sample is of, when the model answers too.
         alone: It does not go with another method.
+        lowers: It lowers some outputs in the loss of new samples.
         policy: What stays in a full memory when the settings leave it to the method.
     """
 
@@ -56,6 +57,7 @@ class Method:
     needs_boundaries: ClassVar[bool] = False
     needs_task: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    lowers: ClassVar[bool] = False
     policy: ClassVar[str] = "balanced"
 
     def check(self, learner: "Learner") -> None:

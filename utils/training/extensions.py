@@ -31,8 +31,8 @@ SLOTS: Mapping[str, str] = {
 }
 """The setting that fills a slot, and the module that brings what goes into it; they act in this order.
 
-Its functions: ``make_extension(config)``; and where models are changed for good ``has_grown(module)``, which tells whether
-a model needs it whatever the settings say, ``check_source(adapter)`` and ``leave_behind(module, directory)``, see below.
+Its functions: ``make_extension(config)``; and where models are changed for good ``has_grown(module)``, which tells
+whether a model needs it whatever the settings say, ``check_source(adapter)`` and ``leave_behind(module, directory)``.
 """
 
 
