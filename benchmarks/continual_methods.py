@@ -54,9 +54,17 @@ STREAMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 METHODS = ("naive", "joint", "ewc", "agem", "replay", "der++", "consolidation")
 FIGURES = {
-    "split-mnist": {"ewc": 22.2, "agem": 38.8, "replay": 88.6, "der++": 91.7, "consolidation": 93.5},
-    "split-fashion": {"ewc": 19.8, "agem": 32.5, "replay": 75.6, "der++": 77.6, "consolidation": 80.0},
-    "permuted-mnist": {"ewc": 77.8, "agem": 81.4, "replay": 84.6, "der++": 88.4, "consolidation": 89.0},
+    "split-mnist": {"naive": 19.2, "joint": 96.2, "agem": 38.8, "replay": 88.6, "der++": 91.7, "consolidation": 93.5},
+    "split-fashion": {"naive": 19.8, "joint": 85.2, "agem": 32.5, "replay": 75.6, "der++": 77.6, "consolidation": 80.0},
+    "permuted-mnist": {
+        "naive": 65.4,
+        "joint": 89.6,
+        "ewc": 77.8,
+        "agem": 81.4,
+        "replay": 84.6,
+        "der++": 88.4,
+        "consolidation": 89.0,
+    },
 }
 """Average accuracy in percent of plain loops elsewhere, and what consolidation is to reach."""
 SLACK, CPU_TARGET, OWN_TARGET = 1.0, 1.15, 1.1

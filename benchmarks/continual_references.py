@@ -39,24 +39,30 @@ class Reservoir:
         self.capacity, self.seen, self.outputs = capacity, 0, outputs
         self.images: Tensor | None = None
 
-    def add(self, images: Tensor, labels: Tensor, logits: Tensor) -> None:
+    def add(self, images: Tensor, labels: Tensor, logits: Tensor, task: int) -> None:
         """Offer a batch."""
         if self.images is None:
             self.images = torch.zeros(self.capacity, images.shape[1])
             self.labels = torch.zeros(self.capacity, dtype=torch.long)
             self.logits = torch.zeros(self.capacity, self.outputs)
-        for number in range(len(labels)):
-            place = self.seen if self.seen < self.capacity else int(torch.randint(self.seen + 1, ()))
-            self.seen += 1
-            if place < self.capacity:
-                self.images[place], self.labels[place] = images[number], labels[number]
-                self.logits[place] = logits[number]
+            self.tasks = torch.zeros(self.capacity, dtype=torch.long)
+        numbers = torch.arange(self.seen, self.seen + len(labels))
+        drawn = (torch.rand(len(labels), dtype=torch.double) * (numbers + 1)).long()
+        places = torch.where(numbers < self.capacity, numbers, drawn)
+        self.seen += len(labels)
+        for number in (places < self.capacity).nonzero().flatten().tolist():
+            place = int(places[number])
+            self.images[place], self.labels[place] = images[number], labels[number]
+            self.logits[place], self.tasks[place] = logits[number], task
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return some images, labels and logits."""
+    def draw(self, count: int, before: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return some images, labels and logits, of all tasks or of those before one."""
         assert self.images is not None
         held = min(self.seen, self.capacity)
-        chosen = torch.randperm(held)[: min(count, held)]
+        chosen = torch.randperm(held)
+        if before is not None:
+            chosen = chosen[self.tasks[chosen] < before]
+        chosen = chosen[:count]
         return self.images[chosen], self.labels[chosen], self.logits[chosen]
 
 
@@ -106,7 +112,7 @@ def plain(method: str, model: nn.Sequential, data: PreparedData, tasks: Sequence
     importance: list[Tensor] = []
     anchor: list[Tensor] = []
     rows, cpu = [], 0.0
-    for images, labels in streams:
+    for number, (images, labels) in enumerate(streams):
         started = time.process_time()
         order = torch.randperm(len(labels))
         for start in range(0, len(labels), BATCH):
@@ -122,14 +128,14 @@ def plain(method: str, model: nn.Sequential, data: PreparedData, tasks: Sequence
                 loss = loss + ALPHA * functional.mse_loss(model(old), logits)
                 old, wanted, _ = memory.draw(BATCH)
                 loss = loss + BETA * functional.cross_entropy(model(old), wanted)
-            if memory.seen and method == "agem":
-                old, wanted, _ = memory.draw(BATCH)
+            if number and method == "agem":
+                old, wanted, _ = memory.draw(BATCH, before=number)
                 optimizer.zero_grad()
                 functional.cross_entropy(model(old), wanted).backward()
                 towards = torch.cat([p.grad.flatten() for p in model.parameters()])
             optimizer.zero_grad()
             loss.backward()
-            if memory.seen and method == "agem":
+            if number and method == "agem":
                 own = torch.cat([p.grad.flatten() for p in model.parameters()])
                 product, sizes = own @ towards, [p.numel() for p in model.parameters()]
                 if product < 0:
@@ -142,7 +148,7 @@ def plain(method: str, model: nn.Sequential, data: PreparedData, tasks: Sequence
                         p.grad += EWC_WEIGHT * weight * (p - place)
             optimizer.step()
             if method in ("replay", "der++", "agem"):
-                memory.add(x, y, answers.detach())
+                memory.add(x, y, answers.detach(), number)
         if method == "ewc":
             found = fisher(model, images[torch.randperm(len(images))[:FISHER_SAMPLES]])
             now = [p.detach().clone() for p in model.parameters()]

@@ -111,7 +111,7 @@ def test_another_number_of_calls_is_told_where_scores_are_needed(digits, kind, c
         ConfigError, match=rf"called the Net {calls} times with gradients\. Expected one .* Call it once"
     ):
         fit(module, loader(digits, 0), made("replay", module))
-    fit(module, loader(digits, 0), made("ewc+si", module))
+    fit(module, loader(digits, 0), made("ewc", module))
 
 
 class Half(Lit):

@@ -130,3 +130,72 @@ def test_a_memory_smaller_than_the_classes_is_refused_before_the_run(tmp_path, d
     with pytest.raises(ConfigError, match="10 classes"):
         trained(tmp_path / "run", digits, "consolidation", continual={"buffer": 5})
     assert not (tmp_path / "run").exists()
+
+
+def test_only_classes_that_came_up_answer_when_a_task_is_measured(tmp_path, digits):
+    """Consolidation leaves outputs out that never came up: nothing has pushed them down."""
+    trained(tmp_path / "run", digits, "consolidation", max_steps=100, learning_rate=5e-3)
+    matrix = read_matrix(tmp_path / "run")
+    assert matrix.rows[0][0] > 0.97
+    assert max(matrix.rows[0][1:]) == 0
+
+
+def test_outputs_that_may_not_answer_a_task_are_never_stored(tmp_path, digits):
+    run = trained(tmp_path / "run", digits, "consolidation", continual={"setting": "task"})
+    memory = EpisodicBuffer(60, policy="balanced", seed=0)
+    memory.load_state_dict(run.checkpoints.latest().states()["continual"]["memory"])
+    stored = memory.read(memory.slots)["logits"]
+    assert ((stored > torch.finfo(stored.dtype).min).sum(1) == 2).all()
+
+
+def test_weights_are_put_right_before_anything_is_measured(tmp_path, digits):
+    trained(
+        tmp_path / "run", digits, "packnet", max_steps=60, val_every_steps=3, learning_rate=1e-2, weight_decay=0.1,
+        continual={"setting": "task"},
+    )  # fmt: skip
+    matrix = read_matrix(tmp_path / "run")
+    for moment in matrix.within:
+        for task in range(moment.task):
+            assert moment.scores[task] == matrix.rows[task][task]
+
+
+def test_texts_whose_task_is_known_are_replayed_with_the_outputs_of_their_task(tmp_path, text_file):
+    parts = {"one": f"file:{text_file}", "two": f"file:{text_file}"}
+    config = settings("replay", continual={"split": "parts", "setting": "task", "buffer": 8}, max_steps=8)
+    run = utils.train("example:gpt", parts, config.with_changes(context_length=16), tmp_path / "run", progress=False)
+    assert run.finished
+
+
+def test_all_tasks_at_once_learn_also_where_the_task_is_known(tmp_path, digits):
+    trained(tmp_path / "run", digits, "joint", max_steps=100, continual={"setting": "task"})
+    assert min(read_matrix(tmp_path / "run").joint) > 0.9
+
+
+def test_too_few_megabytes_are_told_before_the_run(tmp_path, digits):
+    for megabytes, said in ((0.003, "room for 7 samples.*10 classes"), (0.0001, "room for 0 samples")):
+        with pytest.raises(ConfigError, match=said):
+            trained(tmp_path / "run", digits, "consolidation", continual={"buffer_mb": megabytes})
+    with pytest.raises(ConfigError, match="at least one sample"):
+        trained(tmp_path / "run", digits, "replay", continual={"buffer_mb": 0.0001})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_with_hardly_any_step_is_told(tmp_path, digits):
+    with pytest.warns(UserWarning, match="Of 10 steps"):
+        trained(tmp_path / "run", digits, "naive", max_steps=10)
+
+
+def test_a_model_whose_answers_need_the_task_is_not_exported(tmp_path, digits):
+    run = trained(tmp_path / "run", digits, "packnet", continual={"setting": "task"})
+    with pytest.raises(ConfigError, match=r"learned with packnet.*answering\(run, task\)"):
+        utils.export(run, tmp_path / "out", formats=("safetensors",))
+
+
+def test_a_schedule_begins_anew_only_where_the_task_is_told(tmp_path, digits):
+    rates = []
+    for name, boundaries in (("told", True), ("untold", False)):
+        run = trained(tmp_path / name, digits, "naive", schedule="cosine", log_every_steps=1, max_steps=30,
+                      continual={"boundaries": boundaries})  # fmt: skip
+        rates.append([row["learning_rate"] for row in run.metrics if row["split"] == "train"])
+    rises = [sum(after > before for before, after in zip(one, one[1:], strict=False)) for one in rates]
+    assert rises == [4, 0]

@@ -42,7 +42,9 @@ def config_of(method, growth=BORDER, **changes):
 
 def state_of(folder, config):
     extension = make_extension(config)
-    extension.load_state_dict(open_run(folder, model=plain())[1]["continual"])
+    run, state = open_run(folder, model=plain())
+    extension.use_data(run.data)
+    extension.load_state_dict(state["continual"])
     return extension
 
 

@@ -143,3 +143,14 @@ def test_held_out_masks_do_not_depend_on_the_batch_size(text_file):
     losses = [evaluate(adapter, data, size)["loss"] for size in (3, 8, 64)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     assert evaluate(adapter, data, 8, seed=1)["loss"] != pytest.approx(losses[0], rel=1e-4)
+
+
+def test_what_is_added_to_a_pass_weighs_as_the_pass_and_is_no_part_of_the_mean():
+    weight = torch.zeros(2, requires_grad=True)
+    mean = StepMean(2)
+    for labels, place in ((100, 0), (10, 1)):
+        part = mean.add(0 * weight.sum() + 1.0, lambda labels=labels: torch.tensor(labels), weight[place])
+        part.backward()
+    mean.end([weight.grad])
+    assert weight.grad.tolist() == pytest.approx([100 / 110, 10 / 110])
+    assert float(mean.loss) == 1.0

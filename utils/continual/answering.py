@@ -47,6 +47,7 @@ def answering(
             "Use its model as it is: utils.open_run(directory)[0].model.",
         )
     extension = make_extension(opened.config)
+    extension.use_data(opened.data)
     extension.load_state_dict(state["continual"])
     tasks = make_tasks(opened.data, extension.settings, opened.config.seed)
     found = [one for one in tasks if task in (one.name, one.number)]

@@ -37,7 +37,7 @@ class ContinualConfig:
     blur: float = 0.0
     """Share of each task, half of it at either end, in which samples change places with those of its neighbours."""
     restart_schedule: bool = True
-    """Let the learning rate's schedule begin anew with each task."""
+    """Let the learning rate's schedule begin anew with each task; never where nobody is told of tasks."""
     buffer: int = 500
     """Samples that the memory holds at most."""
     buffer_mb: float | None = None

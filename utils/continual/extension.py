@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from utils.continual.learner import LOGITS, TASK, Learner, hardness, kept_logits
 from utils.continual.matrix_parts import MatrixError, Moment, TaskCost
 from utils.continual.matrix_view import save_matrix_figure
 from utils.continual.method import Method, all_as_of, method_classes
+from utils.continual.methods.der import positions
 from utils.continual.scenario import check_outputs, make_tasks
 from utils.continual.task import Task
 from utils.continual.task_stream import TaskStream, ends_of
 from utils.memory import EpisodicBuffer
 from utils.runtime.errors import ConfigError, MissingPackageError
+from utils.runtime.files import sha256_bytes
 from utils.training.config import TrainingConfig
 from utils.training.evaluation import evaluate
 from utils.training.extensions import Extension
@@ -36,6 +39,10 @@ from utils.training.state import ModelChange, Undo
 from utils.training.text_stream import augmentation_of
 
 MEGABYTE = 10**6
+FEW = 5
+"""Steps on a task below which somebody should know."""
+OVERHEAD = 96
+"""Bytes that a memory needs for each sample beside it, at most."""
 
 
 class ContinualExtension(Extension):
@@ -51,7 +58,9 @@ class ContinualExtension(Extension):
     def __init__(self, settings: ContinualConfig, config: TrainingConfig) -> None:
         """Make the methods; see `make_extension`."""
         self.settings, self.config = settings, config
-        self.methods: list[Method] = [kind() for kind in method_classes(settings.method)]
+        kinds = method_classes(settings.method)
+        # What projects the gradient does so when all others have added to it.
+        self.methods: list[Method] = [kind() for kind in sorted(kinds, key=lambda kind: kind.projects)]
         self.matrix: AccuracyMatrix | None = None
         self.learner: Learner | None = None
         self.memory = EpisodicBuffer(
@@ -63,6 +72,8 @@ class ContinualExtension(Extension):
         self._fresh: list[tuple[dict[str, Tensor], Tensor | None, Tensor | None]] = []
         self._held_out: dict[int, PreparedData] = {}
         self._arranged: Sequence[Task] = ()
+        self._started = clocks()
+        self._spent = [0.0, 0.0]
 
     @property
     def joint(self) -> bool:
@@ -75,6 +86,7 @@ class ContinualExtension(Extension):
         Raises:
             SeedbedError: The data does not divide so, or the model or a method does not fit the stream.
         """
+        self.use_data(data)
         tasks = make_tasks(data, self.settings, self.config.seed)
         learner = self.make_learner(adapter, data, tasks)
         if learner.classifies:
@@ -95,15 +107,27 @@ class ContinualExtension(Extension):
         Raises:
             ConfigError: It has not.
         """
-        if self.memory.policy != "balanced" or not any(method.remembers for method in self.methods):
+        if not any(method.remembers for method in self.methods):
             return
         classes = {one for task in learner.tasks for one in task.classes} if learner.classifies else ()
         groups, kind = (len(classes), "classes") if classes else (len(learner.tasks), "tasks")
-        if groups > self.settings.buffer:
+        if self.memory.policy != "balanced":
+            groups = 0
+        room, setting = self.settings.buffer, f"buffer is {self.settings.buffer}"
+        if self.settings.buffer_mb is not None:
+            rows = whole_rows(learner.tasks[0].batch(data.train, learner.tasks[0].train[:1]), data)
+            each = OVERHEAD + sum(value.nbytes for value in rows.values())
+            if any(method.keeps_logits(learner) for method in self.methods):
+                each += 4 * max(1, learner.outputs) * positions(learner)
+            fitting = int(self.settings.buffer_mb * MEGABYTE) // each
+            if fitting < room:
+                room, setting = fitting, f"buffer_mb is {self.settings.buffer_mb:g}, room for {fitting} samples"
+        if groups > room or not room:
             raise ConfigError(
-                f"ContinualConfig.buffer is {self.settings.buffer}, and {data.reference} has {groups} {kind}.",
-                "Expected a memory with room for at least one sample of each.",
-                f"Set buffer to {groups} or more, better to ten times that, or policy to reservoir.",
+                f"ContinualConfig.{setting}, and {data.reference} has {groups or 'several'} {kind}.",
+                "Expected a memory with room for at least one sample" + (" of each." if groups else "."),
+                f"Make room for {groups or 'many'} or more, better for ten times that"
+                + (", or set policy to reservoir." if groups else "."),
             )
 
     def begin(self, adapter: ModelAdapter, total_steps: int) -> None:
@@ -112,15 +136,30 @@ class ContinualExtension(Extension):
         Raises:
             ConfigError: It has fewer.
         """
-        ends_of(self._arranged, total_steps, 1, self.joint)
+        ends = ends_of(self._arranged, total_steps, 1, self.joint)
+        steps = [end - start for start, end in pairwise([0, *ends])]
+        if min(steps) < FEW:
+            told = ", ".join(f"{count:,} on {task.name!r}" for count, task in zip(steps, self._arranged, strict=False))
+            warnings.warn(
+                f"Of {total_steps:,} steps the model learns {told}: steps are divided as samples are. Train for "
+                "longer, or even the tasks out with ContinualConfig.samples_per_task.",
+                stacklevel=2,
+            )
+
+    def use_data(self, data: PreparedData) -> None:
+        """Let the memory know what its samples depend on: one of another tokenizer's is refused."""
+        tokenizer = data.tokenizer
+        self.memory.source = "" if tokenizer is None else sha256_bytes(tokenizer.to_json().encode("utf-8"))
 
     def open_stream(self, run: Run) -> TaskStream:
         """Return the training data, task after task."""
+        self.use_data(run.data)
         tasks = make_tasks(run.data, self.settings, self.config.seed)
         ends = ends_of(tasks, run.total_steps, run.config.samples_per_step, self.joint)
         return TaskStream(
             run.data.train, tasks, ends, run.config.batch_size, run.config.seed,
-            augmentation_of(run.data, run.config), self.joint, self.settings.restart_schedule, self.settings.blur,
+            augmentation_of(run.data, run.config), self.joint,
+            self.settings.restart_schedule and self.settings.boundaries, self.settings.blur,
         )  # fmt: skip
 
     def start(self, session: Any) -> None:
@@ -139,8 +178,11 @@ class ContinualExtension(Extension):
                 tuple(task.name for task in stream.tasks), untrained=self._scores(session, stream.tasks),
                 higher_is_better=learner.classifies, unit="accuracy" if learner.classifies else "nats",
             )  # fmt: skip
+            self._started = clocks()
             self._begin_task()
-        self._started = time.monotonic(), time.process_time()
+        else:
+            # What the task took in earlier sessions counts too.
+            self._started = tuple(now - spent for now, spent in zip(clocks(), self._spent, strict=True))
 
     def _begin_task(self) -> None:
         assert self.learner is not None
@@ -152,7 +194,9 @@ class ContinualExtension(Extension):
         """Let the outputs answer that may in the loss of new samples; called before each pass."""
         learner = self.learner
         assert learner is not None
-        learner.masked.answers = learner.allowed(learner.task.answers if self.settings.setting == "task" else ())
+        # Samples of all tasks at once are of no task in particular.
+        told = self.settings.setting == "task" and not self.joint
+        learner.masked.answers = learner.allowed(learner.task.answers if told else ())
         lowered = [method.lowered(learner, batch["labels"]) for method in self.methods]
         learner.masked.lowered = next((one for one in lowered if one is not None), None)
         for method in self.methods:
@@ -182,12 +226,16 @@ class ContinualExtension(Extension):
         for method in self.methods:
             method.change_gradient(self.learner)
 
+    def weights_changed(self, session: Any) -> None:
+        """Let the methods act on the weights."""
+        assert self.learner is not None
+        for method in self.methods:
+            method.after_step(self.learner)
+
     def after_step(self, session: Any, batch: Mapping[str, Tensor]) -> None:
         """Remember the step's samples; at the end of a task keep what must not be lost, measure, and go on."""
         learner, stream = self.learner, session.stream
         assert learner is not None
-        for method in self.methods:
-            method.after_step(learner)
         self.remember()
         learner.step, learner.passes = session.progress.step, 0
         if stream.consumed not in stream.ends:
@@ -199,8 +247,8 @@ class ContinualExtension(Extension):
         session.module.train()
         assert self.matrix is not None
         cost = TaskCost(
-            time.monotonic() - self._started[0], len(self.memory), sum(method.stored_floats for method in self.methods),
-            sum(p.numel() for p in learner.module.parameters()), cpu_seconds=time.process_time() - self._started[1],
+            clocks()[0] - self._started[0], len(self.memory), sum(method.stored_floats for method in self.methods),
+            sum(p.numel() for p in learner.module.parameters()), cpu_seconds=clocks()[1] - self._started[1],
         )  # fmt: skip
         scores = self._scores(session, stream.tasks)
         if self.joint:
@@ -211,20 +259,18 @@ class ContinualExtension(Extension):
             save_matrix(session.run.directory, self.matrix)
         if stream.consumed < stream.ends[-1]:
             learner.task = stream.tasks[task.number + 1]
+            self._started = clocks()
             self._begin_task()
-        self._started = time.monotonic(), time.process_time()
 
     def measure(self, session: Any) -> dict[str, float]:
         """Measure the tasks seen so far: their mean loss, and accuracy where samples have a class."""
         learner = self.learner
         assert learner is not None
         seen = learner.tasks if self.joint else learner.tasks[: learner.task.number + 1]
-        before = time.monotonic(), time.process_time()
+        before = clocks()
         measured = [self._measured(session, task) for task in seen]
         # To measure is no part of what a task costs.
-        self._started = (
-            self._started[0] + time.monotonic() - before[0], self._started[1] + time.process_time() - before[1]
-        )  # fmt: skip
+        self._started = tuple(s + now - then for s, now, then in zip(self._started, clocks(), before, strict=True))
         if self.matrix is not None and not self.joint:
             scores = [one["accuracy" if learner.classifies else "loss"] for one in measured]
             moment = Moment(session.progress.step, learner.task.number, tuple(scores))
@@ -238,7 +284,7 @@ class ContinualExtension(Extension):
         assert learner is not None
         if task.number not in self._held_out:
             self._held_out[task.number] = task.held_out(learner.data)
-        learner.masked.answers = learner.allowed(task.answers) if self.settings.setting == "task" else None
+        learner.masked.answers = self._answers_for(task)
         learner.masked.lowered = None
         averaged = nullcontext if session.average is None else session.average.applied
         with averaged(), all_as_of(self.methods, learner, task.number):
@@ -246,6 +292,17 @@ class ContinualExtension(Extension):
                 learner.masked, self._held_out[task.number], session.config.batch_size, session.config.seed,  # type: ignore[arg-type]
                 learner.precision,
             )  # fmt: skip
+
+    def _answers_for(self, task: Task) -> Tensor | None:
+        """Return which outputs may answer when a task is measured: its own, or those of all classes so far."""
+        learner = self.learner
+        assert learner is not None
+        if self.settings.setting == "task":
+            return learner.allowed(task.answers)
+        # An untrained model knows of no class yet, and one that learned all at once of all.
+        if self.settings.setting != "class" or self.joint or not learner.step or not learner.classifies:
+            return None
+        return learner.allowed(learner.classes)
 
     def _scores(self, session: Any, tasks: Sequence[Task]) -> tuple[float, ...]:
         """Return the score on each task: accuracy, or nats where samples have no class."""
@@ -297,6 +354,7 @@ class ContinualExtension(Extension):
             "memory": self.memory.state_dict(),
             "methods": {method.name: method.state_dict() for method in self.methods},
             "matrix": None if self.matrix is None else self.matrix.to_dict(),
+            "spent": [now - start for now, start in zip(clocks(), self._started, strict=True)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -305,6 +363,7 @@ class ContinualExtension(Extension):
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
         self.matrix = None if state["matrix"] is None else AccuracyMatrix.from_dict(state["matrix"])
+        self._spent = list(state["spent"])
 
     def migrate(self, change: ModelChange) -> Undo:
         """Let the methods follow a change of the model, all or none."""
@@ -323,6 +382,28 @@ class ContinualExtension(Extension):
             if followed is not None:
                 undos.append(followed)
         return undo
+
+
+def clocks() -> tuple[float, ...]:
+    """Return the time that went by and the time of all threads of this process, in seconds."""
+    return time.monotonic(), time.process_time()
+
+
+def check_export(config: TrainingConfig) -> None:
+    """Make sure that the bare model of a run answers as the run's model does.
+
+    Raises:
+        ConfigError: What answers for a task is kept beside it.
+    """
+    names = [kind.name for kind in method_classes(ContinualConfig.from_dict(config.continual or {}).method)
+             if kind.needs_task]  # fmt: skip
+    if names:
+        raise ConfigError(
+            f"The run learned with {names[0]}: which weights answer depends on the task, and a file of weights holds "
+            "none of that.",
+            "Expected a method whose model answers by itself.",
+            "Use the model with utils.continual.answering.answering(run, task).",
+        )
 
 
 def make_extension(config: TrainingConfig) -> ContinualExtension:

@@ -88,12 +88,13 @@ def fisher_of_task(learner: Learner) -> Fisher:
     def answer(batch: Batch) -> Tensor:
         return learner.masked.logits(model_inputs(adapter, batch, data))
 
-    before = learner.masked.answers
+    before = learner.masked.answers, learner.masked.lowered
+    learner.masked.lowered = None
     learner.masked.answers = learner.allowed(task.answers) if learner.settings.setting == "task" else None
     try:
         return diagonal_fisher(learner.module, answer, batch_of, len(rows), data.task in REAL_VALUED, seed)
     finally:
-        learner.masked.answers = before
+        learner.masked.answers, learner.masked.lowered = before
 
 
 def diagonal_fisher(

@@ -62,7 +62,7 @@ class TaskAdapter:
             masked = logits + functional.pad(self.lowered.to(logits), (0, new), value=NEW)
         if self.answers is not None:
             new = logits.shape[-1] - self.answers.shape[-1]
-            masked = masked.masked_fill(~functional.pad(self.answers.to(logits.device), (0, new)), lowest)
+            masked = masked.masked_fill(~_along(functional.pad(self.answers, (0, new)), logits), lowest)
         setattr(masked, WHOLE, logits)
         return masked
 
@@ -71,7 +71,13 @@ class TaskAdapter:
         whole = unmasked(logits).detach()
         if self.answers is None:
             return whole
-        return whole.masked_fill(~self.answers.to(whole.device), torch.finfo(whole.dtype).min)
+        return whole.masked_fill(~_along(self.answers, whole), torch.finfo(whole.dtype).min)
+
+
+def _along(answers: Tensor, logits: Tensor) -> Tensor:
+    """Return which outputs may answer, of the same samples at every position: ``(batch, 1, ..., outputs)``."""
+    answers = answers.to(logits.device)
+    return answers if answers.dim() == 1 else answers.view(len(answers), *[1] * (logits.dim() - 2), -1)
 
 
 def unmasked(logits: Tensor) -> Tensor:
@@ -186,9 +192,15 @@ class Learner:
         Returns:
             The mean loss in nats, the logits and the labels, all where outputs answer that may.
         """
+        before = self.masked.answers, self.masked.lowered
         self.masked.answers, self.masked.lowered = self.rows_allowed(batch[TASK].cpu()), lowered
         samples = {name: value for name, value in batch.items() if name not in (TASK, LOGITS, "slots")}
-        return objective(self.masked, self.data, samples, self.number(f"{purpose} masking"))  # type: ignore[arg-type]
+        smoothing = 0.0 if self.training is None else self.training.label_smoothing
+        try:
+            return objective(self.masked, self.data, samples, self.number(f"{purpose} masking"), smoothing)  # type: ignore[arg-type]
+        finally:
+            # What comes after is about new samples again.
+            self.masked.answers, self.masked.lowered = before
 
 
 def kept_logits(memory: EpisodicBuffer, logits: Tensor) -> Tensor:

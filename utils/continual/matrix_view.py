@@ -200,5 +200,8 @@ def matrix_text(matrix: AccuracyMatrix) -> str:
         right = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
     known = [name for name in NUMBERS if not math.isnan(getattr(matrix, name))]
-    numbers = [f"{name.replace('_', ' ')} {matrix.said(getattr(matrix, name), 2)}" for name in known]
+    word = "accuracy" if matrix.higher_is_better else "loss"
+    numbers = [
+        f"{name.replace('_', ' ').replace('accuracy', word)} {matrix.said(getattr(matrix, name), 2)}" for name in known
+    ]
     return "\n".join([*lines, "", f"{matrix.trained} of {len(matrix.tasks)} tasks trained", *numbers])

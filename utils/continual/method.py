@@ -7,6 +7,7 @@ the training loop: growth, exact resume, mixed precision and checkpoints are tho
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -48,6 +49,9 @@ class Method:
         needs_task: It must be told which task a sample is of, when the model answers too.
         alone: It does not go with another method.
         lowers: It lowers some outputs in the loss of new samples.
+        projects: It turns the gradient, when all others have added to it.
+        holds: It holds weights, as strongly as `ContinualConfig.penalty` says.
+        answers_kept: It keeps answers, as strongly as `ContinualConfig.logit_weight` says.
         policy: What stays in a full memory when the settings leave it to the method.
     """
 
@@ -58,6 +62,9 @@ class Method:
     needs_task: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     lowers: ClassVar[bool] = False
+    projects: ClassVar[bool] = False
+    holds: ClassVar[bool] = False
+    answers_kept: ClassVar[bool] = False
     policy: ClassVar[str] = "balanced"
 
     def check(self, learner: "Learner") -> None:
@@ -152,6 +159,7 @@ def method_classes(names: str) -> list[type[Method]]:
             raise ConfigError(
                 f"ContinualConfig.method is {names!r}, and {name!r} is no method.",
                 f"Expected some of {', '.join(METHODS)}, joined by +.",
+                f"Did you mean {near[0]!r}?" if (near := get_close_matches(name, METHODS, n=1)) else "",
             )
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"ContinualConfig.method is {names!r}.", "Expected each method once.")
@@ -163,16 +171,19 @@ def method_classes(names: str) -> list[type[Method]]:
     if lonely and len(found) > 1:
         raise ConfigError(
             f"ContinualConfig.method is {names!r}, and {lonely[0]} does not go with another method.",
-            "Expected it alone: it decides about every weight or every sample itself.",
+            "Expected it alone.",
             f"Set method={lonely[0]!r}, or leave it out.",
         )
-    replaying = [kind.name for kind in found if kind.remembers]
-    if len(replaying) > 1:
-        raise ConfigError(
-            f"ContinualConfig.method is {names!r}: {' and '.join(replaying)} both replay the memory.",
-            "Expected one of them: replayed twice, old samples would count twice.",
-            f"Leave out {' or '.join(replaying)}.",
-        )
+    for shared, what in (
+        ("remembers", "replay the memory"), ("holds", "hold weights"), ("answers_kept", "keep answers"),
+    ):  # fmt: skip
+        both = [kind.name for kind in found if getattr(kind, shared)]
+        if len(both) > 1:
+            raise ConfigError(
+                f"ContinualConfig.method is {names!r}: {' and '.join(both)} both {what}.",
+                "Expected one of them: done twice it would count twice, by one setting.",
+                f"Leave out {' or '.join(both)}.",
+            )
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from utils.runtime.errors import CheckpointError, ConfigError, ExportError
+from utils.training.extensions import check_export
 from utils.training.module_memory import ModuleMemory
 from utils.training.weight_average import WeightAverage
 
@@ -58,6 +59,7 @@ def chosen_weights(run: Any, weights: str | None = None) -> Iterator[ChosenWeigh
             )
         yield ChosenWeights()
         return
+    check_export(run.config)
     decay = run.config.ema_decay
     if weights == "average" and decay is None:
         raise ConfigError(

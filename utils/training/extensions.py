@@ -32,7 +32,8 @@ SLOTS: Mapping[str, str] = {
 """The setting that fills a slot, and the module that brings what goes into it; they act in this order.
 
 Its functions: ``make_extension(config)``; and where models are changed for good ``has_grown(module)``, which tells
-whether a model needs it whatever the settings say, ``check_source(adapter)`` and ``leave_behind(module, directory)``.
+whether a model needs it whatever the settings say, ``check_source(adapter)`` and ``leave_behind(module, directory)``;
+``check_export(config)``.
 """
 
 
@@ -92,6 +93,9 @@ class Extension:
     def start(self, session: "SessionCallback") -> None:
         """Get ready; the states of all parts are loaded."""
 
+    def weights_changed(self, session: "SessionCallback") -> None:
+        """Act on the weights right after an optimizer step, before anything is averaged or measured."""
+
     def after_step(self, session: "SessionCallback", batch: "Mapping[str, Tensor]") -> None:
         """Act after an optimizer step, before it is decided whether the run stops or saves."""
 
@@ -149,6 +153,17 @@ def check_sources(adapter: ModelAdapter) -> None:
     """
     for _, check in _used("check_source"):
         check(adapter)
+
+
+def check_export(config: TrainingConfig) -> None:
+    """Make sure that the bare model of a run answers as the run's model does.
+
+    Raises:
+        SeedbedError: It does not.
+    """
+    for name, home in SLOTS.items():
+        if getattr(config, name) is not None and hasattr(module := importlib.import_module(home), "check_export"):
+            module.check_export(config)
 
 
 def _used(function: str) -> list[tuple[str, Callable[..., Any]]]:

@@ -39,28 +39,30 @@ class StepMean:
         self._total: Tensor | None = None
         self._first: Tensor | None = None
 
-    def add(self, loss: Tensor, count: Callable[[], Tensor]) -> Tensor:
+    def add(self, loss: Tensor, count: Callable[[], Tensor], extra: Tensor | None = None) -> Tensor:
         """Take in the mean loss of a pass.
 
         Args:
             loss: The mean, with its graph.
             count: Counts its labels; asked only where it matters.
+            extra: What is differentiated beside it, with its weight, and is no part of the mean.
 
         Returns:
             What to differentiate.
         """
+        whole = loss if extra is None else loss + extra
         if self.passes == self.processes == 1:
             self._total = loss.detach()
-            return loss
+            return whole
         if self.even:
             self._total = loss.detach().double() + (0 if self._total is None else self._total)
-            return loss / self.passes
+            return whole / self.passes
         labels = count().double()
         if self._first is None:
             self._first = self.summed(labels.clone()).clamp(min=1) / self.processes
         present = torch.stack([labels, labels * loss.detach()])
         self._total = present if self._total is None else self._total + present
-        return loss * (labels / self._first / self.passes).to(loss.dtype)
+        return whole * (labels / self._first / self.passes).to(loss.dtype)
 
     def end(self, gradients: Sequence[Tensor]) -> None:
         """Finish a step: `loss` is its mean, and the gradients, which are those of all processes, become that mean's.

@@ -171,6 +171,8 @@ class SessionCallback(pl.Callback):
         progress.pending.append(self.module.mean.loss)
         step, total = progress.step, self.run.total_steps
         self.run.step = step
+        for extension in self.extensions.values():
+            extension.weights_changed(self)
         if self.average is not None:
             self.average.update()
         if self.looked < 2:

@@ -192,12 +192,8 @@ class TrainingModule(pl.LightningModule):
         if self.on_cpu and self.alone and not math.isfinite(float(loss.detach())):
             # Now, because after the last pass of the step nobody could tell which one it was.
             raise not_finite(self, "training loss", float(loss.detach()), (self.batch_number,), culprit(self, batch))
-        part = self.mean.add(loss, lambda: (labels != IGNORED).sum())
-        if self.shaping is not None:
-            extra = self.shaping.extra_loss(batch, logits, labels)
-            if extra is not None:
-                # Not a part of the mean over the labels of a step: each pass brings its share.
-                part = part + extra / self.config.accumulate
+        extra = None if self.shaping is None else self.shaping.extra_loss(batch, logits, labels)
+        part = self.mean.add(loss, lambda: (labels != IGNORED).sum(), extra)
         if self.alone:
             part.backward()
         else:

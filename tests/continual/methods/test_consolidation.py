@@ -25,7 +25,9 @@ TINY_BERT = {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "n
 
 def memory_of(folder, config, model=None):
     extension = make_extension(config)
-    extension.load_state_dict(open_run(folder, model=model)[1]["continual"])
+    run, state = open_run(folder, model=model)
+    extension.use_data(run.data)
+    extension.load_state_dict(state["continual"])
     return extension.memory, extension.methods[0]
 
 

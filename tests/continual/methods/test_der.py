@@ -155,5 +155,7 @@ def test_a_language_model_keeps_the_logits_of_every_token(tmp_path, text_file):
     run = utils.train(model, [f"file:{half}" for half in halves], config, tmp_path / "run", progress=False)
     assert run.finished
     memory = make_extension(config).memory
-    memory.load_state_dict(open_run(tmp_path / "run")[1]["continual"]["memory"])
+    state = open_run(tmp_path / "run")[1]["continual"]["memory"]
+    memory.source = state["source"]
+    memory.load_state_dict(state)
     assert tuple(memory.layouts[LOGITS].shape) == (32, 300)

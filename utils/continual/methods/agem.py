@@ -31,6 +31,7 @@ class AveragedGem(Method):
     """
 
     name = "agem"
+    projects = True
     remembers = True
     policy = "reservoir"
 

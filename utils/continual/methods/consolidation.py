@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.adapters.objectives import REAL_VALUED
 from utils.continual.anchors import Anchors
 from utils.continual.fisher import diagonal_fisher
 from utils.continual.learner import LOGITS, TASK, Learner, unmasked
@@ -56,6 +57,8 @@ class Consolidation(Method):
     """
 
     name = "consolidation"
+    answers_kept = True
+    holds = True
     remembers = True
     lowers = True
     policy = "balanced"
@@ -151,6 +154,9 @@ class Consolidation(Method):
         if learner.settings.setting != "class":
             known[:] = True
         now = now.masked_fill(~known, lowest)
+        # Of each task only the outputs that may answer it.
+        if (allowed := learner.rows_allowed(rows[TASK])) is not None:
+            now = now.masked_fill(~allowed.view(len(now), *[1] * (now.dim() - 2), -1), lowest)
         fresh = new.view(-1, *[1] * (stored.dim() - 1))
         memory.update(slots, {LOGITS: torch.where(fresh | (stored == lowest), now, stored)})
 
@@ -167,12 +173,12 @@ class Consolidation(Method):
             return {**masked(learner.data, samples, learner.number("fisher masking")), TASK: batch[TASK]}
 
         def answer(batch: dict[str, Tensor]) -> Tensor:
-            learner.masked.answers = learner.rows_allowed(batch[TASK].cpu())
+            learner.masked.answers, learner.masked.lowered = learner.rows_allowed(batch[TASK].cpu()), None
             samples = {name: value for name, value in batch.items() if name != TASK}
             return learner.masked.logits(model_inputs(learner.adapter, samples, learner.data))
 
         fisher = diagonal_fisher(
-            learner.module, answer, batch_of, len(chosen), not learner.classifies and learner.outputs == 0,
+            learner.module, answer, batch_of, len(chosen), learner.data.task in REAL_VALUED,
             learner.number("fisher"),
         )  # fmt: skip
         self.anchors.place(fisher.values, {name: p.detach().clone() for name, p in learner.parameters.items()})

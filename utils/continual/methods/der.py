@@ -25,6 +25,7 @@ class DarkReplay(Method):
     """Hold remembered samples to the logits that they had, and others to their labels."""
 
     name = "der++"
+    answers_kept = True
     remembers = True
     remembers_logits = True
     policy = "reservoir"

@@ -27,6 +27,7 @@ class EWC(Method):
     """
 
     name = "ewc"
+    holds = True
     needs_boundaries = True
     penalty = 30.0
 

@@ -62,6 +62,7 @@ class LwF(Method):
     """
 
     name = "lwf"
+    answers_kept = True
     needs_boundaries = True
     logit_weight = 1.0
 

@@ -127,7 +127,7 @@ class PackNet(Method):
         share = learner.settings.kept_share or 1 / (len(learner.tasks) - number)
         rows, matrices = rows_of(learner, number), matrices_of(learner.module)
         for name, parameter in learner.parameters.items():
-            owner = self.owners[name]
+            owner = self.owners[name] = self.owners[name].to(parameter.device)
             free = owner == FREE
             if name in rows:
                 # Rows of a head: those of other tasks wait for them as they are.
@@ -153,7 +153,7 @@ class PackNet(Method):
             mine = self.pruned if self.pruned > self.done else FREE
             self._held = {}
             for name, parameter in learner.parameters.items():
-                move = self.owners[name] == mine
+                move = (self.owners[name] == mine).to(parameter.device)
                 if not bool(move.all()):
                     # Not minus zero, which plus zero would become.
                     value = torch.where(move, 0.0, parameter.detach()) + 0.0

@@ -34,6 +34,7 @@ class SI(Method):
     """
 
     name = "si"
+    holds = True
     needs_boundaries = True
     penalty = 1.0
 
