@@ -1,3 +1,4 @@
+import itertools
 import shutil
 
 import pytest
@@ -197,5 +198,5 @@ def test_a_schedule_begins_anew_only_where_the_task_is_told(tmp_path, digits):
         run = trained(tmp_path / name, digits, "naive", schedule="cosine", log_every_steps=1, max_steps=30,
                       continual={"boundaries": boundaries})  # fmt: skip
         rates.append([row["learning_rate"] for row in run.metrics if row["split"] == "train"])
-    rises = [sum(after > before for before, after in zip(one, one[1:], strict=False)) for one in rates]
+    rises = [sum(after > before for before, after in itertools.pairwise(one)) for one in rates]
     assert rises == [4, 0]
