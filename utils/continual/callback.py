@@ -363,10 +363,11 @@ class ContinualCallback(pl.Callback):
                 return NAN
             learner = self._extension.make_learner(self._look(), self._data, self.tasks)
             masked.answers = learner.allowed(self.tasks[number].answers)
-        elif self.settings.setting == "class" and self._classes:
+        elif self.settings.setting == "class" and self.tasks:
             # It answers with any class that it has seen.
             learner = self._extension.make_learner(self._look(), self._data, self.tasks)
-            masked.answers = learner.allowed(sorted(self._classes))
+            seen = self._classes.union(*(task.classes for task in self.tasks))
+            masked.answers = learner.allowed(sorted(seen)) if learner.classifies else None
         return score(masked, self._data, batches, self._read, self._precision)
 
     def state_dict(self) -> dict[str, Any]:
