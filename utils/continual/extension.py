@@ -102,7 +102,7 @@ class ContinualExtension(Extension):
         return replace(data, facts={**data.facts, "tasks": told, "pass_samples": sum(len(t.train) for t in tasks)})
 
     def _check_memory(self, learner: Learner, data: PreparedData) -> None:
-        """Make sure that a balanced memory has room for a sample of each class, or of each task.
+        """Make sure that the memory has room for a sample, and one that is balanced for one of each class or task.
 
         Raises:
             ConfigError: It has not.
@@ -111,8 +111,6 @@ class ContinualExtension(Extension):
             return
         classes = {one for task in learner.tasks for one in task.classes} if learner.classifies else ()
         groups, kind = (len(classes), "classes") if classes else (len(learner.tasks), "tasks")
-        if self.memory.policy != "balanced":
-            groups = 0
         room, setting = self.settings.buffer, f"buffer is {self.settings.buffer}"
         if self.settings.buffer_mb is not None:
             rows = whole_rows(learner.tasks[0].batch(data.train, learner.tasks[0].train[:1]), data)
@@ -122,12 +120,12 @@ class ContinualExtension(Extension):
             fitting = int(self.settings.buffer_mb * MEGABYTE) // each
             if fitting < room:
                 room, setting = fitting, f"buffer_mb is {self.settings.buffer_mb:g}, room for {fitting} samples"
-        if groups > room or not room:
+        balanced = self.memory.policy == "balanced"
+        if room < (groups if balanced else 1):
             raise ConfigError(
-                f"ContinualConfig.{setting}, and {data.reference} has {groups or 'several'} {kind}.",
-                "Expected a memory with room for at least one sample" + (" of each." if groups else "."),
-                f"Make room for {groups or 'many'} or more, better for ten times that"
-                + (", or set policy to reservoir." if groups else "."),
+                f"ContinualConfig.{setting}, and {data.reference} has {groups} {kind}.",
+                "Expected a memory with room for at least one sample" + (" of each." if balanced else "."),
+                f"Make room for {10 * groups} samples or more" + (", or set policy to reservoir." if balanced else "."),
             )
 
     def begin(self, adapter: ModelAdapter, total_steps: int) -> None:
