@@ -27,10 +27,10 @@ from utils.continual.matrix_parts import (
     sequence,
 )
 from utils.runtime.files import tag_nonfinite, untag_nonfinite, write_json
+from utils.training.task_rows import KIND, MATRIX, VERSION
 
-MATRIX, MATRIX_PICTURE = "accuracy_matrix.json", "accuracy_matrix.png"
-"""Files of a run's directory."""
-KIND, VERSION = "accuracy_matrix", 1
+MATRIX_PICTURE = "accuracy_matrix.png"
+"""The picture beside `MATRIX` in a run's directory."""
 DIRECTIONS = {"accuracy": True, "nats": False}
 """Units whose direction is known: is more better?"""
 

@@ -61,8 +61,7 @@ class TaskAdapter:
             new = logits.shape[-1] - len(self.lowered)
             masked = logits + functional.pad(self.lowered.to(logits), (0, new), value=NEW)
         if self.answers is not None:
-            new = logits.shape[-1] - self.answers.shape[-1]
-            masked = masked.masked_fill(~_along(functional.pad(self.answers, (0, new)), logits), lowest)
+            masked = masked.masked_fill(~_along(self.answers, logits), lowest)
         setattr(masked, WHOLE, logits)
         return masked
 
@@ -75,8 +74,11 @@ class TaskAdapter:
 
 
 def _along(answers: Tensor, logits: Tensor) -> Tensor:
-    """Return which outputs may answer, of the same samples at every position: ``(batch, 1, ..., outputs)``."""
-    answers = answers.to(logits.device)
+    """Return which outputs may answer, of the same samples at every position, ``(batch, 1, ..., outputs)``.
+
+    Outputs that came since the answers were told do not.
+    """
+    answers = functional.pad(answers, (0, logits.shape[-1] - answers.shape[-1])).to(logits.device)
     return answers if answers.dim() == 1 else answers.view(len(answers), *[1] * (logits.dim() - 2), -1)
 
 

@@ -44,7 +44,6 @@ class Method:
     Attributes:
         name: As the settings call it.
         remembers: It replays samples from the memory.
-        remembers_logits: The memory keeps what the model answered when it saw a sample.
         needs_boundaries: It must be told where tasks begin and end.
         needs_task: It must be told which task a sample is of, when the model answers too.
         alone: It does not go with another method.
@@ -57,7 +56,6 @@ class Method:
 
     name: ClassVar[str] = "naive"
     remembers: ClassVar[bool] = False
-    remembers_logits: ClassVar[bool] = False
     needs_boundaries: ClassVar[bool] = False
     needs_task: ClassVar[bool] = False
     alone: ClassVar[bool] = False
@@ -82,7 +80,7 @@ class Method:
 
     def keeps_logits(self, learner: "Learner") -> bool:
         """Tell whether the memory is to keep what the model answered when it saw a sample."""
-        return self.remembers_logits
+        return False
 
     def lowered(self, learner: "Learner", labels: Tensor) -> Tensor | None:
         """Return what is added to the logits of new samples in their loss, ``(outputs,)``; None for nothing.

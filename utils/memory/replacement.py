@@ -4,7 +4,7 @@ Each decides for a batch at once, with the outcome that it would have for one sa
 """
 
 import copy
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from utils.memory.counter_stream import CounterStream, drawn
 from utils.memory.ledger import Ledger
 from utils.runtime.errors import DataError
+
+R = TypeVar("R")
 
 
 class Replacement(Protocol):
@@ -56,17 +58,35 @@ class Replacement(Protocol):
         """Return one that changes by itself."""
 
 
-class Reservoir:
-    """A uniform sample of all that came: each of n samples is kept with probability capacity / n.
-
-    Vitter 1985, "Random sampling with a reservoir", ACM TOMS 11(1), algorithm R: the n-th sample draws a number below
-    n and takes the place of that number, if there is one.
-    """
+class _Forgetful:
+    """What rules have in common that remember nothing beside the ledger."""
 
     bytes = 0
 
     def check(self, groups: np.ndarray, capacity: int) -> None:
         """Take everything."""
+
+    def forget(self, groups: np.ndarray) -> None:
+        """Remember nothing of groups."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Remember nothing."""
+        return {}
+
+    def load(self, state: dict[str, Tensor], ledger: Ledger) -> None:
+        """Remember nothing."""
+
+    def copy(self: R) -> R:
+        """Return another."""
+        return type(self)()
+
+
+class Reservoir(_Forgetful):
+    """A uniform sample of all that came: each of n samples is kept with probability capacity / n.
+
+    Vitter 1985, "Random sampling with a reservoir", ACM TOMS 11(1), algorithm R: the n-th sample draws a number below
+    n and takes the place of that number, if there is one.
+    """
 
     def place(
         self, ledger: Ledger, groups: np.ndarray, priorities: np.ndarray, uniforms: np.ndarray, seen: int
@@ -85,28 +105,9 @@ class Reservoir:
         """Choose at random: what is left is a uniform sample too."""
         return ledger.occupied[drawn(stream, key, count, len(ledger.occupied))]
 
-    def forget(self, groups: np.ndarray) -> None:
-        """Remember nothing of groups."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Remember nothing."""
-        return {}
-
-    def load(self, state: dict[str, Tensor], ledger: Ledger) -> None:
-        """Remember nothing."""
-
-    def copy(self) -> "Reservoir":
-        """Return another."""
-        return Reservoir()
-
-
-class Priority:
+class Priority(_Forgetful):
     """The samples of the highest priority; of equal ones those that came first."""
-
-    bytes = 0
-
-    def check(self, groups: np.ndarray, capacity: int) -> None:
-        """Take everything."""
 
     def place(
         self, ledger: Ledger, groups: np.ndarray, priorities: np.ndarray, uniforms: np.ndarray, seen: int
@@ -140,20 +141,6 @@ class Priority:
         places = ledger.occupied
         order = np.lexsort((-ledger.columns["arrivals"][places], ledger.columns["priorities"][places]))
         return places[order[:count]]
-
-    def forget(self, groups: np.ndarray) -> None:
-        """Remember nothing of groups."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Remember nothing."""
-        return {}
-
-    def load(self, state: dict[str, Tensor], ledger: Ledger) -> None:
-        """Remember nothing."""
-
-    def copy(self) -> "Priority":
-        """Return another."""
-        return Priority()
 
 
 class Balanced:

@@ -27,10 +27,13 @@ class DarkReplay(Method):
     name = "der++"
     answers_kept = True
     remembers = True
-    remembers_logits = True
     policy = "reservoir"
     logit_weight = 0.5
     label_weight = 0.5
+
+    def keeps_logits(self, learner: Learner) -> bool:
+        """Say that the memory keeps them."""
+        return True
 
     def check(self, learner: Learner) -> None:
         """Refuse logits that mean nothing later, or that are too large to store.
