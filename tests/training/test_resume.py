@@ -1,6 +1,7 @@
 """Exact resume, with real processes that are really killed."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -251,6 +252,20 @@ def test_one_process_at_a_time(tmp_path, text_file, tiny_gpt, quick):
     with session_lock(tmp_path / "run"), pytest.raises(RunError, match="Another process is training the run"):
         resume(tmp_path / "run", progress=False)
     assert resume(tmp_path / "run", progress=False).step == 2
+
+
+def test_workers_that_outlive_a_session_keep_no_other_out(tmp_path):
+    context = multiprocessing.get_context("fork")
+    stop = context.Event()
+    worker = context.Process(target=stop.wait, daemon=True)
+    with session_lock(tmp_path):
+        worker.start()
+        with pytest.raises(RunError, match="Another process is training the run"), session_lock(tmp_path):
+            pass
+    assert worker.is_alive()
+    with session_lock(tmp_path):
+        stop.set()
+    worker.join()
 
 
 def test_another_kind_of_machine_is_named(tmp_path, text_file, tiny_gpt, quick):

@@ -16,6 +16,7 @@ Layout::
 import fcntl
 import html
 import json
+import os
 import platform
 import secrets
 import shutil
@@ -24,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -380,11 +381,26 @@ def session_lock(directory: Path, name: str = LOCK) -> Iterator[None]:
         yield
 
 
+def _close_locks() -> None:
+    """Close the files of the locks that this process holds, which does not release what its parent holds."""
+    for stream in _LOCKS:
+        stream.close()
+    _LOCKS.clear()
+
+
+_LOCKS: set[TextIO] = set()
+os.register_at_fork(after_in_child=_close_locks)
+
+
 def _take(directory: Path, name: str, stack: ExitStack) -> None:
     """Hold a lock until a stack of contexts is left."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         stream = stack.enter_context((Path(directory) / name).open("w"))
+        # A lock belongs to every fork that has its file open: workers that outlive a killed session would keep the next
+        # one out until they notice.
+        _LOCKS.add(stream)
+        stack.callback(_LOCKS.discard, stream)
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RunError(
