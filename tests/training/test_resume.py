@@ -256,10 +256,11 @@ def test_one_process_at_a_time(tmp_path, text_file, tiny_gpt, quick):
 
 def test_workers_that_outlive_a_session_keep_no_other_out(tmp_path):
     context = multiprocessing.get_context("fork")
-    stop = context.Event()
-    worker = context.Process(target=stop.wait, daemon=True)
+    runs, stop = context.Event(), context.Event()
+    worker = context.Process(target=lambda: (runs.set(), stop.wait()), daemon=True)
     with session_lock(tmp_path):
         worker.start()
+        runs.wait()
         with pytest.raises(RunError, match="Another process is training the run"), session_lock(tmp_path):
             pass
     assert worker.is_alive()
