@@ -4,9 +4,11 @@
     python benchmarks/continual_growth.py --streams permuted-mnist --seeds 0 --json
 
 The streams and settings are those of `continual_methods.py`; the method is consolidation with 500 remembered samples.
-Three nets learn each stream with `utils.train`: one of 784-400-400-10 all along; one that begins with smaller hidden
-layers and widens both when tasks end (`TrainingConfig.growth`, operator channels); and, as a control, one that stays as
-small as that began. FLOPs are those of all training steps, forward and backward, remembered samples included: counted
+Nets learn each stream with `utils.train`: one of 784-400-400-10 all along; one that begins with smaller hidden layers
+and widens both when tasks end (`TrainingConfig.growth`, operator channels); and, as a control, one that stays as small
+as that began. A smaller net learns at a higher rate, the large one's times the ratio of the first widths, as Adam's
+rate scales with width (Yang et al., Tensor Programs V, arXiv:2203.03466, table 3); another control is the large net at
+that rate. FLOPs are those of all training steps, forward and backward, remembered samples included: counted
 by torch for one step of each size, times its steps, plus the events. What is done once at a task's end (answers and
 Fisher information) and measurements are left out for all. At each event the logits of held-out samples of all
 tasks that have ended are compared before and after. Targets: the grown net ends within 0.5 points of the large one with
@@ -45,7 +47,8 @@ from utils.training import TrainingConfig
 from utils.training.prepared_data import PreparedData
 from utils.training.resume import train
 
-WIDTH = 400
+WIDTH, RATE = 400, 1e-3
+NETS = ("large", "faster", "grown", "small")
 Plan = tuple[tuple[int, int, int], ...]
 PLANS: dict[str, Plan] = {
     "split-mnist": ((1, 240, 160), (3, 320, 240)),
@@ -74,7 +77,7 @@ class Flat(nn.Module):
         return self.layers(pixel_values.flatten(1))
 
 
-def settings(stream: str, seed: int, steps: int, plan: Plan) -> TrainingConfig:
+def settings(stream: str, seed: int, steps: int, plan: Plan, rate: float) -> TrainingConfig:
     """Return the settings of a run whose net grows when tasks end."""
     own = {name: value for name, value in STREAMS[stream].items() if name != "data"}
     own |= {"method": "consolidation", "buffer": BUFFER, "shuffle_classes": seed > 0 and own["split"] == "labels"}
@@ -85,7 +88,7 @@ def settings(stream: str, seed: int, steps: int, plan: Plan) -> TrainingConfig:
         if to != was
     ]
     return TrainingConfig(
-        max_steps=steps, batch_size=BATCH, learning_rate=1e-3, weight_decay=0.0, beta2=0.999,
+        max_steps=steps, batch_size=BATCH, learning_rate=rate, weight_decay=0.0, beta2=0.999,
         schedule="constant", warmup_share=0.0, clip_norm=1e6, seed=seed, val_every_steps=10**6, log_every_steps=100,
         checkpoint_every_steps=10**6, checkpoint_every_minutes=1e6, keep_best=0, continual=own,
         growth={"schedule": events, "on_refusal": "stop"} if events else None,
@@ -140,12 +143,12 @@ def watched() -> Iterator[list[float]]:
         GrowthExtension.grow = original  # type: ignore[method-assign]
 
 
-def one(data: PreparedData, stream: str, seed: int, plan: Plan) -> dict[str, Any]:
+def one(data: PreparedData, stream: str, seed: int, plan: Plan, rate: float) -> dict[str, Any]:
     """Train one net and return what came of it."""
     own = STREAMS[stream]
     samples = own["tasks"] * own["samples_per_task"] if "samples_per_task" in own else data.train_samples
     steps = samples // BATCH
-    config = settings(stream, seed, steps, plan)
+    config = settings(stream, seed, steps, plan, rate)
     with tempfile.TemporaryDirectory() as folder, watched() as moved:
         directory = Path(folder) / "run"
         run = train(Flat(*plan[0][1:], seed), data, config, directory, spec=SPEC, progress=False)
@@ -168,12 +171,15 @@ def one(data: PreparedData, stream: str, seed: int, plan: Plan) -> dict[str, Any
 
 
 def compare(data: PreparedData, stream: str, seed: int) -> dict[str, Any]:
-    """Train the three nets on one stream."""
-    plan = PLANS[stream]
-    nets: dict[str, Plan] = {"large": ((1, WIDTH, WIDTH),), "grown": plan, "small": plan[:1]}
+    """Train the nets on one stream."""
+    plan, large = PLANS[stream], ((1, WIDTH, WIDTH),)
+    rate = RATE * WIDTH / plan[0][1]
+    nets: dict[str, tuple[Plan, float]] = {
+        "large": (large, RATE), "faster": (large, rate), "grown": (plan, rate), "small": (plan[:1], rate),
+    }  # fmt: skip
     row: dict[str, Any] = {"stream": stream, "seed": seed, "widths": ["-".join(map(str, one[1:])) for one in plan]}
-    for name, plan in nets.items():
-        row[name] = one(data, stream, seed, plan)
+    for name, arguments in nets.items():
+        row[name] = one(data, stream, seed, *arguments)
         told = ", ".join(f"{key} {value:.4g}" for key, value in row[name].items())
         print(f"{stream} seed {seed} {name}: {told}", file=sys.stderr, flush=True)
     row["flops_share"] = row["grown"]["flops"] / row["large"]["flops"]
@@ -183,10 +189,12 @@ def compare(data: PreparedData, stream: str, seed: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the means over seeds as text."""
-    lines = [f"{'':16}{'large':>8}{'grown':>8}{'small':>8}{'points':>8}{'FLOPs':>8}{'CPU':>7}{'moved':>10}  widths"]
+    lines = [
+        f"{'':16}" + "".join(f"{net:>8}" for net in NETS) + f"{'points':>8}{'FLOPs':>8}{'CPU':>7}{'moved':>10}  widths"
+    ]
     for stream in dict.fromkeys(row["stream"] for row in rows):
         own = [row for row in rows if row["stream"] == stream]
-        means = [statistics.mean(row[net]["accuracy"] for row in own) for net in ("large", "grown", "small")]
+        means = [statistics.mean(row[net]["accuracy"] for row in own) for net in NETS]
         points, share = (statistics.mean(row[name] for row in own) for name in ("points", "flops_share"))
         cpu = sum(row["grown"]["cpu"] for row in own) / sum(row["large"]["cpu"] for row in own)
         moved = max(row["grown"]["moved"] for row in own)

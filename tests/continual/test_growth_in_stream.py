@@ -50,7 +50,7 @@ def state_of(folder, config):
 
 @pytest.mark.parametrize("method", ["ewc", "der++", "consolidation", "ewc+replay"])
 def test_what_a_method_keeps_follows_growth_at_a_border_also_when_killed_behind_it(tmp_path, method):
-    config = config_of(method)
+    config = config_of(method, penalty=6.0)
     run = train(plain(), config, tmp_path / "whole")
     assert [tuple(p.shape) for p in run.model.parameters() if p.dim() > 1] == [(24, 64), (24, 24), (10, 24)]
     parts = in_sessions(plain(), plain, config, tmp_path / "parts", 15, 18)

@@ -45,7 +45,7 @@ def fisher_by_hand(model, images):
     return total
 
 
-def by_hand(run, module, penalty=6.0, label_weight=1.0, logit_weight=1.0, boundaries=True, lowers=True, replayed=16):
+def by_hand(run, module, penalty=0.0, label_weight=1.0, logit_weight=1.0, boundaries=True, lowers=True, replayed=16):
     """Train a copy of what a run began with in a loop that has all four parts written out."""
     config = run.config
     stream = make_extension(config).open_stream(run)
@@ -115,7 +115,7 @@ def difference(one, other):
     ("options", "same"),
     [
         ({}, {}),
-        ({"penalty": 0.0}, {"penalty": 0.0}),
+        ({"penalty": 6.0}, {"penalty": 6.0}),
         ({"label_weight": 0.5, "logit_weight": 0.2}, {"label_weight": 0.5, "logit_weight": 0.2}),
         ({"boundaries": False}, {"boundaries": False}),
         ({"replayed": 5}, {"replayed": 5}),
@@ -127,9 +127,9 @@ def test_a_stream_is_a_plain_loop_with_all_four_parts(tmp_path, options, same):
 
 
 def test_each_part_changes_the_run(tmp_path):
-    whole = train(fresh(), config_of("consolidation"), tmp_path)
+    whole = train(fresh(), config_of("consolidation", penalty=6.0), tmp_path)
     for without in ({"penalty": 0.0}, {"label_weight": 0.0}, {"logit_weight": 0.0}, {"lowers": False}):
-        assert difference(whole.model, by_hand(whole, fresh(), **without)) > 1e-3
+        assert difference(whole.model, by_hand(whole, fresh(), **{"penalty": 6.0, **without})) > 1e-3
 
 
 def test_old_classes_are_lowered_in_the_loss_of_new_samples_and_unseen_ones_play_no_part(tmp_path):
@@ -180,14 +180,15 @@ def test_tasks_with_outputs_of_their_own_keep_all_answers_of_their_samples(tmp_p
 
 
 def test_its_memory_is_one_penalty_however_many_tasks(tmp_path):
-    run = train(fresh(), config_of("consolidation"), tmp_path)
-    stored = [cost.stored_floats for cost in read_matrix(tmp_path).costs]
-    assert stored == [2 * run.adapter.num_parameters] * 5
+    for penalty, copies in ((6.0, 2), (None, 0)):
+        run = train(fresh(), config_of("consolidation", penalty=penalty), tmp_path / str(copies))
+        stored = [cost.stored_floats for cost in read_matrix(tmp_path / str(copies)).costs]
+        assert stored == [copies * run.adapter.num_parameters] * 5
 
 
 def test_a_head_that_grows_in_the_stream_keeps_answers_and_anchors(tmp_path):
     growth = {"schedule": [{"at": 20, "operator": "classes", "amount": 3}]}
-    config = config_of("consolidation", growth=growth)
+    config = config_of("consolidation", growth=growth, penalty=6.0)
     run = train(fresh(), config, tmp_path / "whole")
     assert run.model.head.out_features == 13
     memory, method = memory_of(tmp_path / "whole", config, fresh())
