@@ -11,7 +11,7 @@ import utils
 from utils.loading import LoadedModel
 from utils.runtime.errors import SeedbedError
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCALARS = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats() | st.text(max_size=20)
 JSON = st.recursive(
     SCALARS,
