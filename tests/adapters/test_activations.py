@@ -146,6 +146,8 @@ def test_what_cannot_be_read():
         representations(adapter, [images], "convolution", channels=4)
     with pytest.raises(ConfigError, match=r"are \[48, 75\] wide.*one width"):
         representations(adapter, [images, torch.rand(1, 1, 10, 10)], "convolution", "flat")
+    with pytest.raises(AdapterError, match=r"does not run on a batch of pixel_values \(2, 1, 8, 8\) int64: .*Expected"):
+        representations(adapter, [images.long()], "convolution")
     adapter.module.spare = nn.Linear(2, 2)
     with pytest.raises(AdapterError, match="`spare` of Convolutions was not called"):
         representations(adapter, [images], "spare")

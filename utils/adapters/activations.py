@@ -16,6 +16,7 @@ from utils.adapters.capture import first_tensor
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.roles import role_of
 from utils.adapters.structure import structure
+from utils.adapters.troubles import first_line
 from utils.runtime.errors import AdapterError, ConfigError
 from utils.runtime.isolation import preserved
 
@@ -108,7 +109,7 @@ def representations(
 
     Raises:
         ConfigError: No such layer, pool or side, or samples that are not of equal size where that is needed.
-        AdapterError: The layer was not called, or it makes no tensor with the samples of a batch.
+        AdapterError: Inputs that do not fit, a layer that was not called, or one that does not keep samples apart.
     """
     if pool not in POOLS or side not in ("output", "input"):
         raise ConfigError(
@@ -147,7 +148,14 @@ def representations(
                     for name, value in inputs.items()
                 }
                 held.clear()
-                adapter.forward(inputs)
+                try:
+                    adapter.forward(inputs)
+                except Exception as error:
+                    raise AdapterError(
+                        f"{adapter.name} does not run on a batch of {_told(inputs)}: {first_line(error)}.",
+                        f"Expected what it takes: {_told(adapter.example_inputs())}.",
+                        "Give inputs of these types, and of shapes that the model was made for.",
+                    ) from error
                 if not held:
                     raise AdapterError(
                         f"The layer `{layer}` of {adapter.name} was not called, or its {side} holds no tensor.",
@@ -155,8 +163,8 @@ def representations(
                         "Name another one.",
                     )
                 size = inputs[adapter.main_input].shape[0]
-                table, how = _arranged(held[-1].detach(), inputs[adapter.main_input], layer, channels)
-                values, sample, place = _pooled(table, _mask(inputs, table), pool)
+                table, how = as_table(held[-1].detach(), inputs[adapter.main_input], layer, channels)
+                values, sample, place = pooled_rows(table, real_positions(inputs, table), pool)
                 rows.append(values.float().cpu())
                 numbers.append(sample.cpu() + count)
                 places.append(place.cpu())
@@ -179,8 +187,28 @@ def representations(
     )
 
 
-def _arranged(tensor: Tensor, content: Tensor, layer: str, channels: int | None) -> tuple[Tensor, str]:
-    """Return a layer's tensor as ``(batch, positions, features)``, and how it was read."""
+def _told(inputs: Mapping[str, Any]) -> str:
+    """Describe inputs."""
+    return ", ".join(
+        f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        for name, value in inputs.items()
+        if isinstance(value, Tensor)
+    )
+
+
+def as_table(tensor: Tensor, content: Tensor, layer: str, channels: int | None) -> tuple[Tensor, str]:
+    """Return a layer's tensor as ``(batch, positions, features)``, and how it was read.
+
+    Args:
+        tensor: What the layer made or read.
+        content: The main input of that forward pass.
+        layer: Its name, for errors.
+        channels: The axis of features, where the shape leaves it open.
+
+    Raises:
+        AdapterError: The samples are not its first axis, or second after positions.
+        ConfigError: There is no such axis of features.
+    """
     batch = content.shape[0]
     how = "samples come first"
     if tensor.ndim > 2 and tensor.shape[0] != batch and tensor.shape[1] == batch:
@@ -227,7 +255,7 @@ def _feature_axis(shape: tuple[int, ...], content: tuple[int, ...]) -> tuple[int
     return 1, "channels follow samples"
 
 
-def _mask(inputs: Mapping[str, Any], table: Tensor) -> Tensor:
+def real_positions(inputs: Mapping[str, Any], table: Tensor) -> Tensor:
     """Return which positions are real, bool ``(batch, positions)``; all, where no mask fits the layer."""
     for name, value in inputs.items():
         role = role_of(name)
@@ -236,7 +264,7 @@ def _mask(inputs: Mapping[str, Any], table: Tensor) -> Tensor:
     return torch.ones(table.shape[:2], dtype=torch.bool, device=table.device)
 
 
-def _pooled(table: Tensor, real: Tensor, pool: str) -> tuple[Tensor, Tensor, Tensor]:
+def pooled_rows(table: Tensor, real: Tensor, pool: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows ``(rows, width)``, the sample of each and its position."""
     batch = torch.arange(table.shape[0], device=table.device)
     whole = torch.full_like(batch, -1)

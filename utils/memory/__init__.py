@@ -1,8 +1,9 @@
-"""Memory: samples that a model has met, kept within bounds so that it can meet them again.
+"""Memory: samples that a model has met, vectors found again by nearness, and language models that look up.
 
-Knows nothing of training; needs torch and NumPy only.
+Needs torch and NumPy only; FAISS is used where it is installed.
 """
 
 from utils.memory.episodic_buffer import EpisodicBuffer
+from utils.memory.long_term_memory import LongTermMemory
 
-__all__ = ["EpisodicBuffer"]
+__all__ = ["EpisodicBuffer", "LongTermMemory"]

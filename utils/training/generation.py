@@ -81,7 +81,7 @@ def generate(
         ConfigError: A setting is out of range, or the model is no causal language model.
         DataError: The prompt cannot be read: text without a tokenizer, unknown ids, or nothing.
     """
-    _check(tokens, temperature, top_k)
+    check_drawing(tokens, temperature, top_k)
     run_data = getattr(model_or_run, "data", None)
     adapter = getattr(model_or_run, "adapter", None)
     if not isinstance(adapter, ModelAdapter):
@@ -92,11 +92,11 @@ def generate(
             f"{adapter.name} is no causal language model but for {adapter.task.value} ({adapter.task.reason}).",
             "Expected a model that predicts the next token.",
         )
-    ids = _prompt_ids(adapter, prompt, tokenizer)
+    ids = ids_of_prompt(adapter, prompt, tokenizer)
     end = tokenizer.eos_id if tokenizer is not None and stop_at_end else None
     generator = torch.Generator().manual_seed(seed)
     known = adapter.readable_ids() if tokenizer is None else min(adapter.readable_ids(), tokenizer.vocab_size)
-    steps = _Steps(adapter, list(ids), use_cache)
+    steps = NextTokens(adapter, list(ids), use_cache)
     new: list[int] = []
     started = time.perf_counter()
     with preserved(adapter.module, seed, "generate"), torch.no_grad():
@@ -131,7 +131,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch
     return int(torch.multinomial(scores.softmax(0), 1, generator=generator))
 
 
-class _Steps:
+class NextTokens:
     """The logits of one next token after another, for ids that grow between the steps."""
 
     def __init__(self, adapter: ModelAdapter, ids: list[int], use_cache: bool) -> None:
@@ -209,8 +209,12 @@ def _words(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _prompt_ids(adapter: ModelAdapter, prompt: str | Iterable[int], tokenizer: Any) -> list[int]:
-    """Return the prompt as ids, at least one."""
+def ids_of_prompt(adapter: ModelAdapter, prompt: str | Iterable[int], tokenizer: Any) -> list[int]:
+    """Return the prompt as ids, at least one.
+
+    Raises:
+        DataError: Text without a tokenizer, no text, or ids that the model does not know.
+    """
     if isinstance(prompt, str):
         if tokenizer is None and prompt:
             raise DataError(
@@ -232,8 +236,12 @@ def _prompt_ids(adapter: ModelAdapter, prompt: str | Iterable[int], tokenizer: A
     return ids
 
 
-def _check(tokens: int, temperature: float, top_k: int | None) -> None:
-    """Refuse settings that no drawing could follow."""
+def check_drawing(tokens: int, temperature: float, top_k: int | None) -> None:
+    """Refuse settings that no drawing could follow.
+
+    Raises:
+        ConfigError: One is out of range.
+    """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ConfigError(f"tokens is {tokens!r}.", "Expected a whole number above 0.")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < 1e6:

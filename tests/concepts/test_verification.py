@@ -1,0 +1,174 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.concepts.transfer_toys import QUICK, samples, student, teacher
+from utils.concepts import verification
+from utils.concepts.extraction import extract_concept
+from utils.concepts.package import PackageError
+from utils.concepts.transfer_config import TransferConfig
+from utils.concepts.verification import verify_transfer
+from utils.concepts.verification_view import save_verification_figure, verification_figure
+from utils.runtime.errors import ConfigError, DataError
+from utils.runtime.files import null_nonfinite
+from utils.validation.statistics import Interval
+
+OWN = torch.cat(samples(400, seed=7))
+TEST = samples(400, seed=9)
+OTHER = torch.cat(samples(2000, seed=11))
+READ = TransferConfig(steps=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "DRAWS", 4000)
+        yield
+
+
+@pytest.fixture(scope="module")
+def package():
+    return extract_concept(teacher(), "one sign", *samples(300))
+
+
+@pytest.fixture(scope="module")
+def verified(package):
+    students = [student(seed) for seed in range(5)]
+    other = OTHER, (OTHER[:, 2] > 0).long()
+    return verify_transfer(
+        package, teacher(), students, *TEST, config=QUICK, retention=OWN, other_task=other,
+    )  # fmt: skip
+
+
+def test_a_package_is_verified_with_all_that_belongs_to_it(verified):
+    assert verified.verified, str(verified)
+    assert verified.undefined is None
+    assert verified.value.low > 0.8
+    assert verified.junk.low < 0 < verified.junk.high
+    assert verified.interference.low > -1
+    assert verified.taught.low > 0.1
+    assert verified.seeds == 5
+    assert verified.test == (len(TEST[0]), len(TEST[1]))
+    assert set(verified.scores) == {"package", "shuffled", "junk", "labels_only", "before"}
+    means = {name: sum(row) / 5 for name, row in verified.scores.items()}
+    way = verified.intervals["teacher"].mean - means["shuffled"]
+    assert verified.value.mean == pytest.approx((means["package"] - means["shuffled"]) / way)
+    assert verified.labels_only.mean == pytest.approx((means["labels_only"] - means["shuffled"]) / way)
+    assert verified.beyond_labels.mean == pytest.approx(means["package"] - means["labels_only"])
+    assert verified.fidelity.overall > 0.8
+    assert verified.neighbours["p_value"] <= 0.05
+    assert all(share <= QUICK.budget for share in verified.changed)
+
+
+def test_it_shows_itself(verified, tmp_path):
+    text = str(verified)
+    assert text.startswith("one sign, Teacher to Student: verified, V = ")
+    assert "student + shuffled package" in text
+    json.dumps(null_nonfinite(verified.to_dict()))
+    assert len(verification_figure(verified, dark=True).axes) == 2
+    assert save_verification_figure(verified, tmp_path / "v.svg").read_bytes().startswith(b"<?xml")
+    html = verified._repr_html_()
+    assert html.count("data:image/png") == 2
+    assert "labels alone" in html
+    with pytest.raises(ValueError, match="not 'gif'"):
+        save_verification_figure(verified, tmp_path / "v.gif")
+    undefined = replace(verified, value=None, junk=None, labels_only=None, undefined="nobody knows")
+    assert "V is undefined: nobody knows" in str(undefined)
+    assert len(verification_figure(undefined).axes) == 2
+
+
+def test_a_verdict_needs_every_rule(verified):
+    low = Interval(0.6, 0.4, 0.8, 5)
+    for change, said in (
+        ({"value": low}, "not above 0.5"),
+        ({"interference": None}, "was not measured"),
+        ({"interference": Interval(-1.0, -1.5, 0.0, 5)}, "not above -1"),
+        ({"junk": Interval(0.5, 0.4, 0.6, 5)}, "not 0 as"),
+        ({"junk": None}, "baselines were left out"),
+    ):
+        changed = replace(verified, **change)
+        assert not changed.verified
+        assert any(said in reason for reason in changed.reasons)
+
+
+def test_a_shuffled_package_in_its_place_scores_nothing(package):
+    found = verify_transfer(
+        package.shuffled(99), teacher(), student(), *TEST, config=READ, baselines=False, metric="balanced_accuracy"
+    )
+    assert found.value.low < 0 < found.value.high
+    assert not found.verified
+    assert (found.junk, found.labels_only, found.fidelity, found.neighbours) == (None, None, None, None)
+
+
+def test_without_a_teacher_that_knows_there_is_no_score():
+    given = torch.cat(samples(300))
+    made = extract_concept(teacher(), "nothing", given[::2], given[1::2])
+    held = torch.cat(TEST)
+    found = verify_transfer(made, teacher(), student(), held[::2], held[1::2], config=READ)
+    assert found.value is None
+    assert "the teacher does not have the concept" in found.undefined
+    assert not found.verified
+    assert "undefined" in str(found)
+    assert "V is undefined" in found._repr_html_()
+
+
+def test_a_student_that_knew_before_has_no_score(package):
+    found = verify_transfer(package, teacher(), teacher(), *TEST, config=READ)
+    assert found.value is None
+    assert "the student knew the concept before" in found.undefined
+
+
+def test_the_test_set_must_be_unseen(package):
+    given, model, one = samples(300), teacher(), student()
+    mixed = torch.cat([TEST[0], given[0][:3]]), TEST[1]
+    with pytest.raises(DataError, match="3 test samples are in the package"):
+        verify_transfer(package, model, one, *mixed)
+    with pytest.raises(DataError, match="1 test samples are among the samples to be retained"):
+        verify_transfer(package, model, one, *TEST, retention=torch.cat([OWN, TEST[0][:1]]))
+    with pytest.raises(DataError, match="2 test examples are among the test counter-examples"):
+        verify_transfer(package, model, one, TEST[0], torch.cat([TEST[1], TEST[0][:2]]))
+    with pytest.raises(DataError, match="samples of the other task are among those the student learns from"):
+        verify_transfer(package, model, one, *TEST, retention=OWN, other_task=(OWN, OWN[:, 0].long()))
+    with pytest.raises(DataError, match="There are 5 different test counter-examples"):
+        verify_transfer(package, model, one, TEST[0], TEST[1][:5])
+    shown = torch.cat([TEST[0], given[0]])[: len(TEST[0])], TEST[1]
+    with pytest.raises(DataError, match="are among the student's exemplars"):
+        verify_transfer(package, model, one, *TEST, student_test=shown, student_examples=(TEST[0][:147], TEST[1][:153]))
+    with pytest.raises(DataError, match="test samples for the student"):
+        verify_transfer(package, model, one, *TEST, student_test=(TEST[0][:30], TEST[1][:30]))
+
+
+def test_groups_must_be_on_one_side():
+    given = samples(300)
+    groups = [[str(n % 30) for n in range(len(side))] for side in given]
+    made = extract_concept(teacher(), "one sign", *given, groups=groups)
+    own = [[f"new {n % 40}" for n in range(len(side))] for side in TEST]
+    with pytest.raises(DataError, match="the test samples come without"):
+        verify_transfer(made, teacher(), student(), *TEST)
+    with pytest.raises(DataError, match="1 groups of the test samples are in the package"):
+        verify_transfer(made, teacher(), student(), *TEST, groups=(["7", *own[0][1:]], own[1]))
+    plain = extract_concept(teacher(), "one sign", *given)
+    with pytest.raises(DataError, match="does not tell those of its exemplars"):
+        verify_transfer(plain, teacher(), student(), *TEST, groups=own)
+    found = verify_transfer(made, teacher(), student(), *TEST, groups=own, config=READ, baselines=False)
+    assert found.value is not None
+
+
+def test_what_cannot_be_measured_is_refused(package):
+    with pytest.raises(ConfigError, match="There are 4 seeds. Expected 5"):
+        verify_transfer(package, teacher(), student(), *TEST, seeds=4)
+    with pytest.raises(ConfigError, match="There are 2 students"):
+        verify_transfer(package, teacher(), [student(), student(1)], *TEST)
+    with pytest.raises(ConfigError, match="The metric is 'luck'"):
+        verify_transfer(package, teacher(), student(), *TEST, metric="luck")
+    with pytest.raises(PackageError, match="Give the teacher as it was"):
+        verify_transfer(package, student(), student(), *TEST)
+    with pytest.raises(ConfigError, match="other_task is a Tensor"):
+        verify_transfer(package, teacher(), student(), *TEST, other_task=OTHER)
+    with pytest.raises(DataError, match="2000 samples and 3 labels"):
+        verify_transfer(package, teacher(), student(), *TEST, other_task=(OTHER, torch.zeros(3)))
+    with pytest.raises(DataError, match="The student answers"):
+        labels = torch.zeros(2000, 2, dtype=torch.long)
+        verify_transfer(package, teacher(), student(), *TEST, config=READ, other_task=(OTHER, labels))

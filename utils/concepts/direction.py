@@ -1,0 +1,345 @@
+"""A concept as a direction in what a layer makes of samples, with the controls that a meaningless one does not pass.
+
+Each example is scored by a direction that was found without it: two disjoint halves take turns. The same halves tell
+how stable the direction is, and the same procedure with permuted labels tells what it makes of nothing.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.concepts.examples import BATCH_SIZE, read_sides
+from utils.concepts.ranking import auroc, auroc_interval
+from utils.runtime.errors import ConfigError, DataError
+from utils.runtime.optional import require
+from utils.runtime.seeding import derive_seed
+
+METHODS = ("mean_difference", "logistic")
+LEAST = 10
+"""Fewest different examples on each side: half of them are tested at a time."""
+CONTROLS = 20
+"""Permutations of the labels, and random directions."""
+STABLE = 0.8
+"""Least cosine between the directions of two disjoint halves."""
+LEVEL = 0.01
+"""The p value below which erasing a concept has an effect of its own."""
+PENALTY = 1.0
+"""Half of it times the squared norm is added to the sum of the logistic losses, as in scikit-learn with ``C=1``."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptDirection:
+    """Where a concept points, how well it tells other examples apart, and whether to believe it."""
+
+    vector: Tensor
+    """float32 ``(width,)``, of length 1, from all examples."""
+    bias: float
+    """``values @ vector + bias`` is above zero for what is more like the positive examples."""
+    auroc: float
+    """Area under the ROC curve on held-out examples: mean of two halves, each scored by the other's direction."""
+    interval: tuple[float, float]
+    """Its 95% confidence interval, as wide as that of one half: the two share what they were found with."""
+    controls: tuple[float, ...]
+    """The same number for control concepts: labels permuted, with as many positives in each half."""
+    stability: float
+    """Cosine between the directions of the two halves."""
+    random: tuple[float, ...] = ()
+    """The same number for directions drawn at random, whose sign is found with the other half."""
+    method: str = "mean_difference"
+    """How the direction was found."""
+    examples: tuple[int, int] = (0, 0)
+    """Different positive and negative examples."""
+    layer: str = ""
+    """The layer that made the values; empty where they were given as such."""
+    side: str = "output"
+    """The layer's ``"output"`` or ``"input"``."""
+    pool: str = "mean"
+    """What became of the positions of a sample."""
+    effect: float | None = None
+    """The p value of `utils.concepts.effect.erasure_effect`; None where no behaviour was looked at."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether every rule that was measured holds; `reasons` has them."""
+        return all(held for held, _ in self._rules())
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """One sentence for each rule, with its numbers."""
+        return tuple(said for _, said in self._rules())
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        low, best = self.interval[0], max(self.controls, default=0.5)
+        rules = [
+            (
+                low > best,
+                f"Held-out AUROC {self.auroc:.3f}, at least {low:.3f} with 95% confidence, "
+                f"{'above' if low > best else 'not above'} {best:.3f}, "
+                f"the best of {len(self.controls)} control concepts with permuted labels"
+                + (f"; the best random direction has {max(self.random):.3f}." if self.random else "."),
+            ),
+            (
+                self.stability >= STABLE,
+                f"Directions of two disjoint halves have a cosine of {self.stability:.2f}, "
+                f"{'at least' if self.stability >= STABLE else 'below'} {STABLE}.",
+            ),
+        ]
+        if self.effect is None:
+            return [*rules, (True, "What erasing it does to the model's behaviour was not measured.")]
+        held = self.effect < LEVEL
+        said = "lowers the behaviour more than" if held else "is not shown to lower the behaviour more than"
+        return [*rules, (held, f"Erasing it {said} erasing random directions does (p = {self.effect:.3g}).")]
+
+    def score(self, values: Tensor) -> Tensor:
+        """Return how far rows ``(n, width)`` lie on the concept's side: ``(n,)``, in units of the values.
+
+        Raises:
+            ConfigError: The rows have another width.
+        """
+        if values.ndim != 2 or values.shape[1] != len(self.vector):
+            raise ConfigError(
+                f"The values have the shape {tuple(values.shape)}, and the direction has {len(self.vector)} numbers.",
+                f"Expected the shape (rows, {len(self.vector)}).",
+                "Take them from the layer that the direction was found in.",
+            )
+        return values.to(self.vector) @ self.vector + self.bias
+
+    def with_effect(self, p_value: float) -> "ConceptDirection":
+        """Return it with what erasing the concept did, which the verdict then includes."""
+        return replace(self, effect=p_value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all as plain values that JSON can hold."""
+        made = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "vector"}
+        made = {name: list(value) if isinstance(value, tuple) else value for name, value in made.items()}
+        return made | {"vector": self.vector.tolist(), "accepted": self.accepted, "reasons": list(self.reasons)}
+
+    def __str__(self) -> str:
+        return "\n".join([f"Concept {'accepted' if self.accepted else 'not accepted'}.", *self.reasons])
+
+    def _repr_html_(self) -> str:
+        """Show the picture and the same in words."""
+        from utils.concepts.concept_view import direction_figure, shown_html
+
+        return shown_html(partial(direction_figure, self), str(self))
+
+
+def concept_direction(
+    positive: Tensor, negative: Tensor, method: str = "mean_difference", seed: int = 0, *, controls: int = CONTROLS
+) -> ConceptDirection:
+    """Find the direction that leads from examples without a concept to examples with it, and test it.
+
+    Repeated rows count once, so that none is on both sides of the split, and the order of rows does not matter. The
+    control concepts are control tasks in the sense of Hewitt & Liang (arXiv:1909.03368).
+
+    Args:
+        positive: ``(n, width)``: what a layer makes of examples of the concept.
+        negative: ``(m, width)``: the same of other examples.
+        method: ``"mean_difference"`` of the two sides, or ``"logistic"`` regression on standardised features.
+        seed: Of the split, the control concepts and the random directions.
+        controls: How many control concepts and random directions.
+
+    Raises:
+        DataError: Too few different examples, the same on both sides, values that are not finite or all equal.
+        ConfigError: No such method, or no control.
+    """
+    if method not in METHODS or not isinstance(controls, int) or controls < 1:
+        raise ConfigError(
+            f"The method is {method!r} with {controls!r} control concepts.",
+            f"Expected one of {', '.join(METHODS)}, and one control at least.",
+            "Choose among them.",
+        )
+    sides = checked_sides(positive, negative)
+    find = _mean_difference if method == "mean_difference" else _logistic
+    generator = torch.Generator().manual_seed(derive_seed(seed, "concept direction"))
+    halves = _halves(sides, generator)
+    found = [find(*half)[0] for half in halves]
+    tested = _crossed(halves, found)
+    parts = [len(side) // 2 for side in sides]
+    null = []
+    for _ in range(controls):
+        shuffled = [_permuted(half, generator) for half in halves]
+        null.append(_crossed(shuffled, [find(*half)[0] for half in shuffled]))
+    drawn = torch.randn(controls, sides[0].shape[1], generator=generator, dtype=torch.float64)
+    random = [_crossed(halves, [_turned(vector, half) for half in halves]) for vector in drawn]
+    vector, bias = find(*sides)
+    return ConceptDirection(
+        vector.float(), bias, tested, auroc_interval(tested, parts[0], parts[1]), tuple(null),
+        float(found[0] @ found[1]), tuple(random), method, (len(sides[0]), len(sides[1])),
+    )  # fmt: skip
+
+
+def find_direction(
+    model: Any, positive: Any, negative: Any, layer: str | None = None, method: str = "mean_difference", *,
+    pool: str = "auto", side: str = "output", channels: int | None = None, tokenizer: Any = None, seed: int = 0,
+    controls: int = CONTROLS, batch_size: int = BATCH_SIZE,
+) -> ConceptDirection:  # fmt: skip
+    """Find and test a concept's direction in a layer of a model; see `concept_direction`.
+
+    Args:
+        model: A run, a loaded model, an adapter or a module.
+        positive: Examples with the concept: texts, or model inputs; see `utils.concepts.examples.example_batches`.
+        negative: Examples without it.
+        layer: Qualified name; None takes what the layer that makes the logits reads.
+        method: ``"mean_difference"`` or ``"logistic"``.
+        pool: What becomes of the positions of a sample: ``"mean"`` (also ``"auto"``), ``"last"`` or ``"flat"``.
+        side: The layer's ``"output"`` or ``"input"``; for its default the input.
+        channels: The axis of features, where the shape leaves it open.
+        tokenizer: For texts; None takes the run's.
+        seed: Of the split, the control concepts and the random directions.
+        controls: How many control concepts and random directions.
+        batch_size: Samples that go through the model at a time.
+
+    Raises:
+        ConfigError: No such layer, pool, side or method, or examples of no known kind.
+        DataError: Too few different examples, some on both sides, values that are not finite or all equal.
+        AdapterError: The model cannot be called, or the layer makes nothing of each sample.
+    """
+    read = read_sides(
+        model, positive, negative, layer, pool,
+        side=side, channels=channels, tokenizer=tokenizer, batch_size=batch_size,
+    )  # fmt: skip
+    # What a layer makes of the same input in two batches may differ in rounding.
+    values = [side.values[own.distinct(read.adapter.main_input)] for side, own in read.paired]
+    found = concept_direction(values[0], values[1], method, seed, controls=controls)
+    return replace(found, layer=read.first.layer, side=read.first.side, pool=read.first.pool)
+
+
+def checked_sides(positive: Tensor, negative: Tensor, least: int = LEAST) -> tuple[Tensor, Tensor]:
+    """Return both sides in float64 on the CPU, each row once, in an order of their own.
+
+    Args:
+        positive: ``(n, width)``.
+        negative: ``(m, width)``.
+        least: Fewest different rows on each side.
+
+    Raises:
+        DataError: They are no tables of one width, hold values that are not finite or all equal, are the same on both
+            sides, or too few.
+    """
+    sides = []
+    for name, values in (("positive", positive), ("negative", negative)):
+        if not isinstance(values, Tensor) or values.ndim != 2 or not values.shape[1]:
+            shape = (
+                f"the shape {tuple(values.shape)}"
+                if isinstance(values, Tensor)
+                else f"the type {type(values).__name__}"
+            )
+            raise DataError(
+                f"The {name} examples have {shape}.",
+                "Expected a tensor (examples, width).",
+                "Give one row for each example, as `representations(...).values` does.",
+            )
+        values = values.detach().double().cpu()
+        if broken := int((~torch.isfinite(values)).any(1).sum()):
+            raise DataError(
+                f"{broken} of {len(values)} {name} examples hold values that are not finite.",
+                "Expected numbers.",
+                "Look for the layer where they begin: `utils.validate(model)` names it.",
+            )
+        sides.append(torch.unique(values, dim=0))
+    first, second = sides
+    if first.shape[1] != second.shape[1]:
+        raise DataError(
+            f"The positive examples are {first.shape[1]} wide and the negative ones {second.shape[1]}.",
+            "Expected one width.",
+            "Take both from the same layer.",
+        )
+    both = len(torch.unique(torch.cat(sides), dim=0))
+    if both == 1 and len(positive) + len(negative) > 2:
+        raise DataError(
+            "All examples have the same values.", "Expected values that differ.", "Choose a layer that reads its input."
+        )
+    if len(first) and len(second) and both == max(len(first), len(second)):
+        raise DataError(
+            "The positive and the negative examples are the same, or those of one side are all on the other.",
+            "Expected examples that differ in the concept.",
+            "Give each example to one side.",
+        )
+    for name, side, given in (("positive", first, positive), ("negative", second, negative)):
+        if len(side) < least:
+            repeated = f" of {len(given)}" if len(given) > len(side) else ""
+            raise DataError(
+                f"There {'is' if len(side) == 1 else 'are'} {len(side)} different{repeated} {name} "
+                f"example{'s' * (len(side) != 1)}.",
+                f"Expected {least} on each side at least: held-out numbers with an interval need them.",
+                "Give more examples.",
+            )
+    return first, second
+
+
+def _halves(sides: tuple[Tensor, Tensor], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """Return two disjoint halves of both sides."""
+    orders = [torch.randperm(len(side), generator=generator) for side in sides]
+    cuts = [len(side) // 2 for side in sides]
+    first = tuple(side[order[:cut]] for side, order, cut in zip(sides, orders, cuts, strict=True))
+    second = tuple(side[order[cut:]] for side, order, cut in zip(sides, orders, cuts, strict=True))
+    return [(first[0], first[1]), (second[0], second[1])]
+
+
+def _permuted(half: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return a half with its labels dealt anew, as many of each."""
+    rows = torch.cat(half)
+    order = torch.randperm(len(rows), generator=generator)
+    return rows[order[: len(half[0])]], rows[order[len(half[0]) :]]
+
+
+def _crossed(halves: list[tuple[Tensor, Tensor]], found: list[Tensor]) -> float:
+    """Return the mean AUROC of each half under the direction of the other."""
+    scored = [auroc(half[0] @ vector, half[1] @ vector) for half, vector in zip(halves, reversed(found), strict=True)]
+    return sum(scored) / len(scored)
+
+
+def _turned(vector: Tensor, half: tuple[Tensor, Tensor]) -> Tensor:
+    """Return a direction with the sign that serves a half."""
+    return vector if auroc(half[0] @ vector, half[1] @ vector) >= 0.5 else -vector
+
+
+def _mean_difference(positive: Tensor, negative: Tensor) -> tuple[Tensor, float]:
+    """Return the unit vector between the means of two sides, and the bias that puts zero midway."""
+    means = positive.mean(0), negative.mean(0)
+    vector = _unit(means[0] - means[1])
+    return vector, -float((means[0] + means[1]) @ vector) / 2
+
+
+def _logistic(positive: Tensor, negative: Tensor) -> tuple[Tensor, float]:
+    """Return the unit vector and the bias of a logistic regression with a ridge penalty on standardised features."""
+    rows = torch.cat([positive, negative])
+    labels = torch.zeros(len(rows), dtype=rows.dtype)
+    labels[: len(positive)] = 1
+    mean, spread = rows.mean(0), rows.std(0, correction=0)
+    # A feature that does not vary, up to rounding, stays out.
+    spread = torch.where(spread > 1e-12 * rows.abs().amax(0), spread, torch.inf)
+    weights = _fitted((rows - mean) / spread, labels)
+    vector = weights[:-1] / spread
+    size = float(vector.norm())
+    return _unit(vector), float(weights[-1] - mean @ vector) / size if size else 0.0
+
+
+def _fitted(features: Tensor, labels: Tensor) -> Tensor:
+    """Return weights and intercept ``(width + 1,)`` of least penalised logistic loss, which is convex: one minimum."""
+    optimize = require("scipy.optimize", "fit a logistic regression")
+    rows = torch.cat([features, torch.ones_like(features[:, :1])], 1).numpy()
+    sign = 2 * labels.numpy() - 1
+    ridge = np.full(rows.shape[1], PENALTY)
+    ridge[-1] = 0
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = sign * (rows @ weights)
+        pull = -sign / (1 + np.exp(np.minimum(margins, 500)))
+        value = np.logaddexp(0, -margins).sum() + ridge @ weights**2 / 2
+        return float(value), rows.T @ pull + ridge * weights
+
+    options = {"maxiter": 2000, "maxfun": 4000, "gtol": 1e-6, "ftol": 1e-13}
+    found = optimize.minimize(loss, np.zeros(rows.shape[1]), jac=True, method="L-BFGS-B", options=options)
+    return torch.from_numpy(found.x)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """Return a vector of length 1; one of no length, where nothing tells two sides apart, stays as it is."""
+    size = vector.norm()
+    return vector / size if size > 0 else vector

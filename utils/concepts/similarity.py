@@ -1,0 +1,272 @@
+"""How alike two representations are, measured from what chance alone would give.
+
+A score of similarity grows with the width of what is compared and shrinks with the number of samples, so that it means
+nothing by itself. Here it comes with its distribution when the samples of one side change places (Groeger et al.,
+arXiv:2602.14486): the zero of the calibrated score is the largest score that chance gives one time in twenty.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.adapters.activations import representations
+from utils.concepts.examples import BATCH_SIZE, example_batches
+from utils.memory.key_reader import adapter_of
+from utils.runtime.errors import ConfigError, DataError
+from utils.runtime.seeding import derive_seed
+
+MEASURES = ("cka", "neighbours")
+LEVEL = 0.05
+"""Share of unrelated pairs whose calibrated score may be above 0."""
+PERMUTATIONS = 199
+LEAST = 10
+"""Fewest samples."""
+CHUNK = 1 << 22
+"""Numbers of permuted matrices that are held at a time."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike two representations of the same samples are."""
+
+    measure: str
+    """``"cka"``, debiased and linear, or ``"neighbours"``, the share of nearest neighbours in common."""
+    score: float
+    """The measure itself; 1 for representations that are alike."""
+    calibrated: float
+    """How far the score is on the way from `critical` to 1; 0 below."""
+    p_value: float
+    """How often permuted samples score as much: ``(1 + as many as that) / (1 + all)``."""
+    critical: float
+    """The score that one in twenty pairs of unrelated representations reaches."""
+    null: tuple[float, ...]
+    """Scores of permuted samples."""
+    uncorrected: float
+    """Linear CKA as it is usually reported, whose value for unrelated representations is far from 0; NaN for others."""
+    samples: int
+    """Samples compared."""
+    widths: tuple[int, int]
+    """Numbers in a vector of either side."""
+    layers: tuple[str, str] = ("", "")
+    """The layers, where models were compared."""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the two are more alike than chance makes them, at the level of 5%."""
+        return self.p_value <= LEVEL
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all as plain values; JSON wants `utils.runtime.files.null_nonfinite` where `uncorrected` is NaN."""
+        made = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        made = {name: list(value) if isinstance(value, tuple) else value for name, value in made.items()}
+        return made | {"significant": self.significant}
+
+    def __str__(self) -> str:
+        usual = "" if math.isnan(self.uncorrected) else f" (uncorrected {self.uncorrected:.3f})"
+        return (
+            f"{self.measure} {self.score:.3f}{usual}, calibrated {self.calibrated:.3f}, p = {self.p_value:.3g}; chance "
+            f"reaches {self.critical:.3f} with {self.samples} samples of widths {self.widths[0]} and {self.widths[1]}."
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the picture and the same in words."""
+        from utils.concepts.concept_view import shown_html, similarity_figure
+
+        return shown_html(partial(similarity_figure, self), str(self))
+
+
+def similarity(
+    first: Tensor, second: Tensor, measure: str = "cka", *, permutations: int = PERMUTATIONS, neighbours: int = 10,
+    seed: int = 0,
+) -> Similarity:  # fmt: skip
+    """Compare two representations of the same samples.
+
+    ``"cka"`` is linear centred kernel alignment with unbiased terms (Song et al. 2012, equation 5; Nguyen et al.,
+    arXiv:2010.15327), ``"neighbours"`` the mean share of nearest neighbours, by cosine, that a sample has on both sides
+    (Huh et al., arXiv:2405.07987). Neither changes when a side is turned, mirrored or scaled; CKA does not when it is
+    moved either. Samples must be independent: those of one text or film are more alike than chance expects.
+
+    Args:
+        first: ``(n, width)``.
+        second: ``(n, other width)``, the same samples in the same order.
+        measure: ``"cka"`` or ``"neighbours"``.
+        permutations: Of the samples of one side; each costs ``n * n`` operations.
+        neighbours: How many nearest neighbours are compared.
+        seed: Of the permutations.
+
+    Raises:
+        DataError: The samples do not match, are too few, not finite, or all equal.
+        ConfigError: No such measure, fewer than 19 permutations, or neighbours beyond half of the samples.
+    """
+    if measure not in MEASURES:
+        raise ConfigError(f"The measure is {measure!r}.", f"Expected one of {', '.join(MEASURES)}.", "Choose one.")
+    if isinstance(permutations, bool) or not isinstance(permutations, int) or permutations < 19:
+        raise ConfigError(
+            f"There are {permutations!r} permutations.", "Expected 19 at least, for a p value of 0.05.", "Take more."
+        )
+    sides = _checked(first, second)
+    count = len(sides[0])
+    if measure == "cka":
+        compared, uncorrected = [_alignment(rows) for rows in sides], _uncorrected(*sides)
+    else:
+        if isinstance(neighbours, bool) or not isinstance(neighbours, int) or not 1 <= neighbours <= count // 2:
+            raise ConfigError(
+                f"There are {neighbours!r} neighbours to compare among {count} samples.",
+                f"Expected from 1 to {count // 2}.",
+                "Take fewer, or more samples.",
+            )
+        compared, uncorrected = [_neighbourhood(rows, neighbours) for rows in sides], math.nan
+    score = float((compared[0] * compared[1]).sum())
+    null = _permuted_scores(compared[0], compared[1], permutations, seed)
+    # Rounding must not make a score differ from that of a permutation which changes nothing.
+    as_much = int((null >= score - 1e-12).sum())
+    critical = float(null.sort(descending=True).values[math.floor(LEVEL * (1 + permutations) + 1e-9) - 1])
+    calibrated = max(0.0, (score - critical) / (1 - critical)) if critical < 1 else 0.0
+    return Similarity(
+        measure, score, calibrated, (1 + as_much) / (1 + permutations), critical, tuple(null.tolist()), uncorrected,
+        count, (sides[0].shape[1], sides[1].shape[1]),
+    )  # fmt: skip
+
+
+def model_similarity(
+    first: Any, second: Any, examples: Any, second_examples: Any = None, *, layers: Sequence[str | None] = (None,),
+    second_layers: Sequence[str | None] = (None,), measure: str = "cka", pool: str = "auto", tokenizer: Any = None,
+    second_tokenizer: Any = None, permutations: int = PERMUTATIONS, neighbours: int = 10, seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+) -> list[list[Similarity]]:  # fmt: skip
+    """Compare layers of two models on the same samples, every layer of the one with every layer of the other.
+
+    Args:
+        first: A run, a loaded model, an adapter or a module.
+        second: Another one, of any architecture.
+        examples: Texts or model inputs; see `utils.concepts.examples.example_batches`.
+        second_examples: The same samples as the second model takes them; None gives it `examples`.
+        layers: Qualified names of the first model's layers; None takes what the layer that makes the logits reads.
+        second_layers: Those of the second model.
+        measure: ``"cka"`` or ``"neighbours"``.
+        pool: What becomes of the positions of a sample: ``"mean"``, ``"last"`` or ``"flat"``.
+        tokenizer: For texts; None takes the run's.
+        second_tokenizer: The same for the second model.
+        permutations: See `similarity`, and so the next two.
+        neighbours: See there.
+        seed: See there.
+        batch_size: Samples that go through a model at a time.
+
+    Returns:
+        A row for each of `layers`, with an entry for each of `second_layers`.
+
+    Raises:
+        ConfigError: No such layer, pool or measure, or examples of no known kind.
+        DataError: The samples do not match, are too few, not finite, or all equal.
+        AdapterError: A model cannot be called, or a layer makes nothing of each sample.
+    """
+    if pool == "positions":
+        raise ConfigError(
+            "The pool is 'positions'.",
+            "Expected one row for each sample: several rows of one are no independent samples.",
+            'Choose pool="mean", pool="last" or pool="flat".',
+        )
+    if isinstance(layers, str) or isinstance(second_layers, str) or not layers or not second_layers:
+        raise ConfigError(
+            f"The layers are {layers!r} and {second_layers!r}.", "Expected lists of names.", "Put a name into a list."
+        )
+    tables = []
+    for model, given, names, own in (
+        (first, examples, layers, tokenizer),
+        (second, examples if second_examples is None else second_examples, second_layers, second_tokenizer),
+    ):
+        adapter = adapter_of(model)
+        made = example_batches(model, given, own, batch_size)
+        read = [representations(adapter, made.batches, name, pool) for name in names]
+        tables.append([(found.layer, made.restored(found.values)) for found in read])
+    rows = []
+    for name, values in tables[0]:
+        row = []
+        for other_name, other in tables[1]:
+            found = similarity(values, other, measure, permutations=permutations, neighbours=neighbours, seed=seed)
+            row.append(Similarity(**{**vars(found), "layers": (name, other_name)}))
+        rows.append(row)
+    return rows
+
+
+def _checked(first: Tensor, second: Tensor) -> list[Tensor]:
+    """Return both sides in float64 on the CPU, centred and of unit size."""
+    sides = []
+    for name, values in (("first", first), ("second", second)):
+        if not isinstance(values, Tensor) or values.ndim != 2 or not values.shape[1]:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise DataError(
+                f"The {name} representation has the shape {shape}.",
+                "Expected (samples, width).",
+                "Give a row for each sample.",
+            )
+        rows = values.detach().double().cpu()
+        if not bool(torch.isfinite(rows).all()):
+            raise DataError(
+                f"The {name} representation holds values that are not finite.",
+                "Expected numbers.",
+                "Look for the layer where they begin: `utils.validate(model)` names it.",
+            )
+        if bool((rows == rows[:1]).all()) and len(rows) > 1:
+            raise DataError(
+                f"All samples are equal in the {name} representation.",
+                "Expected samples that differ.",
+                "Choose a layer that reads its input, and different samples.",
+            )
+        sides.append(rows)
+    if len(sides[0]) != len(sides[1]):
+        raise DataError(
+            f"The first representation is of {len(sides[0])} samples and the second of {len(sides[1])}.",
+            "Expected the same samples in the same order.",
+            "Give both models the same samples.",
+        )
+    if len(sides[0]) < LEAST:
+        raise DataError(
+            f"There {'is 1 sample' if len(sides[0]) == 1 else f'are {len(sides[0])} samples'} to compare by.",
+            f"Expected {LEAST} at least.",
+            "Give more samples.",
+        )
+    return [rows / rows.abs().max() for rows in sides]
+
+
+def _alignment(rows: Tensor) -> Tensor:
+    """Return the U-centred Gram matrix ``(n, n)`` of length 1: the product of two sums to their debiased CKA."""
+    count = len(rows)
+    centred = rows - rows.mean(0)
+    gram = (centred @ centred.T).fill_diagonal_(0)
+    sums = gram.sum(1) / (count - 2)
+    made = (gram - sums[:, None] - sums + gram.sum() / ((count - 1) * (count - 2))).fill_diagonal_(0)
+    return made / made.norm().clamp_min(1e-300)
+
+
+def _uncorrected(first: Tensor, second: Tensor) -> float:
+    """Return linear CKA (Kornblith et al., arXiv:1905.00414)."""
+    grams = [(rows - rows.mean(0)) @ (rows - rows.mean(0)).T for rows in (first, second)]
+    return float((grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm()).clamp_min(1e-300))
+
+
+def _neighbourhood(rows: Tensor, neighbours: int) -> Tensor:
+    """Return which samples are nearest to which, ``(n, n)``; the product of two sums to the share in common."""
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    near = (unit @ unit.T).fill_diagonal_(-torch.inf).topk(neighbours).indices
+    made = torch.zeros(len(rows), len(rows), dtype=rows.dtype)
+    return made.scatter_(1, near, (len(rows) * neighbours) ** -0.5)
+
+
+def _permuted_scores(first: Tensor, second: Tensor, permutations: int, seed: int) -> Tensor:
+    """Return the sum of products with the second side's samples in other orders: ``(permutations,)``."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "similarity"))
+    count = len(first)
+    scores = []
+    size = max(1, CHUNK // count**2)
+    for start in range(0, permutations, size):
+        number = min(size, permutations - start)
+        orders = torch.rand(number, count, generator=generator).argsort(1)
+        moved = second[orders[:, :, None], orders[:, None, :]]
+        scores.append(torch.einsum("ij,pij->p", first, moved))
+    return torch.cat(scores)

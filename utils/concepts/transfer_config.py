@@ -1,0 +1,94 @@
+"""The settings of teaching a concept to a student."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from utils.runtime.errors import ConfigError
+from utils.runtime.settings import check_names
+from utils.training.config import LARGEST, MOST
+
+RANGES: dict[str, tuple[float, float, bool, bool]] = {
+    "steps": (0, LARGEST, True, False),
+    "batch_size": (1, LARGEST, True, False),
+    "learning_rate": (0, 10, False, True),
+    "alignment": (0, MOST, False, False),
+    "retention": (0, MOST, False, False),
+    "temperature": (0, MOST, False, True),
+    "ridge": (0, MOST, False, True),
+    "budget": (0, 1, False, False),
+    "channels": (-LARGEST, LARGEST, True, False),
+}
+"""For each number the least and the most, whether it is whole, and whether the least itself is excluded."""
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """How a student learns a concept package; checked when it is made."""
+
+    steps: int = 200
+    """Steps of training; 0 only reads the concept off the student as it is."""
+    batch_size: int = 64
+    """Exemplars in each step, and as many of the student's own samples."""
+    learning_rate: float = 1e-3
+    """Of AdamW, without weight decay."""
+    alignment: float = 0.1
+    """Weight of how unlike the student's relations between exemplars are to the teacher's."""
+    retention: float = 1.0
+    """Weight of how far the student's outputs on its own data move from what they were."""
+    temperature: float = 2.0
+    """Softness of the outputs that are kept."""
+    budget: float | None = 0.01
+    """Most answers on held-out samples of the student's own data that may change, as a share; weights go back towards
+    the old ones until it holds. For outputs that are numbers: the squared change as a share of their variance. None
+    sets no limit."""
+    ridge: float = 1.0
+    """Penalty of the readout, see `utils.concepts.readout.fit_readout`."""
+    layer: str | None = None
+    """The student's layer that the concept is read from; None takes what the layer that makes its logits reads."""
+    side: str = "output"
+    """The layer's output or input; for the default layer the input."""
+    pool: str = "auto"
+    """What becomes of a sample's positions: mean, last or flat; auto is the mean."""
+    channels: int | None = None
+    """The axis of features, where the layer's shape leaves it open."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        for name, allowed in (("side", ("output", "input")), ("pool", ("auto", "mean", "last", "flat"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"TransferConfig.{name} is {getattr(self, name)!r}.", f"Expected one of {', '.join(allowed)}."
+                )
+        if self.layer is not None and not isinstance(self.layer, str):
+            raise ConfigError(f"TransferConfig.layer is {self.layer!r}.", "Expected the name of a layer, or None.")
+        for name, (least, most, whole, above) in RANGES.items():
+            value = getattr(self, name)
+            optional = name in ("budget", "channels")
+            if optional and value is None:
+                continue
+            number = isinstance(value, (int,) if whole else (int, float)) and not isinstance(value, bool)
+            if not number or not (least < value if above else least <= value) or not value <= most:
+                kind = "a whole number" if whole else "a number"
+                bound = f"{'above' if above else 'from'} {least:g}{f' to {most:g}' if most < MOST else ''}"
+                raise ConfigError(
+                    f"TransferConfig.{name} is {value!r}.", f"Expected {kind} {bound}{' or None' if optional else ''}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as a dict that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "TransferConfig":
+        """Make a config from a dict.
+
+        Raises:
+            ConfigError: A name is unknown (the nearest known one is suggested) or a value is invalid.
+        """
+        check_names(cls, settings)
+        return cls(**settings)

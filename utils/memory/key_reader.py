@@ -1,0 +1,203 @@
+"""What a causal language model makes of every position: the vector that a memory is looked up by, and the logits.
+
+Both come from one forward pass. The vector is the tensor that a layer reads or makes, by default what the layer that
+makes the logits reads; no layer is known by its name.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.adapters import ModelAdapter
+from utils.adapters.activations import default_layer, layer_named
+from utils.adapters.capture import first_tensor, unfused_attention
+from utils.adapters.objectives import IGNORED
+from utils.runtime.errors import AdapterError, ConfigError, DataError
+from utils.runtime.isolation import preserved
+from utils.training.batch_inputs import model_inputs
+
+SIDES = ("input", "output")
+
+
+class KeyReader:
+    """Reads vectors and logits off a causal language model."""
+
+    def __init__(self, model: Any, layer: str | None = None, side: str | None = None) -> None:
+        """Choose the layer.
+
+        Args:
+            model: A run, a loaded model, an adapter or a module.
+            layer: Qualified name; None takes the layer that makes the logits.
+            side: ``"input"`` or ``"output"`` of the layer; None takes the input of the default layer and the output of
+                a named one.
+
+        Raises:
+            ConfigError: No such layer or side, or the model does not predict the next token.
+            AdapterError: The model cannot be called, or no layer makes its logits.
+        """
+        self.adapter = adapter_of(model)
+        if self.adapter.failure is not None:
+            raise AdapterError(self.adapter.failure)
+        if self.adapter.task.value != "causal_lm":
+            raise ConfigError(
+                f"{self.adapter.name} is no causal language model but for {self.adapter.task.value} "
+                f"({self.adapter.task.reason}).",
+                "Expected a model that predicts the next token.",
+                "Use a model of another kind with LongTermMemory, by its representations.",
+            )
+        if side is not None and side not in SIDES:
+            raise ConfigError(f"The side is {side!r}.", "Expected input or output.", "Choose one of them.")
+        if layer is None:
+            self.layer, natural, self.reason = default_layer(self.adapter)
+        else:
+            self.layer, natural, self.reason = layer, "output", f"`{layer}` was asked for"
+        self.side = side or natural
+        layer_named(self.adapter.module, self.layer)
+
+    @contextmanager
+    def reading(self) -> Iterator["Reading"]:
+        """Hook the layer while the block runs; the model is in eval mode and comes back as it was."""
+        held: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+            found = first_tensor(output if self.side == "output" else (*args, *kwargs.values()))
+            if found is not None:
+                held[:] = [found]
+
+        child = layer_named(self.adapter.module, self.layer)
+        with preserved(self.adapter.module, 0, "keys"), torch.no_grad(), unfused_attention():
+            self.adapter.module.eval()
+            register = child.register_forward_hook if self.side == "output" else child.register_forward_pre_hook
+            handle = register(hook, with_kwargs=True)
+            try:
+                yield Reading(self, held)
+            finally:
+                handle.remove()
+
+
+class Reading:
+    """A model whose layer is hooked."""
+
+    def __init__(self, reader: KeyReader, held: list[Tensor]) -> None:
+        self._reader, self._held = reader, held
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a batch.
+
+        Args:
+            ids: Token ids, int64 ``(batch, length)``.
+
+        Returns:
+            The vectors ``(batch, length, width)``, float32, and the logits ``(batch, length, vocabulary)``, float32.
+
+        Raises:
+            AdapterError: The layer makes no vector for every position.
+        """
+        adapter = self._reader.adapter
+        self._held.clear()
+        logits = adapter.logits(model_inputs(adapter, {"input_ids": ids.to(adapter.device)}))
+        return self.held_vectors(*ids.shape), logits.float()
+
+    def held_vectors(self, batch: int = 1, length: int | None = None) -> Tensor:
+        """Return what the layer's last call gave, ``(batch, length, width)``.
+
+        Args:
+            batch: Texts in that call.
+            length: Tokens in each; None for any number.
+
+        Raises:
+            AdapterError: It was not called, or gave no vector for every position.
+        """
+        layer, side = self._reader.layer, self._reader.side
+        vectors = self._held[0] if self._held else None
+        if vectors is not None and vectors.dim() == 2 and len(vectors) % batch == 0:
+            vectors = vectors.unflatten(0, (batch, -1))
+        if vectors is not None and vectors.dim() == 3 and len(vectors) != batch == vectors.shape[1]:
+            # Recurrent layers put positions before samples.
+            vectors = vectors.transpose(0, 1)
+        fits = vectors is not None and vectors.dim() == 3 and vectors.is_floating_point() and len(vectors) == batch
+        if vectors is None or not fits or length not in (None, vectors.shape[1]):
+            shape = "was not called" if vectors is None else f"has the shape {tuple(vectors.shape)}"
+            raise AdapterError(
+                f"The {side} of `{layer}` {shape} for {batch} texts of {length or 'some'} tokens.",
+                "Expected a vector for every token: (texts, tokens, features).",
+                "Name another layer, such as one of the model's blocks.",
+            )
+        return vectors.detach().float()
+
+
+def adapter_of(model: Any) -> ModelAdapter:
+    """Return the adapter of a run, a loaded model, an adapter or a module."""
+    held = getattr(model, "adapter", None)
+    if isinstance(held, ModelAdapter):
+        return held
+    return model if isinstance(model, ModelAdapter) else ModelAdapter(model)
+
+
+def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
+    """Return the tokenizer given, else that of a run, else None."""
+    return tokenizer if tokenizer is not None else getattr(getattr(model, "data", None), "tokenizer", None)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """Return the SHA-256 of a tokenizer's file; None without a tokenizer."""
+    return None if tokenizer is None else hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
+
+
+def checked_windows(adapter: ModelAdapter, ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return token ids and what follows each, both int64 ``(n, length)`` on the CPU.
+
+    Args:
+        adapter: The model.
+        ids: Token ids ``(n, length)``.
+        labels: The token after each, `IGNORED` where it counts for nothing, as `pack_causal` returns them; None takes
+            the next token of the same row, and nothing for the last.
+
+    Raises:
+        DataError: Shapes, types or ids that do not fit, or nothing to predict.
+    """
+    for name, tensor in (("ids", ids), ("labels", labels)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.is_floating_point() or not tensor.numel():
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            kind = f" of type {tensor.dtype}" if isinstance(tensor, Tensor) else ""
+            raise DataError(
+                f"The {name} are {found}{kind}.", "Expected whole numbers of shape (texts, tokens), at least one.",
+                "Give token ids, such as the windows that pack_causal makes.",
+            )  # fmt: skip
+    ids = ids.detach().cpu().long()
+    if labels is None:
+        labels = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)), 1)
+    labels = labels.detach().cpu().long()
+    if labels.shape != ids.shape:
+        raise DataError(
+            f"There are ids of shape {tuple(ids.shape)} and labels of shape {tuple(labels.shape)}.",
+            "Expected one label for each id.",
+            "Give labels as pack_causal returns them, or none.",
+        )
+    limit = adapter.max_length.value
+    if limit is not None and ids.shape[1] > limit:
+        raise DataError(
+            f"The windows are {ids.shape[1]} tokens long.",
+            f"Expected at most {limit}, which {adapter.name} reads at once.",
+            "Pack the text into shorter windows.",
+        )
+    known = adapter.readable_ids()
+    real = labels[labels != IGNORED]
+    wrong = [*ids[(ids < 0) | (ids >= known)].tolist()[:1], *real[(real < 0) | (real >= known)].tolist()[:1]]
+    if wrong:
+        raise DataError(
+            f"A token id is {wrong[0]}.", f"Expected ids from 0 to {known - 1}.", "Use the model's own tokenizer."
+        )
+    if not len(real):
+        raise DataError(
+            "No token has one after it to be remembered or predicted.",
+            "Expected texts of two tokens at least.",
+            "Give longer windows, or labels.",
+        )
+    return ids, labels

@@ -1,0 +1,339 @@
+"""A long-term memory on disk: vectors in a safetensors file, metadata as lines of JSON, one manifest that names both.
+
+The files of a save have names of their own; the manifest, replaced in one step when they are whole, says which count.
+A save that is killed, or finds the disk full, leaves the one before it as it was. Nothing here needs FAISS: a memory
+that was written with it is read without it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.runtime.errors import CheckpointError
+from utils.runtime.files import sha256_bytes, sha256_file, sync_file, write_json
+
+FORMAT, VERSION = "seedbed long-term memory", 1
+MANIFEST, LOCK = "manifest.json", ".lock"
+KINDS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
+"""Types of safetensors that are used."""
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "generation": int, "dimension": int, "metric": str, "count": int, "next_id": int, "described": int,
+    "domains": list, "embedder": (dict, type(None)), "index": dict, "config": dict, "files": dict,
+}  # fmt: skip
+"""What a manifest says, beside its format, version and hash."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    """The file."""
+    dtype: np.dtype[Any]
+    """Little-endian."""
+    shape: tuple[int, ...]
+    """As saved."""
+    offset: int
+    """Bytes from the start of the file."""
+
+    def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Read rows, all by default, into memory of their own."""
+        stop = self.shape[0] if stop is None else min(stop, self.shape[0])
+        width = int(np.prod(self.shape[1:], dtype=np.int64))
+        at = self.offset + start * width * self.dtype.itemsize
+        values = np.fromfile(self.path, self.dtype, max(0, stop - start) * width, offset=at)
+        return values.reshape(-1, *self.shape[1:]) if len(self.shape) > 1 else values
+
+
+@dataclass(frozen=True)
+class SavedMemory:
+    """A saved memory whose files were verified."""
+
+    manifest: dict[str, Any]
+    """What it says of itself."""
+    tensors: dict[str, StoredTensor]
+    """``ids``, ``domains``, ``vectors``, and what the index has learned."""
+    metadata: dict[int, dict[str, Any]]
+    """By id; those without metadata are absent."""
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of a directory; None where there is none.
+
+    Raises:
+        CheckpointError: It is damaged, changed by hand, of another kind or of a later version.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, f"cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is no manifest of a long-term memory.",
+            f"Expected a file of the format {FORMAT!r}.",
+            "Give the directory that `LongTermMemory.save` wrote.",
+        )
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"The memory in {directory} is of version {manifest.get('version')!r}.",
+            f"Expected version {VERSION}.",
+            "Load it with the Seedbed that wrote it, or a later one.",
+        )
+    if manifest.get("sha256") != _own_hash(manifest):
+        raise _damaged(path, "was changed after it was written: its hash is another")
+    for name, kind in FIELDS.items():
+        if not isinstance(manifest.get(name), kind) or isinstance(manifest[name], bool):
+            raise _damaged(path, f"says nothing usable about {name!r}")
+    return manifest
+
+
+def write_memory(
+    directory: Path,
+    about: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    vectors: Callable[[], Iterable[np.ndarray]],
+    metadata: Mapping[int, Mapping[str, Any]],
+    known: str | None,
+    overwrite: bool,
+) -> str:
+    """Write a memory, and return the hash of its manifest.
+
+    Args:
+        directory: Made where it does not exist.
+        about: The manifest's entries, without generation and files.
+        arrays: Tensors that are in memory.
+        vectors: Yields those of all memories piece by piece, so that there is no second copy of them.
+        metadata: By id.
+        known: Hash of the manifest that the memory was loaded from or saved to here; None for neither.
+        overwrite: Replace what is there whatever it is.
+
+    Raises:
+        CheckpointError: Another process is saving here, another memory is here, or the files cannot be written. What
+            was here is untouched.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory):
+            generation = _next_generation(directory, known, overwrite)
+            return _written(directory, generation, about, arrays, vectors, metadata)
+    except OSError as error:
+        raise CheckpointError(
+            f"The memory cannot be saved in {directory}: {error}.",
+            "Expected a directory that can be written, with room for all vectors.",
+            "Make room or save elsewhere; what was saved there before is untouched.",
+        ) from error
+
+
+def read_memory(directory: Path) -> SavedMemory:
+    """Verify a saved memory and open it.
+
+    Raises:
+        CheckpointError: There is none, or a file of it is missing, torn, changed or does not fit the others.
+    """
+    while True:
+        manifest = read_manifest(directory)
+        if manifest is None:
+            raise CheckpointError(
+                f"There is no long-term memory in {directory}.",
+                f"Expected a directory with a {MANIFEST}.",
+                "Give the directory that `LongTermMemory.save` wrote.",
+            )
+        try:
+            return _opened(directory, manifest)
+        except CheckpointError:
+            # A save that ended meanwhile has taken away the files of the one before it.
+            if read_manifest(directory) == manifest:
+                raise
+
+
+def _opened(directory: Path, manifest: dict[str, Any]) -> SavedMemory:
+    paths = {}
+    for role in ("vectors", "metadata"):
+        entry = manifest["files"].get(role)
+        if not isinstance(entry, dict) or Path(str(entry.get("name"))).name != entry.get("name"):
+            raise _damaged(directory / MANIFEST, f"names no file for the {role}")
+        paths[role] = directory / entry["name"]
+        if not paths[role].is_file():
+            raise _damaged(paths[role], "is missing")
+        size = paths[role].stat().st_size
+        if size != entry.get("bytes"):
+            raise _damaged(paths[role], f"is torn: it has {size:,} bytes of {entry.get('bytes'):,}")
+        if sha256_file(paths[role]) != entry.get("sha256"):
+            raise _damaged(paths[role], "was changed after it was written: its hash is another")
+    tensors = _tensors(paths["vectors"])
+    count, width = manifest["count"], manifest["dimension"]
+    for name, shape in {"ids": (count,), "domains": (count,), "vectors": (count, width)}.items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise _damaged(paths["vectors"], f"holds no {name} of the shape {list(shape)}, as the manifest says")
+    metadata = _metadata(paths["metadata"])
+    described = np.array(list(metadata), dtype=np.int64)
+    if len(described) != manifest["described"] or not np.isin(described, tensors["ids"].rows()).all():
+        raise _damaged(paths["metadata"], "is out of step with the vectors: it is about other memories")
+    return SavedMemory(manifest, tensors, metadata)
+
+
+def _written(
+    directory: Path,
+    generation: int,
+    about: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    vectors: Callable[[], Iterable[np.ndarray]],
+    metadata: Mapping[int, Mapping[str, Any]],
+) -> str:
+    shape = (about["count"], about["dimension"])
+    names = {"vectors": f"vectors-{generation}.safetensors", "metadata": f"metadata-{generation}.jsonl"}
+    lines = (
+        (json.dumps({"id": key, "metadata": entry}, allow_nan=False) + "\n").encode()
+        for key, entry in sorted(metadata.items())
+    )
+    try:
+        files = {
+            "vectors": _hashed(directory / names["vectors"], _safetensors(arrays, shape, vectors)),
+            "metadata": _hashed(directory / names["metadata"], lines),
+        }
+    except BaseException:
+        for name in names.values():
+            (directory / name).unlink(missing_ok=True)
+        raise
+    manifest = {"format": FORMAT, "version": VERSION, "generation": generation, **about, "files": files}
+    manifest["sha256"] = _own_hash(manifest)
+    # From here on the files stay, whatever happens: the manifest may name them already.
+    write_json(directory / MANIFEST, manifest)
+    for path in directory.iterdir():
+        # What the manifest does not name is of an earlier save, or of one that was killed.
+        if path.name.startswith(("vectors-", "metadata-")) and path.name not in names.values():
+            with suppress(OSError):
+                path.unlink()
+    return str(manifest["sha256"])
+
+
+def _next_generation(directory: Path, known: str | None, overwrite: bool) -> int:
+    """Return the number of a save, after checking that it replaces what its writer knows."""
+    try:
+        present = read_manifest(directory)
+    except CheckpointError:
+        if not overwrite:
+            raise
+        present = None
+    if present is not None and not overwrite and present["sha256"] != known:
+        raise CheckpointError(
+            f"{directory} holds a memory "
+            + ("that was saved by another writer since." if known else "that this one was not loaded from."),
+            "Expected an empty directory, or the save that this memory has come from.",
+            "Load what is there and add to it, save elsewhere, or replace it with overwrite=True.",
+        )
+    # Also above the numbers of saves that were killed, and of a manifest that cannot be read.
+    numbers = [path.stem.rpartition("-")[2] for path in directory.glob("*-*")]
+    return 1 + max([int(number) for number in numbers if number.isdecimal()], default=0)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep a second writer out; folders that know no locks, as some mounts, are not locked."""
+    with (directory / LOCK).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"Another process is saving a memory in {directory}.",
+                "Expected to be the only writer.",
+                "Wait until it has ended, load what it wrote, and save again.",
+            ) from None
+        except OSError:
+            pass
+        yield
+
+
+def _hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file piece by piece and return its manifest entry."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as stream:
+        for piece in pieces:
+            stream.write(piece)
+            digest.update(piece)
+            size += len(piece)
+        stream.flush()
+        os.fsync(stream.fileno())
+    sync_file(path.parent)
+    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _safetensors(
+    arrays: Mapping[str, np.ndarray], shape: tuple[int, int], vectors: Callable[[], Iterable[np.ndarray]]
+) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file; those with the largest entries first, so that each lies aligned."""
+    kinds = {kind: name for name, kind in KINDS.items()}
+    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()} | {"vectors": (shape, KINDS["F32"])}
+    order = sorted(shapes, key=lambda name: (-shapes[name][1].itemsize, name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        start, (size, dtype) = end, shapes[name]
+        end += int(np.prod(size, dtype=np.int64)) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype], "shape": list(size), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        for piece in vectors() if name == "vectors" else [arrays[name]]:
+            if piece.size:
+                yield np.ascontiguousarray(piece).data.cast("B")
+
+
+def _tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return where the tensors of a safetensors file lie."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, size)))
+        tensors = {}
+        for name, entry in header.items():
+            dtype, shape, (start, end) = KINDS[entry["dtype"]], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            if min((0, *shape)) < 0 or end - start != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+                raise ValueError(f"{name} has another size than its shape")
+            if start < 0 or 8 + length + end > size:
+                raise ValueError(f"{name} lies outside of the file")
+            tensors[name] = StoredTensor(path, dtype, shape, 8 + length + start)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"is no safetensors file of a memory ({type(error).__name__}: {error})") from error
+    return tensors
+
+
+def _metadata(path: Path) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    try:
+        with path.open("rb") as stream:
+            for line in stream:
+                entry = json.loads(line)
+                if not isinstance(entry["id"], int) or not isinstance(entry["metadata"], dict) or entry["id"] in found:
+                    raise ValueError(f"a line is none of a memory's metadata: {line[:80]!r}")
+                found[entry["id"]] = entry["metadata"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, f"cannot be read ({type(error).__name__}: {error})") from error
+    return found
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """Return the hash of what a manifest says, without the hash in it."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return sha256_bytes(json.dumps(said, sort_keys=True, ensure_ascii=True).encode())
+
+
+def _damaged(path: Path, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} {how}.",
+        "Expected the files of a long-term memory as they were saved.",
+        "Load another copy; nothing was read from this one.",
+    )
