@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import utils
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.adapters.activations import representations
-from utils.concepts.patching import with_first, changed, pooled_answers
+from utils.concepts.patching import changed, pooled_answers, with_first
 from utils.runtime.errors import AdapterError, ConfigError
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import as_table, real_positions, pooled_rows, layer_named
+from utils.adapters.activations import as_table, layer_named, pooled_rows, real_positions
 from utils.adapters.capture import first_tensor, observe, unfused_attention
 from utils.adapters.structure import structure
 from utils.runtime.errors import AdapterError, SeedbedError
@@ -54,7 +54,9 @@ def reading(
                     "Name another one.",
                 )
             table, _ = as_table(held[number], inputs[adapter.main_input], layer, channels)
-            vectors.append(pooled_rows(table, real_positions(inputs, table), "mean" if pool == "auto" else pool)[0].float())
+            vectors.append(
+                pooled_rows(table, real_positions(inputs, table), "mean" if pool == "auto" else pool)[0].float()
+            )
         return vectors
 
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import as_table, real_positions, pooled_rows, layer_named
+from utils.adapters.activations import as_table, layer_named, pooled_rows, real_positions
 from utils.adapters.capture import first_tensor, unfused_attention
 from utils.runtime.errors import AdapterError
 

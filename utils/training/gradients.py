@@ -119,4 +119,6 @@ def clip(gradients: Sequence[Tensor], norm: Tensor, longest: float) -> None:
     """
     if gradients:
         scale = torch.clamp(longest / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(list(gradients), scale)
+        # On a GPU nothing is read here, which would wait for it.
+        if scale.is_cuda or float(scale) != 1:
+            torch._foreach_mul_(list(gradients), scale)
