@@ -204,8 +204,8 @@ def transformer_rnn() -> Pair:
     ]
     return Pair(
         "transformer-rnn", "more of the first kind", teacher, students, sides(ids[shown], first[shown]),
-        sides(ids[held], first[held]), ids[own], (ids[held], most[held]), TransferConfig(learning_rate=3e-3),
-        "made by the benchmark",
+        sides(ids[held], first[held]), ids[own], (ids[held], most[held]),
+        TransferConfig(learning_rate=3e-3), "made by the benchmark",
     )  # fmt: skip
 
 
@@ -253,6 +253,7 @@ def junk_rows(pair: Pair, package: ConceptPackage, count: int) -> list[dict[str,
     rows = []
     for seed in range(count):
         found = pair.verified(package.shuffled(10_000 + seed), seed, baselines=False).value
+        print(f"junk {seed}: {found}", file=sys.stderr, flush=True)
         if found is None:
             raise SystemExit("The way from junk to the teacher is no measure: the teacher does not have the concept.")
         rows.append({"seed": seed, "mean": found.mean, "low": found.low, "high": found.high})

@@ -179,6 +179,8 @@ def test_what_does_not_fit_is_said(package):
     other = ModelAdapter(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)))
     with pytest.raises(ConfigError, match="does not take the exemplars of the package, tensors of shape .8,."):
         transfer_concept(package, other)
+    with pytest.raises(ConfigError, match="The package is a str"):
+        transfer_concept("package", student())
     with pytest.raises(ConfigError, match="does not take the samples to be retained"):
         transfer_concept(package, student(), retention=torch.zeros(4, 3))
     with pytest.raises(ConfigError, match="has no layer 'bdoy'.* body"):

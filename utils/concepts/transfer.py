@@ -105,6 +105,7 @@ def transfer_concept(
         DataError: Texts without a tokenizer, or other examples than the package has.
         AdapterError: The student cannot be called.
     """
+    check_package(package)
     config = config or TransferConfig()
     given = adapter_of(student)
     layer, side = config.layer, config.side
@@ -121,6 +122,20 @@ def transfer_concept(
     lesson = _Lesson(package, learner, inputs, kept, config, (layer, side), targets, labels_only)
     with isolated_streams(seed, "transfer"):
         return lesson.taught(generator, seed)
+
+
+def check_package(package: Any) -> None:
+    """Refuse what is no concept package.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if not isinstance(package, ConceptPackage):
+        raise ConfigError(
+            f"The package is a {type(package).__name__}.",
+            "Expected a ConceptPackage.",
+            "Make one with extract_concept, or read one with load_package.",
+        )
 
 
 def exemplars_for(package: ConceptPackage, student_examples: tuple[Any, Any] | None) -> Content:

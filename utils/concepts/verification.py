@@ -23,7 +23,7 @@ from utils.concepts.readout import ConceptReadout
 from utils.concepts.resampling import METRICS, Resamples, plain_metric, weighted_metric
 from utils.concepts.retention import answers, fitted_batches
 from utils.concepts.similarity import similarity
-from utils.concepts.transfer import Transfer, exemplars_for, transfer_concept
+from utils.concepts.transfer import Transfer, check_package, exemplars_for, transfer_concept
 from utils.concepts.transfer_config import TransferConfig
 from utils.concepts.verification_result import Fidelity, TransferVerification, said
 from utils.memory.key_reader import adapter_of, tokenizer_of
@@ -77,6 +77,7 @@ def verify_transfer(
         DataError: Too few test samples, or some that are in the package, the retained samples or on both sides.
         PackageError: The teacher is another model.
     """
+    check_package(package)
     config = config or TransferConfig()
     learners = _learners(students, seeds)
     if metric not in METRICS:
