@@ -15,7 +15,7 @@ help:  ## show this list
 environment:  ## create or find the environment that .venv links to
 	@$(PYTHON) tools/environment.py dev
 
-demo: environment  ## run both notebooks on the built-in example; results in runs/demo/
+demo: environment  ## run the notebooks on the built-in examples; results in runs/demo/
 	@$(RUN) tools/demo.py
 
 test: environment  ## the quick tests, a few minutes

@@ -1,7 +1,8 @@
-"""Run both notebooks on the built-in example and gather what they made in ``runs/demo/``.
+"""Run all notebooks on the built-in examples and gather what they made in ``runs/demo/``.
 
-Results: ``template.html`` and ``training.html`` (the notebooks with their outputs), ``validation_report.html`` and
-``.json``, ``run/`` (checkpoints, metrics, figures), ``training.png``, ``export/``, and ten lines on the screen.
+Results: ``template.html``, ``training.html`` and ``concepts.html`` (the notebooks with their outputs),
+``validation_report.html`` and ``.json``, ``run/`` (checkpoints, metrics, figures), ``training.png``, ``export/``,
+``concepts/`` (a memory, a hierarchy of concepts), and eleven lines on the screen.
 """
 
 import json
@@ -22,8 +23,9 @@ from nbconvert import HTMLExporter
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 DEMO = ROOT / "runs" / "demo"
-NOTEBOOKS = ("template.ipynb", "training.ipynb")
+NOTEBOOKS = ("template.ipynb", "training.ipynb", "concepts.ipynb")
 
 
 def execute(name: str, folder: Path) -> float:
@@ -73,13 +75,16 @@ def showing_steps(bar: Any, metrics: Path) -> Iterator[None]:
 
 
 def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
-    """Return what was found, trained and exported, in ten lines."""
+    """Return what was found, trained, exported and looked into, in eleven lines."""
+    from utils.concepts.hierarchy_files import load_hierarchy
+
     report = _read(folder / "validation_report.json")
     run = _read(folder / "run" / "summary.json")
     exported = _read(folder / "run" / "export" / "export.json")
     results = ", ".join(f"{result['check']} {result['status']}" for result in report["results"])
     comparison = "better" if run["bits_per_byte"] < run["zlib_bits_per_byte"] else "NOT better"
     formats = ", ".join(_format_line(result) for result in exported["results"])
+    graph = load_hierarchy(folder / "concepts" / "hierarchy.graphml")
     return [
         f"model       {run['model']}, {run['parameters']:,} parameters, {run['task']}",
         f"verdict     {report['verdict']}",
@@ -89,7 +94,8 @@ def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
         f"held out    {run['validation_loss']:.3f} nats per token, {run['bits_per_byte']:.3f} bits per byte",
         f"zlib -9     {run['zlib_bits_per_byte']:.3f} bits per byte: the model is {comparison}",
         f"export      {formats}",
-        f"time        validation {seconds[NOTEBOOKS[0]]:.0f} s, training and export {seconds[NOTEBOOKS[1]]:.0f} s",
+        f"concepts    {len(graph)} in a hierarchy of {len(graph.relations())} relations",
+        "time        " + ", ".join(f"{name.removesuffix('.ipynb')} {seconds[name]:.0f} s" for name in NOTEBOOKS),
         f"results     {folder.relative_to(ROOT)}/",
     ]
 

@@ -36,7 +36,7 @@ def requirement_files(kind: str, root: str = ROOT, version: tuple = sys.version_
     if kind == "browser":
         return [os.path.join(root, "tests", "ui", "lab.txt")], []
     constraints = [os.path.join(root, "constraints.txt")] if version[:2] >= CONSTRAINED else []
-    names = ["requirements-training.txt", "requirements-dev.txt"]
+    names = ["requirements-training.txt", "requirements-memory.txt", "requirements-dev.txt"]
     return [os.path.join(root, name) for name in names], constraints
 
 

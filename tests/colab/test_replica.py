@@ -1,4 +1,4 @@
-"""Both notebooks run with Colab's versions, and what Colab has preinstalled is the same afterwards."""
+"""All notebooks run with Colab's versions, and what Colab has preinstalled is the same afterwards."""
 
 from pathlib import Path
 
@@ -84,3 +84,13 @@ def test_training_installs_what_is_missing_and_changes_nothing(root, overlay, co
     assert {"pytorch-lightning", "torchmetrics"} <= after.keys() - before.keys()
     assert "0 of them changed" in output_text(document)
     assert list(content.rglob("*.safetensors")), "training.ipynb exports a model"
+
+
+def test_concepts_installs_faiss_alone(root, overlay, content):
+    before = installed(overlay)
+    document = execute(root / "concepts.ipynb", overlay, content, SEEDBED_SOURCE=str(root))
+    after = installed(overlay)
+    assert {name: after.get(name) for name in before} == before
+    assert after.keys() - before.keys() == {"faiss-cpu"}
+    assert "0 of them changed" in output_text(document)
+    assert list(content.rglob("hierarchy.graphml")), "concepts.ipynb keeps its graph"

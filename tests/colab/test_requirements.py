@@ -1,4 +1,4 @@
-"""Installing requirements-training.txt on Colab adds packages and changes none that are there."""
+"""Installing requirements-training.txt or requirements-memory.txt on Colab changes no package that is there."""
 
 import re
 from pathlib import Path
@@ -39,11 +39,14 @@ def test_replica_is_part_of_the_gpu_list():
     assert differing == {}
 
 
-def test_requirements_name_only_what_colab_lacks_and_bound_it_on_both_sides(root):
-    lines = (root / "requirements-training.txt").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(
+    ("file", "needed"), [("requirements-training.txt", "pytorch-lightning"), ("requirements-memory.txt", "faiss-cpu")]
+)
+def test_requirements_name_only_what_colab_lacks_and_bound_it_on_both_sides(root, file, needed):
+    lines = (root / file).read_text(encoding="utf-8").splitlines()
     requirements = [line for line in lines if line and not line.startswith("#")]
     names = {canonical(re.match(r"[\w.-]+", line)[0]) for line in requirements}
-    assert "pytorch-lightning" in names
+    assert needed in names
     for line in requirements:
         assert ">=" in line, line
         assert "<" in line, line
@@ -72,6 +75,10 @@ class TestResolver:
         added = would_install(["-r", str(root / "requirements-training.txt")], stubs)
         assert {"pytorch-lightning", "torchmetrics", "optuna", "onnx", "onnxruntime", "onnxscript"} <= added.keys()
         assert added.keys() & versions.keys() == set()
+
+    def test_the_fast_search_is_all_that_comes_with_memories(self, colab, root):
+        _, stubs = colab
+        assert would_install(["-r", str(root / "requirements-memory.txt")], stubs).keys() == {"faiss-cpu"}
 
     @pytest.mark.parametrize(
         ("requirements", "replaced"),

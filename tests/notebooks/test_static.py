@@ -4,6 +4,8 @@ import ast
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -21,8 +23,8 @@ INSTALL = re.compile(
 FROM_INSTALL = {"pytorch_lightning", "lightning", "torchmetrics", "optuna", "onnx", "onnxruntime", "onnxscript"}
 
 
-def test_both_notebooks_are_there():
-    assert {"template.ipynb", "training.ipynb"} <= {path.name for path in NOTEBOOKS}
+def test_all_notebooks_are_there():
+    assert [path.name for path in NOTEBOOKS] == ["concepts.ipynb", "template.ipynb", "training.ipynb"]
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
@@ -121,17 +123,41 @@ def top_level_imports(tree) -> set[str]:
     return names
 
 
-def test_training_installs_through_the_guarded_call_before_it_imports():
-    document = json.loads((ROOT / "training.ipynb").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("name", "requirements"),
+    [("training.ipynb", "requirements-training.txt"), ("concepts.ipynb", "requirements-memory.txt")],
+)
+def test_installing_goes_through_the_guarded_call_before_it_imports(name, requirements):
+    document = json.loads((ROOT / name).read_text(encoding="utf-8"))
     cells = code_cells(document)
     installing = [index for index, cell in enumerate(cells) if "install_missing" in source(cell)]
     assert len(installing) == 1
+    assert f'install_missing(root / "{requirements}")' in source(cells[installing[0]])
     for cell in cells:
         assert not re.search(r"^\s*[!%]\s*(?:pip|conda|apt)", source(cell), re.MULTILINE), source(cell)
     for index, tree in enumerate(parsed(document)):
         if index <= installing[0]:
             assert top_level_imports(tree) & FROM_INSTALL == set()
             assert "torch" not in top_level_imports(tree), "packages are installed before torch is loaded"
+
+
+def test_concepts_need_faiss_at_most_and_nothing_else_that_is_installed():
+    lines = (ROOT / "requirements-memory.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == ["faiss-cpu>=1.9,<2"]
+    document = json.loads((ROOT / "concepts.ipynb").read_text(encoding="utf-8"))
+    modules = sorted({name.rpartition(".")[0] or name for tree in parsed(document) for name in utils_names(tree)})
+    code = f"""
+import importlib, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {FROM_INSTALL | {"faiss"}!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_nothing_is_forced_and_no_data_is_taken_unasked(notebook):

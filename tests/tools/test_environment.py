@@ -31,6 +31,7 @@ def checkout(tmp_path, monkeypatch):
         )
         archive.writestr(f"{info}/RECORD", "")
     (folder / "requirements-training.txt").write_text("")
+    (folder / "requirements-memory.txt").write_text("")
     (folder / "requirements-dev.txt").write_text(f"{wheel}\n")
     (folder / "constraints.txt").write_text("seedling==1.0\n")
     (folder / "tests" / "colab" / "replica.txt").write_text(f"{wheel}\n")

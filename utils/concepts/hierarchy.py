@@ -128,7 +128,7 @@ class ConceptHierarchy:
             self._graph(one.relation)
             for name in (one.concept, one.parent):
                 self.concept(name)
-            facts = checked_facts(one.facts, repr(str(one)))
+            facts = checked_facts(one.facts, repr(str(one))) if one.facts else {}
             edges[one.relation].append((one.parent, one.concept, {"facts": facts}))
         done: list[tuple[str, list[tuple[str, str, Mapping[str, Any]]]]] = []
         for relation, new in edges.items():

@@ -6,7 +6,7 @@ The address is written here once and stamped into badges and notebooks by ``make
 VERSION = "0.1.0"
 TAG = f"v{VERSION}"
 REPOSITORY = ""  # stamped by make colab-links
-NOTEBOOKS = ("template.ipynb", "training.ipynb")
+NOTEBOOKS = ("template.ipynb", "training.ipynb", "concepts.ipynb")
 
 
 def colab_address(notebook: str, repository: str = REPOSITORY) -> str:
