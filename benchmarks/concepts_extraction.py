@@ -18,7 +18,6 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +75,11 @@ def judged(model: ModelAdapter, images: Tensor, has: Tensor, layer: str | None, 
     """Return what is measured of a concept in a layer."""
     effect = erasure_effect(model, images[has], images[~has], layer, seed=seed)
     found = find_direction(model, images[has], images[~has], layer, seed=seed).with_effect(effect.p_value)
-    # What the first and the third rule say without the second.
-    alone = replace(found, effect=None)
     return {
         "layer": found.layer, "auroc": found.auroc, "interval": list(found.interval), "control": max(found.controls),
         "random": max(found.random), "stability": found.stability, "before": effect.before, "after": effect.after,
         "worst_random": min(effect.random), "p": effect.p_value, "accepted": found.accepted,
-        "accepted_without_effect": alone.accepted,
+        "accepted_without_effect": found.found,
     }  # fmt: skip
 
 

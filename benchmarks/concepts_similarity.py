@@ -106,6 +106,7 @@ def main() -> int:
             print(said(row), flush=True)
     wrong = [row for row in rows if not row["related"] and any(not 0.03 <= s <= 0.07 for s in row["alike"].values())]
     print(f"\n{len(wrong)} cells outside of 3 to 7 percent; {time.process_time() - started:.0f} s of CPU")
+    print(f"targets: {f'missed: {len(wrong)} cells outside of 3 to 7 percent' if wrong else 'met'}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 1 if wrong else 0

@@ -35,6 +35,7 @@ from utils.adapters.structure import structure
 from utils.memory.datastore import build_datastore
 from utils.memory.memory_evaluation import choose_memory, evaluate_memory
 from utils.memory.nearest_neighbour_head import NearestNeighbourHead
+from utils.memory.neighbour_mixture import window_hashes
 from utils.memory.repeated_lines import without_repeated_lines
 from utils.tokenization import TextTokenizer, pack_causal
 from utils.tokenization.adaptive_tokenizer import choose_tokenizer
@@ -91,6 +92,12 @@ def windows(tokenizer: TextTokenizer, texts: list[str], most: int | None = None)
     return parts[0][order], parts[1][order], parts[2][order]
 
 
+def unseen(split: tuple[Tensor, Tensor, Tensor], *earlier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the windows of a split whose ids are in no earlier one: some still repeat, in lines too short to count."""
+    keep = ~torch.isin(window_hashes(split[0]), torch.cat([window_hashes(ids) for ids in earlier]))
+    return split[0][keep], split[1][keep], split[2][keep]
+
+
 def trained(ids: Tensor, labels: Tensor, steps: int, seed: int) -> nn.Module:
     """Return the example GPT after so many steps of AdamW."""
     like = utils.load_model("example:gpt", config=MODEL).module
@@ -124,6 +131,8 @@ def measured(
         windows(tokenizer, clean.texts[name], most)
         for name, most in (("development", DEVELOPMENT), ("test", options.windows))
     )
+    development = unseen(development, remembered)
+    test = unseen(test, remembered, development[0])
     started = time.process_time()
     last = structure(adapter).feed_forwards.value[-1].name
     # Enough windows for so many keys, so that candidates cost no more than they need.

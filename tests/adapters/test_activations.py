@@ -186,3 +186,21 @@ def test_a_model_whose_logits_no_layer_makes():
     assert default_layer(ModelAdapter(Tied(3)))[:2] == ("blocks.2", "output")
     with pytest.raises(AdapterError, match="no layer whose output is its logits.*no repeated blocks.*Name a layer"):
         default_layer(ModelAdapter(Tied(0)))
+
+
+def test_a_mask_that_does_not_fit_the_layer_is_named():
+    class Halved(Masked):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.AvgPool1d(2)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            self.pool(self.table(input_ids).transpose(1, 2))
+            return self.head(self.table(input_ids))
+
+    adapter = ModelAdapter(Halved())
+    batch = {"input_ids": torch.randint(11, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    reason = representations(adapter, [batch], "pool", channels=1).reason
+    assert "`attention_mask` of shape (2, 8) does not fit 2 x 4 positions, so that all of them counted" in reason
+    assert "does not fit" not in representations(adapter, [batch], "pool", "flat", channels=1).reason
+    assert "does not fit" not in representations(adapter, [batch], "table").reason

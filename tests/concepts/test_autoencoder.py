@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from utils.concepts import autoencoder_files
 from utils.concepts.autoencoder import AutoencoderConfig, SparseAutoencoder, fit_autoencoder, sparse
-from utils.concepts.autoencoder_files import RECORD, TENSORS, load_autoencoder, save_autoencoder
+from utils.concepts.autoencoder_files import NAMES, RECORD, load_autoencoder, save_autoencoder
+from utils.memory.memory_files import own_hash
 from utils.runtime.errors import CheckpointError, ConfigError, DataError
 
 
@@ -154,6 +156,22 @@ def test_saved_and_loaded(fitted, tmp_path):
     assert not loaded.autoencoder.training
 
 
+def test_a_save_that_fails_leaves_the_one_before(fitted, tmp_path, monkeypatch):
+    fit, values, _ = fitted
+    save_autoencoder(fit, tmp_path)
+    (tmp_path / "autoencoder-notes.safetensors").write_text("mine")
+    other = fit_autoencoder(values[:300], AutoencoderConfig(features=8, active=2, steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(autoencoder_files, "write_json", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            save_autoencoder(other, tmp_path)
+    assert load_autoencoder(tmp_path).to_dict() == fit.to_dict()
+    save_autoencoder(other, tmp_path)
+    assert load_autoencoder(tmp_path).to_dict() == other.to_dict()
+    held = {path.name for path in tmp_path.iterdir()}
+    assert len(held) == 3 and held > {RECORD, "autoencoder-notes.safetensors"} and any(map(NAMES.fullmatch, held))
+
+
 def test_files_that_cannot_be_trusted(fitted, tmp_path):
     fit = fitted[0]
 
@@ -166,16 +184,28 @@ def test_files_that_cannot_be_trusted(fitted, tmp_path):
         assert "fit it again" in str(caught.value)
 
     def rewrite(**values):
-        record = json.loads((tmp_path / RECORD).read_text())
-        (tmp_path / RECORD).write_text(json.dumps(record | values))
+        record = json.loads((tmp_path / RECORD).read_text()) | values
+        (tmp_path / RECORD).write_text(json.dumps(record | {"sha256": own_hash(record)}))
+
+    def edit(was, now):
+        record = (tmp_path / RECORD).read_text()
+        assert record.count(was) == 1
+        (tmp_path / RECORD).write_text(record.replace(was, now))
+
+    def tensors():
+        return tmp_path / json.loads((tmp_path / RECORD).read_text())["tensors"]["file"]
 
     def flip():
-        content = bytearray((tmp_path / TENSORS).read_bytes())
+        content = bytearray(tensors().read_bytes())
         content[-1] ^= 1
-        (tmp_path / TENSORS).write_bytes(bytes(content))
+        tensors().write_bytes(bytes(content))
 
+    refused(lambda: edit('"explained_variance": 0.', '"explained_variance": 0.9'), "was changed after it was written")
+    refused(lambda: edit('"active": 2', '"active": 3'), "was changed after it was written")
+    refused(lambda: rewrite(tensors={"file": "../x", "sha256": "0" * 64}), "it names the file '../x'")
+    refused(lambda: rewrite(tensors={"file": "autoencoder-../x.safetensors", "sha256": "../x"}), "it names the file")
     refused(flip, "has the SHA-256")
-    refused(lambda: (tmp_path / TENSORS).unlink(), "FileNotFoundError")
+    refused(lambda: tensors().unlink(), "FileNotFoundError")
     refused(lambda: (tmp_path / RECORD).unlink(), "FileNotFoundError")
     refused(lambda: (tmp_path / RECORD).write_text("{"), "JSONDecodeError")
     refused(lambda: (tmp_path / RECORD).write_text("[]"), "TypeError")

@@ -48,7 +48,7 @@ def test_every_figure_is_drawn(values, dark):
         feature_figure(view, images, dark), feature_figure(view, torch.rand(120, 3, 6, 6), dark),
     ]  # fmt: skip
     titles = [figure.get_suptitle() for figure in figures]
-    assert titles[0].startswith("Concept accepted: cosine of two halves 0.9")
+    assert titles[0].startswith("Concept found, effect not measured: cosine of two halves 0.9")
     assert titles[1] == "Erased in body.3: 0.500 lost, p = 0.0099"
     assert "more alike than chance (p = 0.005)" in titles[3]
     assert texts(figures[4]).count("1.00*") == 4

@@ -27,10 +27,10 @@ def test_positions_that_a_mask_hides_do_not_count():
 
 
 def test_batches_are_joined():
-    whole = read_content([torch.zeros(2, 3), torch.ones(1, 3)])
+    whole = read_content([{"x": torch.zeros(2, 3)}, {"x": torch.ones(1, 3)}])
     assert len(whole) == 3
     assert whole.nbytes == 36
-    assert whole.given.shape == (3, 3)
+    assert whole.given["x"].shape == (3, 3)
     assert read_content(whole) is whole
     assert len(read_content("one text")) == 1
 
@@ -47,7 +47,8 @@ def test_batches_are_joined():
         (torch.tensor(1.0), "have the shapes ()"),
         ({"x": torch.zeros(2), "y": torch.zeros(3)}, "have the shapes"),
         (torch.tensor([[float("nan")]]), "not finite"),
-        ([torch.zeros(2, 3), torch.zeros(2, 4)], "of shape (3,)"),
+        ([{"x": torch.zeros(2, 3)}, {"x": torch.zeros(2, 4)}], "of shape (3,)"),
+        (list(torch.zeros(4, 2, 3)), "a list of 4 tensors, of the shape (2, 3) at first"),
     ],
 )
 def test_what_is_no_example_is_refused(given, said):

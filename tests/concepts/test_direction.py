@@ -5,13 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from utils.adapters import ModelAdapter, ModelSpec
-from utils.concepts.direction import LEAST, concept_direction, find_direction
+from utils.concepts.direction import LEAST, concept_direction, find_direction, group_halves
 from utils.concepts.ranking import auroc, auroc_interval
 from utils.runtime.errors import ConfigError, DataError
 
@@ -61,7 +64,7 @@ def test_a_real_concept_is_accepted_and_points_where_it_should():
     found = concept_direction(positive, negative)
     difference = positive.mean(0) - negative.mean(0)
     assert torch.allclose(found.vector, difference / difference.norm(), atol=1e-6)
-    assert found.accepted, found
+    assert found.found, found
     assert found.interval[0] <= found.auroc <= found.interval[1]
     assert len(found.controls) == len(found.random) == 20
     # Zero lies midway between the means.
@@ -70,11 +73,14 @@ def test_a_real_concept_is_accepted_and_points_where_it_should():
     assert float((found.score(positive) > 0).float().mean()) > 0.9
     assert "random direction" in found.reasons[0] and "not measured" in found.reasons[2]
     kept = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert kept["accepted"] and len(kept["vector"]) == 16 and len(kept["reasons"]) == 3
+    assert kept["found"] and not kept["accepted"] and len(kept["vector"]) == 16 and len(kept["reasons"]) == 3
 
 
 def test_the_verdict_follows_the_effect():
     found = concept_direction(*sides(200, 300, shift=4.0))
+    # What was not measured does not count as held.
+    assert found.found and not found.accepted and found.groups == (0, 0)
+    assert str(found).startswith("Concept found, effect not measured.")
     assert found.with_effect(0.004).accepted
     refused = found.with_effect(0.2)
     assert not refused.accepted
@@ -87,7 +93,81 @@ def test_random_labels_are_not_accepted(method):
     for seed in range(20):
         values = torch.randn(120, 24, generator=torch.Generator().manual_seed(seed))
         found = concept_direction(values[:50], values[50:], method, seed)
-        assert not found.accepted, found
+        assert not found.found and found.verdict == "not accepted", found
+
+
+def copies(sources, count=20, width=32, seed=0):
+    """Return near-copies of sources of noise on either side, and the source of each."""
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2 * sources, width, generator=g).repeat_interleave(count, 0)
+    rows = rows + 0.02 * torch.randn(rows.shape, generator=g)
+    own = [number // count for number in range(2 * sources * count)]
+    half = sources * count
+    return (rows[:half], rows[half:]), (own[:half], own[half:])
+
+
+@pytest.mark.parametrize("method", ["mean_difference", "logistic"])
+def test_near_copies_of_noise_are_not_found_where_their_groups_are_known(method):
+    for seed in range(5):
+        given, groups = copies(6, seed=seed)
+        assert concept_direction(*given, method, seed).found  # each half has copies of every source
+        found = concept_direction(*given, method, seed, groups=groups)
+        assert not found.found, found
+        assert found.groups == (6, 6) and "counted by 6 and 6 groups" in found.reasons[0]
+        assert found.interval[0] < 0.5 < max(found.controls) and found.stability < 0.5
+
+
+def test_groups_of_one_change_nothing_and_large_groups_count_once():
+    given = sides(60, 80, shift=4.0)
+    plain = concept_direction(*given)
+    sole = concept_direction(*given, groups=(range(60), range(60, 140)))
+    assert sole.found and sole.interval[1] - sole.interval[0] == pytest.approx(
+        plain.interval[1] - plain.interval[0], abs=0.03
+    )
+    by_six = concept_direction(*given, groups=([n % 10 for n in range(60)], [f"n{n % 10}" for n in range(80)]))
+    assert by_six.interval[0] < plain.interval[0]
+    # The same as numbers, as tensors and in any order.
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    told = torch.arange(60)[order] % 10, [f"n{n % 10}" for n in range(80)]
+    assert concept_direction(given[0][order], given[1], groups=told).to_dict() == by_six.to_dict()
+
+
+@settings(max_examples=60, deadline=None)
+@drawn(st.lists(st.integers(0, 8), min_size=2, max_size=20), st.lists(st.integers(4, 12), min_size=2, max_size=20))
+def test_no_group_is_in_both_halves_and_both_halves_have_both_sides(first, second):
+    ids = torch.tensor(first), torch.tensor(second)
+    generator = torch.Generator().manual_seed(0)
+    if min(len(set(first)), len(set(second))) < 2:
+        with pytest.raises(DataError, match="examples are of one group. Expected two"):
+            group_halves(ids, generator)
+        return
+    halves = group_halves(ids, generator)
+    assert all(len(rows) for half in halves for rows in half)
+    held = [{*ids[0][half[0]].tolist(), *ids[1][half[1]].tolist()} for half in halves]
+    assert not held[0] & held[1]
+    assert [sorted(torch.cat([half[side] for half in halves]).tolist()) for side in (0, 1)] == [
+        list(range(len(first))), list(range(len(second))),
+    ]  # fmt: skip
+
+
+def test_groups_with_both_sides_swap_their_labels():
+    """A strong difference between pairs, and a shift in each pair: the pairs are never torn, and the shift is found."""
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(60, 16, generator=g)
+    given = base + torch.eye(16)[0] * 5, base + 0.1 * torch.randn(60, 16, generator=g)
+    found = concept_direction(*given, groups=(range(60), range(60)))
+    assert found.found and found.groups == (60, 60), found
+
+
+def test_bad_groups():
+    given = sides(20, 30)
+    for groups, message in (
+        ((range(3), range(30)), "There are 3 groups for 20 positive examples"),
+        (range(50), "of the type range and not a pair"),
+        (([0] * 20, range(30)), "All positive examples are of one group"),
+    ):
+        with pytest.raises(DataError, match=message):
+            concept_direction(*given, groups=groups)
 
 
 def test_the_logistic_direction_is_that_of_scikit_learn():
@@ -175,13 +255,18 @@ def test_a_layer_of_a_model():
     model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
     positive, negative = sides(40, 50, 6)
     model.train()
-    found = find_direction(adapter(model), positive, [negative[:20], negative[20:]], batch_size=7)
+    found = find_direction(adapter(model), positive, [{"input": negative[:20]}, {"input": negative[20:]}], batch_size=7)
     assert model.training
     assert (found.layer, found.side, found.pool) == ("2", "input", "mean")
     with torch.no_grad():
         made = concept_direction(model[:2](positive), model[:2](negative))
     assert torch.allclose(found.vector, made.vector, atol=1e-5)
     assert find_direction(adapter(model), positive, negative, "0").side == "output"
+    # Repeated samples drop out with their groups.
+    twice, own = torch.cat([positive, positive]), [n % 8 for n in range(40)]
+    told = own + [n + 100 for n in own], [200 + n % 10 for n in range(50)]
+    grouped = find_direction(adapter(model), twice, negative, groups=told)
+    assert grouped.groups == (8, 10) and grouped.examples == (40, 50)
 
 
 def test_errors_of_a_layer():

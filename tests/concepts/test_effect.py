@@ -74,6 +74,24 @@ def test_a_behaviour_of_ones_own_is_given_the_samples_by_number():
     assert len(seen[0]) == found.examples
 
 
+def test_groups_stay_together():
+    positive, negative = examples(0, 60)
+    told = [n % 12 for n in range(60)], [100 + n % 14 for n in range(70)]
+    own, seen = torch.tensor(told[0] + told[1]), []
+
+    def behaviour(logits: Tensor, numbers: Tensor) -> float:
+        seen.append(numbers)
+        return float(logits.sum())
+
+    erasure_effect(reader(), positive, negative, "0", behaviour, draws=20, groups=told)
+    held = set(own[seen[0]].tolist())
+    assert len(held) == 13 and all(
+        set((own == name).nonzero()[:, 0].tolist()) <= set(seen[0].tolist()) for name in held
+    )
+    found, _ = examine_concept(reader(), positive, negative, "0", draws=20, groups=told)
+    assert found.groups == (12, 14)
+
+
 def test_random_labels_have_no_effect():
     model = reader()
     values = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -100,7 +118,7 @@ def test_examined_by_all_rules():
     # A direction as clear as the other, which the answers do not read, is refused for this reason alone.
     unread, effect = examine_concept(model, *examples(3, 150), "0", method="logistic")
     assert not unread.accepted and not effect.found and unread.method == "logistic"
-    assert unread.interval[0] > max(unread.controls) and unread.stability >= 0.8
+    assert unread.found and unread.interval[0] > max(unread.controls) and unread.stability >= 0.8
 
 
 def test_repeated_examples_count_once():

@@ -58,7 +58,12 @@ def test_some_of_them_are_numbered_anew(gpt, tokenizer):
 
 def test_tensors_mappings_and_batches(linear):
     rows = torch.rand(10, 6)
-    for given in (rows, {"input": rows}, [rows[:3], rows[3:]], iter([{"input": rows[:9]}, rows[9:]])):
+    for given in (
+        rows,
+        {"input": rows},
+        [{"input": rows[:3]}, {"input": rows[3:]}],
+        iter([{"input": rows[:9]}, rows[9:]]),
+    ):
         made = example_batches(linear, given, batch_size=4)
         assert torch.equal(made.restored(torch.cat([batch["input"] for batch in made.batches])), rows)
         assert max(len(batch["input"]) for batch in made.batches) <= 4
@@ -76,6 +81,8 @@ def test_errors(gpt, tokenizer, linear):
             example_batches(linear, given)
     with pytest.raises(DataError, match="there is no tokenizer"):
         example_batches(gpt, ["a"])
+    with pytest.raises(DataError, match="list of 10 tensors.*torch.stack"):
+        example_batches(linear, list(torch.rand(10, 6)))
     with pytest.raises(DataError, match="'' has 0 tokens"):
         example_batches(gpt, ["a", ""], tokenizer)
     with pytest.raises(ConfigError, match="of the type int"):

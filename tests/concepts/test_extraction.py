@@ -15,7 +15,7 @@ def test_a_package_holds_what_the_teacher_knows():
     assert weights_sha256(model.module) == before == made.provenance.weights_sha256
     assert (made.provenance.positive, made.provenance.negative) == tuple(map(len, given))
     assert made.provenance.layer == "head"
-    assert made.accepted
+    assert made.found and not made.direction.accepted
     assert auroc(made.soft_targets[made.labels], made.soft_targets[~made.labels]) > 0.97
     assert list(made.traces)[-1] == "head"
     held = samples(200, seed=1)
@@ -42,7 +42,7 @@ def test_no_target_repeats_the_label_of_its_own_example():
     values = wide[:2](rows).detach()
     assert auroc(made.direction.score(values[:50]), made.direction.score(values[50:])) > 0.9
     assert auroc(made.soft_targets[:50], made.soft_targets[50:]) < 0.7
-    assert not made.accepted
+    assert not made.found
 
 
 def test_examples_of_one_group_stay_together():
@@ -55,8 +55,12 @@ def test_examples_of_one_group_stay_together():
     mixed = extract_concept(wide, "nothing", rows[:80], rows[80:], layer="1")
     assert auroc(mixed.soft_targets[:80], mixed.soft_targets[80:]) > 0.8
     assert auroc(apart.soft_targets[:80], apart.soft_targets[80:]) < 0.65
-    with pytest.raises(DataError, match="Without one of 2 parts of the examples there is no direction"):
+    assert not apart.found and apart.direction.groups == (20, 20)
+    with pytest.raises(DataError, match="All positive examples are of one group"):
         extract_concept(wide, "nothing", rows[:80], rows[80:], layer="1", groups=([0] * 80, [1] * 80))
+    lone = [0] * 78 + [2, 2], [1] * 78 + [3, 3]
+    with pytest.raises(DataError, match="Without one of 4 parts of the examples there is no direction"):
+        extract_concept(wide, "nothing", rows[:80], rows[80:], layer="1", groups=lone)
 
 
 def test_what_makes_no_concept_is_refused():

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from utils.concepts import hierarchy_discovery
 from utils.concepts.hierarchy_discovery import discover_hierarchy
-from utils.concepts.hierarchy_noise import flip_rates, highest_rates, moments, spread_of_product, two_levels
+from utils.concepts.hierarchy_noise import (
+    flip_rates,
+    highest_rates,
+    level_errors,
+    moments,
+    spread_of_product,
+    two_levels,
+)
 from utils.concepts.hierarchy_order import HierarchyError
 from utils.runtime.errors import DataError
 
@@ -285,3 +292,32 @@ def test_the_levels_of_a_spike_and_of_many_samples():
     values[:2000] = 1 + 0.2 * torch.randn(2000, 1, generator=dice(0))
     low, high, gap = two_levels(values)
     assert float(low) == pytest.approx(0, abs=0.01) and float(high) == pytest.approx(1, abs=0.05) and float(gap) > 5
+
+
+def test_siblings_that_all_but_include_one_another_are_told_apart():
+    """Without noise a single sample that has the concept and not its parent rules an inclusion out."""
+    generator = dice(0)
+    parent = torch.rand(6000, generator=generator) < 0.5
+    siblings = [parent & (torch.rand(6000, generator=generator) < share) for share in (0.95, 0.93, 0.9)]
+    values = torch.stack([parent, *siblings, torch.rand(6000, generator=generator) < 0.4], 1)
+    discovered = discover_hierarchy(values, ["p", "a", "b", "c", "other"], controls=2)
+    assert found(discovered) == {("a", "p"), ("b", "p"), ("c", "p")} and discovered.controls == (0, 0)
+    assert all(one.high >= 1 for one in discovered.evidence)
+
+
+def test_the_uncertainty_of_an_estimated_rate_widens_the_interval():
+    values = flip(sample(), 0.05)
+    estimated = discover_hierarchy(values, NAMES, controls=0)
+    known = discover_hierarchy(values, NAMES, noise=list(estimated.low), controls=0)
+    widths = [{(one.concept, one.parent): one.high - one.low for one in each.evidence} for each in (estimated, known)]
+    assert all(widths[0][pair] > widths[1][pair] for pair in PLANTED)
+    labels = values.double()
+    rates = flip_rates(labels, moments(labels), 6.0)
+    assert (rates.errors > 0).all() and ((rates.rates - 0.05).abs() < 5 * rates.errors + 0.005).all()
+
+
+def test_the_errors_of_levels_are_those_of_means():
+    there = torch.rand(4000, 1, generator=dice(0)) < 0.25
+    values = there * 8.0 + torch.randn(4000, 1, generator=dice(1))
+    low, high, _ = two_levels(values)
+    assert level_errors(moments(values), low, high)[:, 0].tolist() == pytest.approx([3000**-0.5, 1000**-0.5], rel=0.1)

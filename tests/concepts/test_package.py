@@ -118,11 +118,51 @@ def test_a_package_hashed_anew_must_still_fit_together(package, folder):
         ({"anchors": torch.zeros(0, dtype=torch.int64), "traces": {}}, "0 anchors and 0 traces"),
         ({"traces": {"x": torch.zeros(160, 2)}}, "trace of x of shape"),
         ({"prototypes": torch.zeros(2, 3)}, "prototypes of shape"),
+        ({"labels": torch.arange(160) >= 0}, "other numbers of exemplars"),
+        ({"content": Content({"": torch.full((160, 8), torch.nan)})}, "values that are not finite"),
+        ({"content": Content({"a": torch.zeros(160, 8), "b": torch.zeros(3)})}, r"have the shapes .160, 8., .3,."),
+        ({"content": Content({"": torch.tensor(1.0)})}, r"have the shapes \(\)"),
+        ({"content": Content(texts=("",) * 160)}, "160 of the exemplars are empty"),
+        ({"content": Content({"": torch.zeros(160, 8)}, ("x",) * 160)}, "texts and tensors at once"),
+        ({"calibration": (float("nan"), 0.0)}, "a calibration of"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(package, changes, said):
     with pytest.raises(PackageError, match=said):
         replace(package, **changes)
+
+
+def test_a_direction_of_no_numbers_and_mixed_labels_are_refused(package):
+    broken = package.direction.vector.clone()
+    broken[0] = torch.inf
+    with pytest.raises(PackageError, match="numbers not finite"):
+        replace(package, direction=replace(package.direction, vector=broken))
+    with pytest.raises(PackageError, match="a bias of nan"):
+        replace(package, direction=replace(package.direction, bias=float("nan")))
+    with pytest.raises(PackageError, match="do not put the positive exemplars first"):
+        replace(package, labels=package.labels.roll(1))
+
+
+def test_a_foreign_manifest_deletes_no_file(package, folder, tmp_path):
+    """Whoever wrote the old manifest may name any file, or form the name from something that is no hash."""
+    tensors = json.loads((folder / MANIFEST).read_text())["tensors"]
+    other, beside = tmp_path / "precious.txt", tmp_path / "x.safetensors"
+    (folder / "concept-").mkdir()
+    for path in (other, beside, folder / "notes.txt"):
+        path.write_text("mine")
+    for entry in (
+        {"file": str(other)},
+        {"file": "../precious.txt"},
+        {"file": "notes.txt"},
+        {"file": "concept-/../../x.safetensors", "sha256": "/../../x"},
+        {"file": 3, "sha256": None},
+    ):
+        rewritten(folder, tensors=tensors | entry)
+        with pytest.raises(PackageError):
+            load_package(folder)
+        save_package(package, folder)
+        assert other.exists() and beside.exists() and (folder / "notes.txt").exists()
+    load_package(folder)
 
 
 def test_too_large_a_package_is_refused(package, monkeypatch):
@@ -162,6 +202,7 @@ def test_it_tells_what_it_is(package):
     assert "licence CC0" in str(package)
     told = package.to_dict()
     assert told["provenance"]["date"] == "2026-11-22"
-    assert told["accepted"] is package.accepted is True
+    assert told["found"] is package.found is True
+    assert told["direction"]["accepted"] is False
     json.dumps(told)
     assert package.place == ("head", "input")

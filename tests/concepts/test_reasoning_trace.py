@@ -18,6 +18,7 @@ from utils.concepts.reasoning_trace import record_trace
 from utils.concepts.trace_parts import ReasoningTrace
 from utils.concepts.trace_view import step_rows
 from utils.memory.datastore import build_datastore
+from utils.memory.memory_generation import generate_with_memory
 from utils.memory.nearest_neighbour_head import NearestNeighbourHead
 from utils.memory.neighbour_mixture import NeighbourConfig
 from utils.memory.vector_index import IndexConfig
@@ -152,6 +153,7 @@ def test_a_text_with_memory(gpt, head, tokenizer, tmp_path):
     assert ReasoningTrace.load(path) == trace
     assert trace.save_figure(tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
     html = trace._repr_html_()
+    assert "overflow-x:auto" in html and '<td style="white-space:normal' in html, "steps wrap, numbers are scrolled to"
     assert "data:image/png" in html and "from memory" in html
     assert "memories" in step_rows(trace)[0] and "lens over 4 layers" in str(trace)
 
@@ -367,6 +369,18 @@ def test_more_than_a_model_reads_at_once_is_refused():
     assert len(record_trace(adapter, [1, 2, 3], 13).tokens) == 16
     with pytest.raises(ConfigError, match="Expected at most 16"):
         record_trace(adapter, [1, 2, 3], 14)
+
+
+def test_what_a_model_cannot_read_is_refused(gpt, head):
+    with pytest.raises(ConfigError, match="The memory is a dict. Expected a NearestNeighbourHead"):
+        record_trace(gpt, [5, 6], 2, memory={})
+    with pytest.raises(ConfigError, match="The head is a NoneType. Expected a NearestNeighbourHead"):
+        generate_with_memory(gpt, None, [5, 6])
+    for prompt in (None, [1.5], ["a"]):
+        with pytest.raises(DataError, match="does not hold ids alone"):
+            record_trace(gpt, prompt, 2)
+    with pytest.raises(AdapterError, match="does not run on a batch of"):
+        record_trace(ModelAdapter(Short(), spec=CAUSAL), torch.ones(1, 40, dtype=torch.long))
 
 
 def test_files_that_cannot_be_trusted(gpt, tmp_path):

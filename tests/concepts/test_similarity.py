@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from utils.adapters import ModelAdapter, ModelSpec
-from utils.concepts.similarity import model_similarity, similarity
+from utils.concepts.similarity import model_similarity, similarity, together
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.files import null_nonfinite
 
@@ -170,3 +170,32 @@ def test_layers_of_two_architectures():
         model_similarity(first, second, rows, layers=["x"])
     with pytest.raises(DataError, match="of 50 samples and the second of 40"):
         model_similarity(first, second, rows, rows[:40])
+
+
+def test_a_table_of_unrelated_layers_seldom_has_one_that_counts_as_alike():
+    """Nine pairs of 24 samples; without the correction about a third of the tables would have one."""
+    alike = single = 0
+    for seed in range(80):
+        sides = [
+            [drawn(24, width, 10 * seed + 3 * side + n) for n, width in enumerate((4, 20, 200))] for side in (0, 1)
+        ]
+        plain = [[similarity(a, b, permutations=99, seed=seed) for b in sides[1]] for a in sides[0]]
+        rows = together(plain)
+        assert all((one.calibrated > 0) == one.significant for row in rows for one in row)
+        assert all(one.p_value >= before.p_value - 0.05 for row, was in zip(rows, plain, strict=True)
+                   for one, before in zip(row, was, strict=True))  # fmt: skip
+        alike += any(one.significant for row in rows for one in row)
+        single += any(one.significant for row in plain for one in row)
+    # Within three standard errors of 5%.
+    assert alike / 80 <= 0.124 < single / 80
+
+
+def test_one_pair_is_not_corrected_and_several_say_so():
+    shared = drawn(40, 5)
+    pair = similarity(shared, shared)
+    assert together([[pair]]) == [[pair]] and pair.compared == 1
+    both = together([[pair, similarity(shared, drawn(40, 5, 1))]])
+    assert both[0][0].significant and both[0][0].compared == 2
+    assert "for the best of 2 pairs" in str(both[0][0]) and "best of" not in str(pair)
+    with pytest.raises(ConfigError, match="different numbers of samples or permutations"):
+        together([[pair, similarity(shared, shared, permutations=99)]])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.concepts.transfer_toys import QUICK, samples, student, teacher
+from utils.adapters import ModelAdapter, ModelSpec
 from utils.concepts import verification
 from utils.concepts.extraction import extract_concept
 from utils.concepts.package import PackageError
@@ -49,6 +50,7 @@ def test_a_package_is_verified_with_all_that_belongs_to_it(verified):
     assert verified.junk.low < 0 < verified.junk.high
     assert verified.interference.low > -1
     assert verified.taught.low > 0.1
+    assert verified.before.low < verified.before.mean < verified.value.mean
     assert verified.seeds == 5
     assert verified.test == (len(TEST[0]), len(TEST[1]))
     assert set(verified.scores) == {"package", "shuffled", "junk", "labels_only", "before"}
@@ -66,6 +68,7 @@ def test_it_shows_itself(verified, tmp_path):
     text = str(verified)
     assert text.startswith("one sign, Teacher to Student: verified, V = ")
     assert "student + shuffled package" in text
+    assert "V of the student as it was" in text
     json.dumps(null_nonfinite(verified.to_dict()))
     assert len(verification_figure(verified, dark=True).axes) == 2
     assert save_verification_figure(verified, tmp_path / "v.svg").read_bytes().startswith(b"<?xml")
@@ -74,7 +77,7 @@ def test_it_shows_itself(verified, tmp_path):
     assert "labels alone" in html
     with pytest.raises(ValueError, match="not 'gif'"):
         save_verification_figure(verified, tmp_path / "v.gif")
-    undefined = replace(verified, value=None, junk=None, labels_only=None, undefined="nobody knows")
+    undefined = replace(verified, value=None, junk=None, labels_only=None, before=None, undefined="nobody knows")
     assert "V is undefined: nobody knows" in str(undefined)
     assert len(verification_figure(undefined).axes) == 2
 
@@ -83,6 +86,7 @@ def test_a_verdict_needs_every_rule(verified):
     low = Interval(0.6, 0.4, 0.8, 5)
     for change, said in (
         ({"value": low}, "not above 0.5"),
+        ({"taught": Interval(0.0, -0.1, 0.1, 5)}, "the lower bound is not above 0."),
         ({"interference": None}, "was not measured"),
         ({"interference": Interval(-1.0, -1.5, 0.0, 5)}, "not above -1"),
         ({"junk": Interval(0.5, 0.4, 0.6, 5)}, "not 0 as"),
@@ -91,6 +95,41 @@ def test_a_verdict_needs_every_rule(verified):
         changed = replace(verified, **change)
         assert not changed.verified
         assert any(said in reason for reason in changed.reasons)
+
+
+def test_where_nothing_is_taught_nothing_is_verified(package):
+    """Students as they were, read off as well as the package allows: random features tell much of anything."""
+    students = [wide_student(seed) for seed in range(5)]
+    own = OTHER[:400]
+    other = own, (own[:, 2] > 0).long(), [n // 10 for n in range(400)]
+    found = verify_transfer(package, teacher(), students, *TEST, config=READ, other_task=other)
+    assert found.value.low > 0.5 and found.junk.low <= 0 <= found.junk.high and found.interference.low > -1
+    assert found.value == found.before and (found.taught.low, found.taught.high) == (0, 0)
+    assert not found.verified
+    assert sum(not held for held, _ in found._rules()) == 1
+    assert f"whose V is {found.before.mean:.3f}" in found.reasons[1]
+
+
+def wide_student(seed):
+    """A student whose random features are enough for a readout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 140), torch.nn.ReLU(), torch.nn.Linear(140, 2))
+    return ModelAdapter(model, spec=ModelSpec(task="tabular_classification", num_labels=2))
+
+
+def test_the_other_task_is_drawn_by_groups():
+    """Twenty sources of fifty samples, all of a source changed alike: an interval of twenty, not of a thousand."""
+    inputs = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    groups = [str(n // 50) for n in range(1000)]
+    change = torch.randn(20, generator=torch.Generator().manual_seed(1)).double().repeat_interleave(50)
+    correct, labels = [change] * 5, torch.zeros(1000)
+    nothing = verification._tests(extract_concept(teacher(), "x", *samples(60)), *TEST, None)
+    alone = verification._interference(correct, (inputs, labels), nothing, 0)
+    told = verification._interference(correct, (inputs, labels, groups), nothing, 0)
+    assert told.mean == alone.mean and told.high - told.low > 4 * (alone.high - alone.low)
+    known = replace(nothing, content=verification.read_content(inputs), clusters=tuple(groups))
+    assert verification._interference(correct, (inputs, labels), known, 0) == told
 
 
 def test_a_shuffled_package_in_its_place_scores_nothing(package):
@@ -167,6 +206,13 @@ def test_what_cannot_be_measured_is_refused(package):
         verify_transfer(package, student(), student(), *TEST)
     with pytest.raises(ConfigError, match="other_task is a Tensor"):
         verify_transfer(package, teacher(), student(), *TEST, other_task=OTHER)
+    with pytest.raises(DataError, match="There are 1 groups for 2000 samples of the other task"):
+        verify_transfer(package, teacher(), student(), *TEST, other_task=(OTHER, torch.zeros(2000).long(), ["a"]))
+    with pytest.raises(DataError, match="labels of the other task are of the type float32"):
+        verify_transfer(package, teacher(), student(), *TEST, other_task=(OTHER, torch.zeros(2000)))
+    none = torch.full((2000,), 7)
+    with pytest.raises(DataError, match="none of the 2000 samples of the other task right"):
+        verify_transfer(package, teacher(), student(), *TEST, config=READ, other_task=(OTHER, none))
     with pytest.raises(DataError, match="2000 samples and 3 labels"):
         verify_transfer(package, teacher(), student(), *TEST, other_task=(OTHER, torch.zeros(3)))
     with pytest.raises(DataError, match="The student answers"):

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tests.memory.references import WAYS, points
 from utils.memory import memory_files
 from utils.memory.long_term_memory import LongTermMemory
-from utils.memory.memory_files import FORMAT, MANIFEST, _own_hash
+from utils.memory.memory_files import FORMAT, MANIFEST, own_hash
 from utils.memory.vector_index import IndexConfig
 from utils.runtime.errors import CheckpointError, DataError
 
@@ -143,7 +143,7 @@ def forged(place, **changes):
             path = place / entry["name"]
             entry.update(bytes=path.stat().st_size, sha256=memory_files.sha256_file(path))
             manifest["files"][role] = entry
-    manifest["sha256"] = _own_hash(manifest)
+    manifest["sha256"] = own_hash(manifest)
     (place / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -209,6 +209,11 @@ def test_tensors_that_do_not_hold_together(tmp_path, change, message):
         b'{"ids": {"dtype": "I64", "shape": [2], "data_offsets": [0, 8]}}',
         b'{"ids": {"dtype": "I64", "shape": [-1], "data_offsets": [8, 0]}}',
         b'{"ids": {"dtype": "I64", "shape": [99], "data_offsets": [0, 792]}}',
+        b'{"ids": {"dtype": "I64", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}',
+        b'{"ids": {"dtype": "I64", "shape": [36893488147419103232], "data_offsets": [0, 0]}}',
+        b'{"ids": {"dtype": "I64", "shape": [1e999], "data_offsets": [0, 0]}}',
+        b'{"ids": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}}',
+        b'{"ids": {"dtype": "I64", "shape": [8, 0], "data_offsets": [0, 0]}}',
     ],
 )
 def test_files_that_are_no_safetensors(tmp_path, header):
@@ -226,6 +231,29 @@ def test_lines_that_are_no_metadata(tmp_path, line):
     forged(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         LongTermMemory.load(tmp_path)
+
+
+def test_no_file_of_the_user_is_deleted(tmp_path):
+    own = ["metadata-survey.csv", "vectors-2024.npy", "vectors-7.safetensors.bak", "vectors-a.safetensors", "my-9.txt"]
+    for name in own:
+        (tmp_path / name).write_text(name)
+    memory = filled()
+    for generation in (1, 2):
+        memory.save(tmp_path)
+        saved = {f"vectors-{generation}.safetensors", f"metadata-{generation}.jsonl"}
+        assert {path.name for path in tmp_path.iterdir()} == HELD | saved | {*own}
+    assert all((tmp_path / name).read_text() == name for name in own)
+
+
+def test_files_that_look_like_ours_are_not_deleted_unasked(tmp_path):
+    other = tmp_path / "vectors-7.safetensors"
+    other.write_text("mine")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="holds no memory, but a file named vectors-7.safetensors"):
+            filled().save(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [other.name] and other.read_text() == "mine"
+    filled().save(tmp_path, overwrite=True)
+    assert not other.exists() and (tmp_path / "vectors-8.safetensors").exists()
 
 
 def test_two_writers(tmp_path):
@@ -315,7 +343,9 @@ def test_mounts_without_locks_are_written_to(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(memory_files.fcntl, "flock", fails)
-    filled().save(tmp_path)
+    with pytest.warns(RuntimeWarning, match="knows no locks .*: nothing keeps two processes") as told:
+        filled().save(tmp_path)
+    assert len(told) == 1
     assert len(LongTermMemory.load(tmp_path)) == 88
 
 

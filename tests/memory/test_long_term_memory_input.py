@@ -1,12 +1,14 @@
 """What may not enter a memory, and that nothing of it enters."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from tests.memory.references import WAYS, points
 from utils.memory.long_term_memory import LongTermMemory
-from utils.memory.vector_checks import LAST_ID
+from utils.memory.vector_checks import LAST_ID, as_metadata
 from utils.runtime.errors import ConfigError, DataError
 
 
@@ -151,6 +153,24 @@ def test_metadata_that_is_refused(memory, metadata, message):
     with pytest.raises(DataError, match="no JSON value"):
         memory.add(points(1), {"a": nested})
     assert len(memory) == 50 and memory.metadata([0]) == [{"row": 0}]
+
+
+class Text(str):
+    """What JSON returns as another type."""
+
+
+def test_metadata_are_copies_of_plain_types():
+    flat = {"a": "é", "b": 10**20, "c": -1.5, "d": True, "e": None, "f": 0.0}
+    for given in ({}, flat, {"a": Text("b"), Text("c"): 1}, {"big": 1e308}, {"wide": 10**400}, {"deep": [{"a": [1]}]}):
+        one, two, none = as_metadata([given, given, None], 3)
+        assert one == two == given and none == {} and one is not given and one is not two
+        assert [*map(type, one)] == [str] * len(one) and Text not in map(type, one.values())
+        assert json.loads(json.dumps(one)) == one
+    assert as_metadata(flat, 2) == [flat, flat] and as_metadata([], 0) == []
+    for bad in (float("nan"), float("-inf"), 10**5000, {1: 2}, np.float32(1), 1j):
+        for others in ([], [flat], [{"b": 10**400}], [{"b": 1e308}]):
+            with pytest.raises(DataError, match=f"number {len(others)} holds what is no JSON value"):
+                as_metadata([*others, {"a": 1.0, "b": bad}], len(others) + 1)
 
 
 def test_conditions(memory):

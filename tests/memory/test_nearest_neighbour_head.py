@@ -16,14 +16,13 @@ import utils
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.adapters.objectives import IGNORED
 from utils.memory.datastore import Scaling, _Reservoir, build_datastore
-from utils.memory.datastore_files import load_datastore, save_datastore
 from utils.memory.key_reader import KeyReader
 from utils.memory.memory_evaluation import choose_memory, choose_settings, evaluate_memory
 from utils.memory.memory_generation import generate_with_memory
 from utils.memory.nearest_neighbour_head import NearestNeighbourHead
-from utils.memory.neighbour_mixture import Gate, Lookup, NeighbourConfig, fit_gate
+from utils.memory.neighbour_mixture import Gate, Lookup, NeighbourConfig, fit_gate, window_hashes
 from utils.memory.vector_index import IndexConfig
-from utils.runtime.errors import AdapterError, CheckpointError, ConfigError, DataError
+from utils.runtime.errors import AdapterError, ConfigError, DataError
 from utils.training.weights import weights_sha256
 
 VOCABULARY, LENGTH = 48, 24
@@ -51,6 +50,13 @@ def make_text(count, seed):
     phrases = torch.randint(0, VOCABULARY, (12, 8), generator=torch.Generator().manual_seed(7))
     chosen = torch.randint(0, 12, (count, LENGTH // 8), generator=torch.Generator().manual_seed(seed))
     return phrases[chosen].flatten(1)
+
+
+def apart(count, seed, *others):
+    """Windows of `make_text` that are in none of the others, and each once."""
+    known = {tuple(row) for other in others for row in other.tolist()}
+    rows = dict.fromkeys(tuple(row) for row in make_text(2 * count, seed).tolist())
+    return torch.tensor([row for row in rows if row not in known][:count])
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +160,9 @@ def test_the_model_is_left_as_it_was(adapter, store, head):
 
 def test_memory_helps_and_a_shuffled_one_does_not(head):
     groups = torch.arange(30) // 2
-    development, test = head.lookup(make_text(20, 11), neighbours=64), head.lookup(make_text(30, 12), neighbours=64)
+    first = apart(20, 11, make_text(40, 1))
+    development = head.lookup(first, neighbours=64)
+    test = head.lookup(apart(30, 12, make_text(40, 1), first), neighbours=64)
     found = evaluate_memory(head, development, test, groups, resamples=500)
     assert found.helps and found.gain.high < 0.5 and found.groups == 15
     assert found.gain.low < found.gain.ratio < found.gain.high
@@ -173,12 +181,12 @@ def test_memory_helps_and_a_shuffled_one_does_not(head):
 
 def test_a_useless_memory_is_given_no_say(adapter, head):
     # Queries from text whose next tokens are random: nothing can be looked up.
-    noise = torch.randint(0, VOCABULARY, (20, LENGTH), generator=torch.Generator().manual_seed(3))
-    lookup = head.lookup(noise, neighbours=64)
-    sure = Lookup(**{**vars(lookup), "model": torch.full_like(lookup.model, -0.01)})
+    noise = torch.randint(0, VOCABULARY, (40, LENGTH), generator=torch.Generator().manual_seed(3))
+    lookups = [head.lookup(part, neighbours=64) for part in noise.split(20)]
+    sure, test = (Lookup(**{**vars(one), "model": torch.full_like(one.model, -0.01)}) for one in lookups)
     choice = choose_settings(sure)
     assert choice.config.weight == 0 and choice.ratio == 1.0 and choice.config.gate is None
-    found = evaluate_memory(head, sure, sure, resamples=200)
+    found = evaluate_memory(head, sure, test, resamples=200)
     assert not found.helps and "does not help" in str(found)
 
 
@@ -192,7 +200,7 @@ def synthetic(n=600, k=8, seed=0):
     flat = torch.full((n,), 1.0) + 0.01 * torch.rand(n, generator=generator)
     return Lookup(
         distances, torch.zeros(n, k, dtype=torch.int64), values, flat, -flat, targets,
-        torch.full((n,), -1.0), torch.arange(n),
+        torch.full((n,), -1.0), torch.arange(n), torch.arange(n),
     )  # fmt: skip
 
 
@@ -224,10 +232,39 @@ def test_mass_of_the_likeliest_token():
 def test_choosing_among_memories(adapter, store):
     shuffled = NearestNeighbourHead(adapter, store.shuffled(), index=TORCH)
     heads = {"shuffled": shuffled, "right": NearestNeighbourHead(adapter, store, index=TORCH)}
-    best, choices = choose_memory(heads, make_text(6, 9))
+    best, choices = choose_memory(heads, apart(6, 9, make_text(40, 1)))
     assert best == "right" and choices["right"].ratio < choices["shuffled"].ratio
     with pytest.raises(ConfigError, match="no memory to choose from"):
         choose_memory({}, make_text(1, 1))
+
+
+def test_splits_that_share_windows_are_refused(adapter, store, head):
+    memory = make_text(40, 1)
+    first = apart(4, 11, memory)
+    second = apart(4, 12, memory, first)
+    looked = {name: head.lookup(ids) for name, ids in (("first", first), ("second", second), ("memory", memory[:4]))}
+    assert window_hashes(memory.int()).tolist() == window_hashes(memory).tolist()
+    assert len(window_hashes(torch.cat((first, second))).unique()) == 8
+    mixed_up = head.lookup(torch.cat((second, first[2:3], first[:1])))
+    for one, other, message in (
+        ("memory", "second", "4 of 4 windows of the development split are in the memory too: number 0, 1, 2, 3"),
+        ("first", "memory", "4 of 4 windows of the test split are in the memory too"),
+        ("first", "first", "4 of 4 windows of the test split are in the development split too"),
+    ):
+        with pytest.raises(DataError, match=message):
+            evaluate_memory(head, looked[one], looked[other])
+    with pytest.raises(DataError, match="2 of 6 windows of the test split are in the development split too: number 4"):
+        evaluate_memory(head, looked["first"], mixed_up)
+    labels = torch.full_like(first, IGNORED)
+    labels[:3, :5], labels[3] = 1, 2
+    tails = head.lookup(torch.cat((first[:3], second[:1])), labels)
+    evaluate_memory(head, looked["first"], tails, gate=False, resamples=100)  # mostly filling: equal by chance
+    with pytest.raises(DataError, match="windows of the development split are in the memory too"):
+        choose_memory({"one": head}, memory[:2])
+    bare = replace(store, source=store.source[:0])
+    unread = NearestNeighbourHead(adapter, bare, head.config, index=TORCH)
+    found = evaluate_memory(unread, unread.lookup(first), unread.lookup(second), gate=False, resamples=100)
+    assert any("kept no text" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("kind", ["standardise", "whiten"])
@@ -351,51 +388,6 @@ def test_generation_without_weight_is_plain_generation(adapter, store):
     silent = NearestNeighbourHead(adapter, store, NeighbourConfig(8, 1.0, 0.0), index=TORCH)
     plain = generate(adapter, [3, 4], 8, seed=2)
     assert generate_with_memory(adapter, silent, [3, 4], 8, seed=2).ids == plain.ids
-
-
-def test_saved_and_loaded(adapter, store, head, tmp_path):
-    ids = make_text(2, 6)
-    save_datastore(store, tmp_path / "memory")
-    loaded = load_datastore(tmp_path / "memory")
-    assert loaded.to_dict() == store.to_dict()
-    again = NearestNeighbourHead(adapter, loaded, head.config, index=TORCH)
-    assert torch.equal(again.log_probabilities(ids), head.log_probabilities(ids))
-    save_datastore(store.shuffled(), tmp_path / "memory")
-    assert len(list((tmp_path / "memory").iterdir())) == 2
-    assert torch.equal(load_datastore(tmp_path / "memory").values, store.shuffled().values)
-
-
-def test_files_that_cannot_be_trusted(store, tmp_path):
-    with pytest.raises(CheckpointError, match="There is no datastore"):
-        load_datastore(tmp_path)
-    save_datastore(store, tmp_path)
-    manifest, (data,) = tmp_path / "manifest.json", tmp_path.glob("*.safetensors")
-    whole, about = data.read_bytes(), json.loads(manifest.read_text())
-    data.write_bytes(whole[:-8])
-    with pytest.raises(CheckpointError, match="hash is another"):
-        load_datastore(tmp_path)
-    data.write_bytes(whole)
-    for change, message in (
-        ({"version": 99}, "is of version 99"),
-        ({"format": "other"}, "no manifest of a datastore"),
-        ({"keys": 3}, "wrong: keys"),
-        ({"layer": None}, "wrong: layer"),
-        ({"file": "../x"}, "is missing"),
-    ):
-        manifest.write_text(json.dumps({**about, **change}))
-        with pytest.raises(CheckpointError, match=message):
-            load_datastore(tmp_path)
-    manifest.write_text("{")
-    for call in (lambda: load_datastore(tmp_path), lambda: save_datastore(store, tmp_path)):
-        with pytest.raises(CheckpointError, match="cannot be read"):
-            call()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "manifest.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="no manifest"):
-        save_datastore(store, tmp_path / "other")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be saved"):
-        save_datastore(store, tmp_path / "file" / "below")
 
 
 class FakeTokenizer:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.memory.repeated_lines import without_repeated_lines
-from utils.runtime.errors import ConfigError
+from utils.runtime.errors import ConfigError, DataError
 
 LICENCE = "This line is a licence that every file has."
 
@@ -48,3 +48,9 @@ def test_no_line_is_left_twice(splits, shortest):
 def test_bad_input():
     with pytest.raises(ConfigError, match="shortest is 0"):
         without_repeated_lines({"memory": []}, 0)
+
+
+@pytest.mark.parametrize("splits", [{"a": "one text"}, {"a": [1, 2]}, ["a text"], None, {"a": None}])
+def test_what_are_no_lists_of_documents(splits):
+    with pytest.raises(DataError, match="Documents are given as .* Expected a list of texts for each split"):
+        without_repeated_lines(splits)

@@ -54,7 +54,7 @@ def test_stamping_writes_every_place_and_again_changes_nothing(checkout, capsys)
         assert document["cells"][2]["source"] == ["1 + 1"]
         assert "Tïtle" in text
     readme = (checkout / "README.md").read_text()
-    assert readme.count("github/Some-Owner/my.repo_1/blob/v") == 2
+    assert readme.count("github/Some-Owner/my.repo_1/blob/v") == 3
     assert readme.startswith("# Title\n")
     assert readme.endswith("\nrest\n")
     assert "README.md" in capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_stamping_writes_every_place_and_again_changes_nothing(checkout, capsys)
 
 def test_unstamped_badges_say_so(checkout):
     readme = (checkout / "README.md").read_text()
-    assert readme.count("make colab-links REPO=owner/name") == 2
+    assert readme.count("make colab-links REPO=owner/name") == 3
     assert "old" not in readme
 
 

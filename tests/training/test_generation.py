@@ -153,6 +153,9 @@ def test_unusable_prompts_are_refused(gpt):
         generate(gpt, [])
     with pytest.raises(DataError, match=r"The prompt holds the id 300\. Expected ids from 0 to 299"):
         generate(gpt, [1, 300])
+    for prompt in (None, 5, [1.5], ["a"]):
+        with pytest.raises(DataError, match="does not hold ids alone. Expected text, or whole numbers"):
+            generate(gpt, prompt)
 
 
 def test_other_models_are_refused():

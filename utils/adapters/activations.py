@@ -131,7 +131,7 @@ def representations(
     numbers: list[Tensor] = []
     places: list[Tensor] = []
     count = 0
-    how = ""
+    how, unfitting = "", ""
     child = layer_named(adapter.module, layer)
     with preserved(adapter.module, 0, "representations"), torch.no_grad():
         adapter.module.eval()
@@ -148,14 +148,7 @@ def representations(
                     for name, value in inputs.items()
                 }
                 held.clear()
-                try:
-                    adapter.forward(inputs)
-                except Exception as error:
-                    raise AdapterError(
-                        f"{adapter.name} does not run on a batch of {_told(inputs)}: {first_line(error)}.",
-                        f"Expected what it takes: {_told(adapter.example_inputs())}.",
-                        "Give inputs of these types, and of shapes that the model was made for.",
-                    ) from error
+                run_given(adapter, inputs)
                 if not held:
                     raise AdapterError(
                         f"The layer `{layer}` of {adapter.name} was not called, or its {side} holds no tensor.",
@@ -165,6 +158,8 @@ def representations(
                 size = inputs[adapter.main_input].shape[0]
                 table, how = as_table(held[-1].detach(), inputs[adapter.main_input], layer, channels)
                 values, sample, place = pooled_rows(table, real_positions(inputs, table), pool)
+                if pool != "flat":
+                    unfitting = unfitting or unfitting_masks(inputs, table)
                 rows.append(values.float().cpu())
                 numbers.append(sample.cpu() + count)
                 places.append(place.cpu())
@@ -183,8 +178,30 @@ def representations(
         )
     pooled = "mean" if pool == "auto" else pool
     return Representation(
-        torch.cat(rows), layer, side, pooled, torch.cat(numbers), torch.cat(places), f"{reason}; {how}"
+        torch.cat(rows),
+        layer,
+        side,
+        pooled,
+        torch.cat(numbers),
+        torch.cat(places),
+        "; ".join(filter(None, (reason, how, unfitting))),
     )
+
+
+def run_given(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> Any:
+    """Call a model on inputs that a user gave and return its raw output.
+
+    Raises:
+        AdapterError: It does not run on them.
+    """
+    try:
+        return adapter.forward(inputs)
+    except Exception as error:
+        raise AdapterError(
+            f"{adapter.name} does not run on a batch of {_told(inputs)}: {first_line(error)}.",
+            f"Expected what it takes: {_told(adapter.example_inputs())}.",
+            "Give inputs of these types, and of shapes that the model was made for.",
+        ) from error
 
 
 def _told(inputs: Mapping[str, Any]) -> str:
@@ -262,6 +279,20 @@ def real_positions(inputs: Mapping[str, Any], table: Tensor) -> Tensor:
         if role in ("mask", "padding") and isinstance(value, Tensor) and value.shape == table.shape[:2]:
             return value.bool() if role == "mask" else ~value.bool()
     return torch.ones(table.shape[:2], dtype=torch.bool, device=table.device)
+
+
+def unfitting_masks(inputs: Mapping[str, Any], table: Tensor) -> str:
+    """Return what is to be said of masks that do not fit the layer's positions; empty where one fits or none is."""
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in inputs.items()
+        if role_of(name) in ("mask", "padding") and isinstance(value, Tensor)
+    }
+    # Where a layer has put the positions of a sample together, no mask is wanted.
+    if table.shape[1] == 1 or not shapes or tuple(table.shape[:2]) in shapes.values():
+        return ""
+    said = ", ".join(f"`{name}` of shape {shape}" for name, shape in shapes.items())
+    return f"{said} does not fit {table.shape[0]} x {table.shape[1]} positions, so that all of them counted"
 
 
 def pooled_rows(table: Tensor, real: Tensor, pool: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,40 +1,53 @@
-"""A sparse autoencoder on disk: its tensors as safetensors, and a JSON file that knows their hash."""
+"""A sparse autoencoder on disk: its tensors as safetensors, and a JSON file that names them by their hash.
+
+The JSON file carries a hash of itself too, and is replaced in one step when the tensors are whole, so that a save that
+is killed leaves the autoencoder before it.
+"""
 
 import io
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from utils.concepts.autoencoder import AutoencoderConfig, AutoencoderFit, SparseAutoencoder
+from utils.memory.memory_files import own_hash
 from utils.runtime.errors import CheckpointError, SeedbedError
-from utils.runtime.files import sha256_file, write_atomic, write_json
+from utils.runtime.files import sha256_bytes, sha256_file, write_atomic, write_json
 from utils.training.weights import distinct_tensors, read_weights, write_tensors
 
-TENSORS, RECORD = "autoencoder.safetensors", "autoencoder.json"
-"""Names of the files."""
-FORMAT = 1
+RECORD = "autoencoder.json"
+NAMES = re.compile(r"autoencoder-[0-9a-f]{16}\.safetensors")
+"""Whole names of the files of tensors; no other file is ever deleted."""
+FORMAT = 2
 
 
 def save_autoencoder(fit: AutoencoderFit, directory: str | Path) -> Path:
-    """Write an autoencoder into a directory, the JSON file last: without it there is none.
+    """Write an autoencoder into a directory; one that is there already is replaced as a whole.
 
     Returns:
         The directory.
 
     Raises:
-        OSError: The files cannot be written.
+        OSError: The files cannot be written; what was there is still there.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    # An older record must not stand beside newer tensors.
-    (directory / RECORD).unlink(missing_ok=True)
     stream = io.BytesIO()
     write_tensors(*distinct_tensors(fit.autoencoder), stream)
-    write_atomic(directory / TENSORS, stream.getvalue())
-    record = {"format": FORMAT, **fit.to_dict(), "sha256": sha256_file(directory / TENSORS)}
-    write_json(directory / RECORD, record)
+    content = stream.getvalue()
+    digest = sha256_bytes(content)
+    path = directory / _file_name(digest)
+    write_atomic(path, content)
+    # The record comes last: until then a reader sees the old autoencoder, from then on the new one.
+    record = {"format": FORMAT, **fit.to_dict(), "tensors": {"file": path.name, "sha256": digest}}
+    write_json(directory / RECORD, record | {"sha256": own_hash(record)})
+    for other in directory.iterdir():
+        if NAMES.fullmatch(other.name) and other != path:
+            with suppress(OSError):
+                other.unlink()
     return directory
 
 
@@ -49,13 +62,16 @@ def load_autoencoder(directory: str | Path) -> AutoencoderFit:
         record: dict[str, Any] = json.loads((directory / RECORD).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise _unreadable(directory, f"it has the format {record['format']!r} and not {FORMAT}")
-        if (found := sha256_file(directory / TENSORS)) != record["sha256"]:
-            raise _unreadable(
-                directory, f"{TENSORS} has the SHA-256 {found[:12]}... and not {record['sha256'][:12]}..."
-            )
+        if record["sha256"] != own_hash(record):
+            raise _unreadable(directory, f"{RECORD} was changed after it was written: its hash is another")
+        name, digest = record["tensors"]["file"], record["tensors"]["sha256"]
+        if name != _file_name(digest) or not NAMES.fullmatch(name):
+            raise _unreadable(directory, f"it names the file {str(name)[:80]!r}, not {_file_name(digest)}")
+        if (found := sha256_file(directory / name)) != digest:
+            raise _unreadable(directory, f"{name} has the SHA-256 {found[:12]}... and not {digest[:12]}...")
         config = AutoencoderConfig.from_dict(record["config"])
         width, features = int(record["width"]), int(record["features"])
-        tensors = read_weights(directory / TENSORS)
+        tensors = read_weights(directory / name)
         shapes = {
             "encoder": (features, width), "decoder": (features, width), "bias": (width,), "mean": (width,), "scale": ()
         }  # fmt: skip
@@ -74,13 +90,17 @@ def load_autoencoder(directory: str | Path) -> AutoencoderFit:
         )  # fmt: skip
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, IndexError, SeedbedError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError, SeedbedError) as error:
         raise _unreadable(directory, f"{type(error).__name__}: {error}") from error
+
+
+def _file_name(digest: str) -> str:
+    return f"autoencoder-{digest[:16]}.safetensors"
 
 
 def _unreadable(directory: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"No autoencoder can be read from {directory} ({why}).",
-        f"Expected {RECORD} and the {TENSORS} that it describes, as save_autoencoder writes them.",
+        f"Expected {RECORD} and the file of tensors that it names, as save_autoencoder writes them.",
         "Copy both from where they were saved, or fit it again.",
     )

@@ -55,9 +55,8 @@ def direction_figure(found: ConceptDirection, dark: bool = False) -> "Figure":
         axis.set_xlim(min(0.4, min(min(values) for _, _, values in rows) - 0.03), 1.02)
         axis.set_xlabel("AUROC on held-out examples; the bar is the concept's 95% interval")
 
-    verdict = "accepted" if found.accepted else "not accepted"
     where = f" in {found.layer}" if found.layer else ""
-    return _figure(draw, f"Concept{where} {verdict}: cosine of two halves {found.stability:.2f}", 1, dark)
+    return _figure(draw, f"Concept{where} {found.verdict}: cosine of two halves {found.stability:.2f}", 1, dark)
 
 
 def effect_figure(effect: ErasureEffect, dark: bool = False) -> "Figure":

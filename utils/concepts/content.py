@@ -96,7 +96,7 @@ def read_content(examples: Any, what: str = "examples") -> Content:
     """Return examples that a user gave.
 
     Args:
-        examples: Texts; a tensor of main inputs or a mapping of all inputs, samples first; several of these; `Content`.
+        examples: Texts; a tensor of main inputs or a mapping of all inputs, samples first; several mappings; `Content`.
         what: How they are called in errors.
 
     Raises:
@@ -112,6 +112,7 @@ def read_content(examples: Any, what: str = "examples") -> Content:
         if empty := sum(not part.strip() for part in parts):
             raise DataError(f"{empty} of the {what} are empty texts.", "Expected texts.", "Leave them out.")
         return Content(texts=tuple(parts))
+    refuse_tensor_lists(parts, what)
     made: Content | None = None
     for part in parts:
         named = {ALONE: part} if isinstance(part, Tensor) else part
@@ -140,6 +141,20 @@ def read_content(examples: Any, what: str = "examples") -> Content:
     if not len(made):
         raise DataError(f"There are no {what}.", "Expected one at least.", "Give texts or model inputs.")
     return made
+
+
+def refuse_tensor_lists(parts: Sequence[Any], what: str = "examples") -> None:
+    """Refuse several tensors, of which nobody can say whether each is a sample or a batch.
+
+    Raises:
+        DataError: There are several.
+    """
+    if len(parts) > 1 and all(isinstance(part, Tensor) for part in parts):
+        raise DataError(
+            f"The {what} are a list of {len(parts)} tensors, of the shape {tuple(parts[0].shape)} at first.",
+            "Expected one tensor: each of a list could be a sample or a batch of them.",
+            "Join samples with torch.stack, and batches with torch.cat.",
+        )
 
 
 def _iterable(examples: Any, what: str) -> Iterable[Any]:

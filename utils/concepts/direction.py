@@ -4,6 +4,7 @@ Each example is scored by a direction that was found without it: two disjoint ha
 how stable the direction is, and the same procedure with permuted labels tells what it makes of nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.concepts.content import checked_groups
 from utils.concepts.examples import BATCH_SIZE, read_sides
 from utils.concepts.ranking import auroc, auroc_interval
 from utils.runtime.errors import ConfigError, DataError
@@ -53,6 +55,8 @@ class ConceptDirection:
     """How the direction was found."""
     examples: tuple[int, int] = (0, 0)
     """Different positive and negative examples."""
+    groups: tuple[int, int] = (0, 0)
+    """Groups that the positive and the negative ones are of; ``(0, 0)`` where each example counts by itself."""
     layer: str = ""
     """The layer that made the values; empty where they were given as such."""
     side: str = "output"
@@ -63,9 +67,21 @@ class ConceptDirection:
     """The p value of `utils.concepts.effect.erasure_effect`; None where no behaviour was looked at."""
 
     @property
+    def found(self) -> bool:
+        """Whether there is such a direction: it tells held-out examples apart (rule 1) and is stable (rule 3)."""
+        return all(held for held, _ in self._rules()[:2])
+
+    @property
     def accepted(self) -> bool:
-        """Whether every rule that was measured holds; `reasons` has them."""
+        """Whether all three rules were measured and hold: it is found, and erasing it has an effect of its own."""
         return all(held for held, _ in self._rules())
+
+    @property
+    def verdict(self) -> str:
+        """``"accepted"``, ``"not accepted"``, or ``"found, effect not measured"``."""
+        if self.found and self.effect is None:
+            return "found, effect not measured"
+        return "accepted" if self.accepted else "not accepted"
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -74,10 +90,11 @@ class ConceptDirection:
 
     def _rules(self) -> list[tuple[bool, str]]:
         low, best = self.interval[0], max(self.controls, default=0.5)
+        counted = f", counted by {self.groups[0]} and {self.groups[1]} groups," if any(self.groups) else ","
         rules = [
             (
                 low > best,
-                f"Held-out AUROC {self.auroc:.3f}, at least {low:.3f} with 95% confidence, "
+                f"Held-out AUROC {self.auroc:.3f}, at least {low:.3f} with 95% confidence{counted} "
                 f"{'above' if low > best else 'not above'} {best:.3f}, "
                 f"the best of {len(self.controls)} control concepts with permuted labels"
                 + (f"; the best random direction has {max(self.random):.3f}." if self.random else "."),
@@ -89,7 +106,10 @@ class ConceptDirection:
             ),
         ]
         if self.effect is None:
-            return [*rules, (True, "What erasing it does to the model's behaviour was not measured.")]
+            return [
+                *rules,
+                (False, "What erasing it does to the model's behaviour was not measured: see examine_concept."),
+            ]
         held = self.effect < LEVEL
         said = "lowers the behaviour more than" if held else "is not shown to lower the behaviour more than"
         return [*rules, (held, f"Erasing it {said} erasing random directions does (p = {self.effect:.3g}).")]
@@ -116,10 +136,11 @@ class ConceptDirection:
         """Return all as plain values that JSON can hold."""
         made = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "vector"}
         made = {name: list(value) if isinstance(value, tuple) else value for name, value in made.items()}
-        return made | {"vector": self.vector.tolist(), "accepted": self.accepted, "reasons": list(self.reasons)}
+        told = {"found": self.found, "accepted": self.accepted, "reasons": list(self.reasons)}
+        return made | {"vector": self.vector.tolist()} | told
 
     def __str__(self) -> str:
-        return "\n".join([f"Concept {'accepted' if self.accepted else 'not accepted'}.", *self.reasons])
+        return "\n".join([f"Concept {self.verdict}.", *self.reasons])
 
     def _repr_html_(self) -> str:
         """Show the picture and the same in words."""
@@ -129,8 +150,9 @@ class ConceptDirection:
 
 
 def concept_direction(
-    positive: Tensor, negative: Tensor, method: str = "mean_difference", seed: int = 0, *, controls: int = CONTROLS
-) -> ConceptDirection:
+    positive: Tensor, negative: Tensor, method: str = "mean_difference", seed: int = 0, *, controls: int = CONTROLS,
+    groups: tuple[Sequence[Any], Sequence[Any]] | None = None,
+) -> ConceptDirection:  # fmt: skip
     """Find the direction that leads from examples without a concept to examples with it, and test it.
 
     Repeated rows count once, so that none is on both sides of the split, and the order of rows does not matter. The
@@ -142,9 +164,13 @@ def concept_direction(
         method: ``"mean_difference"`` of the two sides, or ``"logistic"`` regression on standardised features.
         seed: Of the split, the control concepts and the random directions.
         controls: How many control concepts and random directions.
+        groups: The source or template of each positive and of each negative example. Those of one group are on one
+            side of the split and are permuted together, and the interval counts groups instead of examples, as
+            befits examples of one group that are all alike; where a group has both sides, its labels are swapped.
 
     Raises:
-        DataError: Too few different examples, the same on both sides, values that are not finite or all equal.
+        DataError: Too few different examples or groups, the same examples on both sides, values that are not finite or
+            all equal.
         ConfigError: No such method, or no control.
     """
     if method not in METHODS or not isinstance(controls, int) or controls < 1:
@@ -156,13 +182,18 @@ def concept_direction(
     sides = checked_sides(positive, negative)
     find = _mean_difference if method == "mean_difference" else _logistic
     generator = torch.Generator().manual_seed(derive_seed(seed, "concept direction"))
-    halves = _halves(sides, generator)
+    ids = (torch.arange(len(sides[0])), len(sides[0]) + torch.arange(len(sides[1])))
+    if groups is not None:
+        ids = _grouped((positive, negative), group_numbers(groups, (len(positive), len(negative))))
+    parted = group_halves(ids, generator)
+    halves = [(sides[0][rows[0]], sides[1][rows[1]]) for rows in parted]
+    blocks = [(ids[0][rows[0]], ids[1][rows[1]]) for rows in parted]
     found = [find(*half)[0] for half in halves]
     tested = _crossed(halves, found)
-    parts = [len(side) // 2 for side in sides]
+    parts = [min(_effective(block[side]) for block in blocks) for side in (0, 1)]
     null = []
     for _ in range(controls):
-        shuffled = [_permuted(half, generator) for half in halves]
+        shuffled = [_permuted(half, block, generator) for half, block in zip(halves, blocks, strict=True)]
         null.append(_crossed(shuffled, [find(*half)[0] for half in shuffled]))
     drawn = torch.randn(controls, sides[0].shape[1], generator=generator, dtype=torch.float64)
     random = [_crossed(halves, [_turned(vector, half) for half in halves]) for vector in drawn]
@@ -170,6 +201,7 @@ def concept_direction(
     return ConceptDirection(
         vector.float(), bias, tested, auroc_interval(tested, parts[0], parts[1]), tuple(null),
         float(found[0] @ found[1]), tuple(random), method, (len(sides[0]), len(sides[1])),
+        (0, 0) if groups is None else (len(ids[0].unique()), len(ids[1].unique())),
     )  # fmt: skip
 
 
@@ -177,6 +209,7 @@ def find_direction(
     model: Any, positive: Any, negative: Any, layer: str | None = None, method: str = "mean_difference", *,
     pool: str = "auto", side: str = "output", channels: int | None = None, tokenizer: Any = None, seed: int = 0,
     controls: int = CONTROLS, batch_size: int = BATCH_SIZE,
+    groups: tuple[Sequence[Any], Sequence[Any]] | None = None,
 ) -> ConceptDirection:  # fmt: skip
     """Find and test a concept's direction in a layer of a model; see `concept_direction`.
 
@@ -193,6 +226,7 @@ def find_direction(
         seed: Of the split, the control concepts and the random directions.
         controls: How many control concepts and random directions.
         batch_size: Samples that go through the model at a time.
+        groups: The source or template of each example, on either side; see `concept_direction`.
 
     Raises:
         ConfigError: No such layer, pool, side or method, or examples of no known kind.
@@ -204,8 +238,13 @@ def find_direction(
         side=side, channels=channels, tokenizer=tokenizer, batch_size=batch_size,
     )  # fmt: skip
     # What a layer makes of the same input in two batches may differ in rounding.
-    values = [side.values[own.distinct(read.adapter.main_input)] for side, own in read.paired]
-    found = concept_direction(values[0], values[1], method, seed, controls=controls)
+    distinct = [own.distinct(read.adapter.main_input) for _, own in read.paired]
+    values = [side.values[kept] for (side, _), kept in zip(read.paired, distinct, strict=True)]
+    numbers = None
+    if groups is not None:
+        told = group_numbers(groups, (len(read.positive), len(read.negative)))
+        numbers = told[0][distinct[0]].tolist(), told[1][distinct[1]].tolist()
+    found = concept_direction(values[0], values[1], method, seed, controls=controls, groups=numbers)
     return replace(found, layer=read.first.layer, side=read.first.side, pool=read.first.pool)
 
 
@@ -272,20 +311,89 @@ def checked_sides(positive: Tensor, negative: Tensor, least: int = LEAST) -> tup
     return first, second
 
 
-def _halves(sides: tuple[Tensor, Tensor], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """Return two disjoint halves of both sides."""
-    orders = [torch.randperm(len(side), generator=generator) for side in sides]
-    cuts = [len(side) // 2 for side in sides]
-    first = tuple(side[order[:cut]] for side, order, cut in zip(sides, orders, cuts, strict=True))
-    second = tuple(side[order[cut:]] for side, order, cut in zip(sides, orders, cuts, strict=True))
-    return [(first[0], first[1]), (second[0], second[1])]
+def group_numbers(groups: tuple[Sequence[Any], Sequence[Any]], counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return the group of each example on either side as a number, the same for the same group: int64 ``(n,)``.
+
+    Args:
+        groups: The source or template of each positive and of each negative example.
+        counts: How many examples there are on either side.
+
+    Raises:
+        DataError: There are not as many as examples.
+    """
+    if not isinstance(groups, (tuple, list)) or len(groups) != 2:
+        raise DataError(
+            f"The groups are of the type {type(groups).__name__} and not a pair.",
+            "Expected those of the positive and those of the negative examples.",
+            "Write groups=(of_positive, of_negative).",
+        )
+    told = [checked_groups(groups[side], counts[side], f"{('positive', 'negative')[side]} examples") for side in (0, 1)]
+    names = {name: number for number, name in enumerate(sorted({*told[0], *told[1]}))}
+    first, second = (torch.tensor([names[name] for name in side], dtype=torch.int64) for side in told)
+    return first, second
 
 
-def _permuted(half: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return a half with its labels dealt anew, as many of each."""
-    rows = torch.cat(half)
-    order = torch.randperm(len(rows), generator=generator)
-    return rows[order[: len(half[0])]], rows[order[len(half[0]) :]]
+def group_halves(ids: tuple[Tensor, Tensor], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows of both sides in two disjoint halves, those of one group together.
+
+    Args:
+        ids: The group of each row on either side, int64 ``(n,)``.
+        generator: Of the split.
+
+    Raises:
+        DataError: One side has a single group, which cannot be in both halves.
+    """
+    own = [side.unique() for side in ids]
+    for name, groups in zip(("positive", "negative"), own, strict=True):
+        if len(groups) < 2:
+            raise DataError(
+                f"All {name} examples are of one group.",
+                "Expected two groups on each side at least: a direction is tested on groups that it was found without.",
+                "Give examples of more sources.",
+            )
+    # Examples that each are a group of their own are dealt as rows in their order.
+    sole = [groups[~torch.isin(groups, other)] for groups, other in (own, own[::-1])]
+    shared = own[0][torch.isin(own[0], own[1])]
+    chosen = []
+    for groups, more in ((sole[0], 0), (sole[1], 0), (shared, 1)):
+        # Half of an odd number goes the other way for shared groups, so that no half is without a side.
+        chosen.append(groups[torch.randperm(len(groups), generator=generator)][: (len(groups) + more) // 2])
+    first = [torch.isin(side, torch.cat(chosen)) for side in ids]
+    return [
+        (torch.nonzero(first[0])[:, 0], torch.nonzero(first[1])[:, 0]),
+        (torch.nonzero(~first[0])[:, 0], torch.nonzero(~first[1])[:, 0]),
+    ]
+
+
+def _grouped(given: tuple[Tensor, Tensor], numbers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the groups of the rows that `checked_sides` keeps; a row of several groups is of the first of them."""
+    made = []
+    for values, own in zip(given, numbers, strict=True):
+        rows, place = torch.unique(values.detach().double().cpu(), dim=0, return_inverse=True)
+        least = torch.full((len(rows),), int(own.max()))
+        made.append(least.scatter_reduce(0, place, own, "amin"))
+    return made[0], made[1]
+
+
+def _effective(groups: Tensor) -> int:
+    """Return how many independent examples rows are worth whose groups are all alike inside (Kish, 1965)."""
+    sizes = groups.unique(return_counts=True)[1].double()
+    return int(sizes.sum() ** 2 / sizes.square().sum() + 1e-9)
+
+
+def _permuted(
+    half: tuple[Tensor, Tensor], groups: tuple[Tensor, Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return a half with its labels dealt anew to groups, as many of each; groups of both sides swap theirs or not."""
+    rows, ids = torch.cat(half), torch.cat(groups)
+    was = torch.arange(len(rows)) < len(half[0])
+    own = [side.unique() for side in groups]
+    sole = [side[~torch.isin(side, other)] for side, other in (own, own[::-1])]
+    shared = own[0][torch.isin(own[0], own[1])]
+    dealt = torch.cat(sole)[torch.randperm(len(sole[0]) + len(sole[1]), generator=generator)][: len(sole[0])]
+    swapped = shared[torch.rand(len(shared), generator=generator) < 0.5]
+    now = torch.isin(ids, dealt) | (torch.isin(ids, shared) & (was != torch.isin(ids, swapped)))
+    return rows[now], rows[~now]
 
 
 def _crossed(halves: list[tuple[Tensor, Tensor]], found: list[Tensor]) -> float:

@@ -1,6 +1,6 @@
 """What a model loses when a concept is taken out of one of its layers, beside what it loses with random directions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.concepts.direction import CONTROLS, LEVEL, ConceptDirection, checked_sides, find_direction
+from utils.concepts.direction import (
+    CONTROLS,
+    LEVEL,
+    ConceptDirection,
+    checked_sides,
+    find_direction,
+    group_halves,
+    group_numbers,
+)
 from utils.concepts.erasure import Eraser, fit_eraser, random_erasers
 from utils.concepts.examples import BATCH_SIZE, Sides, read_sides
 from utils.concepts.patching import answers
@@ -82,6 +90,7 @@ def erasure_effect(
     model: Any, positive: Any, negative: Any, layer: str | None = None, behaviour: Behaviour | None = None, *,
     described: str = "the behaviour", pool: str = "auto", side: str = "output", channels: int | None = None,
     tokenizer: Any = None, draws: int = DRAWS, seed: int = 0, batch_size: int = BATCH_SIZE,
+    groups: tuple[Sequence[Any], Sequence[Any]] | None = None,
 ) -> ErasureEffect:  # fmt: skip
     """Erase a concept from a layer while the model runs, and see what that does to its answers.
 
@@ -108,6 +117,7 @@ def erasure_effect(
         draws: Random directions.
         seed: Of the split and the random directions.
         batch_size: Samples that go through the model at a time.
+        groups: The source or template of each example, on either side: those of one group are in the same half.
 
     Raises:
         ConfigError: No such layer, pool or side, or fewer than 20 draws.
@@ -129,7 +139,12 @@ def erasure_effect(
     generator = torch.Generator().manual_seed(derive_seed(seed, "erasure"))
     values = torch.cat([read.first.values, read.second.values])
     is_positive = torch.arange(len(values)) < len(read.positive)
-    fitted, held = _halves((distinct[0], distinct[1] + len(read.positive)), generator)
+    everyone = torch.arange(len(read.positive) + len(read.negative))
+    numbered = everyone[: len(read.positive)], everyone[len(read.positive) :]
+    if groups is not None:
+        numbered = group_numbers(groups, (len(read.positive), len(read.negative)))
+    parted = group_halves((numbered[0][distinct[0]], numbered[1][distinct[1]]), generator)
+    fitted, held = (torch.cat([distinct[0][rows[0]], distinct[1][rows[1]] + len(read.positive)]) for rows in parted)
     shrinkage = values.shape[1] / (len(fitted) + values.shape[1])
     eraser = fit_eraser(values[fitted], is_positive[fitted], shrinkage)
     if not eraser.rank:
@@ -173,7 +188,7 @@ def examine_concept(
     model: Any, positive: Any, negative: Any, layer: str | None = None, behaviour: Behaviour | None = None, *,
     method: str = "mean_difference", described: str = "the behaviour", pool: str = "auto", side: str = "output",
     channels: int | None = None, tokenizer: Any = None, draws: int = DRAWS, seed: int = 0,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = BATCH_SIZE, groups: tuple[Sequence[Any], Sequence[Any]] | None = None,
 ) -> tuple[ConceptDirection, ErasureEffect]:  # fmt: skip
     """Find a concept's direction and what erasing it does, and judge it by all rules together.
 
@@ -192,6 +207,7 @@ def examine_concept(
         draws: See there.
         seed: See there.
         batch_size: See there.
+        groups: See there, and `utils.concepts.direction.concept_direction`.
 
     Returns:
         The direction, whose `accepted` and `reasons` include the effect, and the effect.
@@ -202,23 +218,14 @@ def examine_concept(
         AdapterError: As there.
     """
     reading: dict[str, Any] = {
-        "pool": pool, "side": side, "channels": channels, "tokenizer": tokenizer, "seed": seed, "batch_size": batch_size
+        "pool": pool, "side": side, "channels": channels, "tokenizer": tokenizer, "seed": seed,
+        "batch_size": batch_size, "groups": groups,
     }  # fmt: skip
     found = find_direction(model, positive, negative, layer, method, **reading)
     effect = erasure_effect(
         model, positive, negative, layer, behaviour, described=described, draws=draws, **reading
     )  # fmt: skip
     return found.with_effect(effect.p_value), effect
-
-
-def _halves(sides: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the numbers of examples to fit on and of those held out, ascending, half of each side in either."""
-    fitted, held = [], []
-    for numbers in sides:
-        order = numbers[torch.randperm(len(numbers), generator=generator)]
-        fitted.append(order[: len(order) // 2])
-        held.append(order[len(order) // 2 :])
-    return torch.cat(fitted).sort().values, torch.cat(held).sort().values
 
 
 def _held_out(read: Sides, numbers: Tensor, change: Eraser | None, where: dict[str, Any]) -> Tensor:

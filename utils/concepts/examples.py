@@ -9,6 +9,7 @@ from torch import Tensor
 
 from utils.adapters import ModelAdapter
 from utils.adapters.activations import Representation, representations
+from utils.concepts.content import refuse_tensor_lists
 from utils.memory.key_reader import adapter_of, tokenizer_of
 from utils.runtime.errors import ConfigError, DataError
 from utils.training.batch_inputs import model_inputs
@@ -87,12 +88,13 @@ def example_batches(model: Any, examples: Any, tokenizer: Any = None, batch_size
 
     Args:
         model: A run, a loaded model, an adapter or a module.
-        examples: Texts; or a tensor of main inputs, or a mapping of all inputs, samples first; or several of them.
+        examples: Texts; or a tensor of main inputs, or a mapping of all inputs, samples first; or several mappings.
         tokenizer: A `TextTokenizer` for texts; None takes the run's.
         batch_size: Samples that go through the model at a time, at most.
 
     Raises:
-        DataError: There is no example, texts have no tokenizer, or a text is shorter than the model takes.
+        DataError: There is no example, tensors are not joined, texts have no tokenizer, or a text is shorter than the
+            model takes.
         ConfigError: They are nothing of this, or the batch size is below 1.
     """
     adapter = adapter_of(model)
@@ -109,6 +111,7 @@ def example_batches(model: Any, examples: Any, tokenizer: Any = None, batch_size
     given: list[Any] = [examples] if isinstance(examples, (Tensor, Mapping)) else list(examples)
     if given and all(isinstance(part, str) for part in given):
         return _text_batches(adapter, given, tokenizer_of(model, tokenizer), model, batch_size)
+    refuse_tensor_lists(given)
     batches = []
     for part in given:
         inputs = {adapter.main_input: part} if isinstance(part, Tensor) else part

@@ -49,7 +49,7 @@ def extract_concept(
         channels: The axis of features, where the layer's shape leaves it open.
         method: How the direction is found, see `concept_direction`.
         groups: The source or template of each example and of each counter-example. Those of one group stay together
-            when targets are made, and a test set may have none of them.
+            when the direction is tested and when targets are made, and a test set may have none of them.
         licence: Of the data; it goes with the package, which carries the examples.
         date: Of today, as YYYY-MM-DD.
         tokenizer: For texts; None takes the run's.
@@ -86,7 +86,8 @@ def extract_concept(
         return inputs.restored(made.values)
 
     values = read(layer, side, pool)
-    direction = concept_direction(values[labels], values[~labels], method, seed)
+    parted = (told[: len(positive)], told[len(positive) :]) if told else None
+    direction = concept_direction(values[labels], values[~labels], method, seed, groups=parted)
     held_out = _cross_fitted(values, labels, told or hashes, method, seed)
     scale, offset = calibration(held_out, labels)
     numbers = _chosen_anchors(labels, anchors, seed)

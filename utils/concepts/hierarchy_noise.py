@@ -21,8 +21,8 @@ RATES = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.1
 """Flip rates round which rates that differ by concept are tried."""
 SPREADS = (0.15, 0.3)
 """Standard deviations of the rates of concepts, as shares of their centre."""
-STEP, HIGHEST = 0.0025, 0.3
-"""Steps and end of the flip rates that are tried for all concepts alike."""
+STEP, FINE_STEP, HIGHEST = 0.0025, 0.00025, 0.3
+"""Steps, those about the likeliest, and end of the flip rates that are tried for all concepts alike."""
 LOOSE, OUTSIDE, SHARE_OUTSIDE = 0.8, 1.3, 0.1
 """Coefficients of pairs that are not included spread over 0 to `LOOSE`, a share of them as far as `OUTSIDE`."""
 ROUNDS, COOLING = 80, 50
@@ -102,6 +102,8 @@ class FlipRates:
 
     rates: Tensor
     """float64 ``(concepts,)``."""
+    errors: Tensor
+    """Their standard errors, float64 ``(concepts,)``."""
     supporting: float
     """Pairs that lie on the line of inclusion; what the estimate rests on."""
     reason: str
@@ -124,7 +126,7 @@ class _Pairs:
         one = torch.ones_like(below)
         return below, above, spread_of_product(self.held, self.parent, self.child, above, below, one)
 
-    def weigh(self, product: Tensor, error: Tensor, share: float) -> tuple[Tensor, float]:
+    def weigh(self, product: Tensor, error: Tensor, share: float, loose: float = LOOSE) -> tuple[Tensor, float]:
         """Return for every pair how likely it is an inclusion, and the log-likelihood of all."""
 
         def spread_to(top: float) -> Tensor:
@@ -134,26 +136,43 @@ class _Pairs:
         included = (
             share * torch.exp(-0.5 * ((self.covariance - product) / error) ** 2) / (error * (2 * torch.pi) ** 0.5)
         )
-        other = (1 - share) * ((1 - SHARE_OUTSIDE) * spread_to(LOOSE) + SHARE_OUTSIDE * spread_to(OUTSIDE))
+        other = (1 - share) * ((1 - SHARE_OUTSIDE) * spread_to(loose) + SHARE_OUTSIDE * spread_to(OUTSIDE))
         total = included + other + 1e-300
         return included / total, float(total.log().sum())
 
-    def common(self) -> tuple[float, float, float]:
-        """Return the likeliest rate that all concepts share, its log-likelihood and the pairs that support it."""
-        best = (-float("inf"), 0.0, 0.0)
-        for rate in torch.arange(0, min(HIGHEST, float(self.room.min())), STEP).tolist():
+    def common(self) -> tuple[float, float, float, float]:
+        """Return the rate that all concepts share, its standard error, its log-likelihood and the supporting pairs."""
+        top = min(HIGHEST, float(self.room.min()))
+        likelihood, near, support = max(self.tried(torch.arange(0, top, STEP).tolist(), STEP, LOOSE))
+        # The least of all bounds is often a little below the rate. And overlaps that nearly are inclusions must have a
+        # place beside the line here, or they pull the rate up.
+        most = min(HIGHEST, 0.98 * float(torch.minimum(self.held.mean, 1 - self.held.mean).min()), near + 2 * STEP)
+        fine = torch.arange(max(0.0, near - 2 * STEP), most + FINE_STEP / 2, FINE_STEP).tolist()
+        chance, rates, _ = torch.tensor(self.tried(fine, FINE_STEP, 1.0)).double().T
+        # Of the rates under a flat prior: mean and deviation.
+        chance = chance.softmax(0)
+        rate = float(chance @ rates)
+        return rate, float(chance @ (rates - rate) ** 2) ** 0.5, likelihood, support
+
+    def tried(self, rates: list[float], step: float, loose: float) -> list[tuple[float, float, float]]:
+        """Return the log-likelihood of each rate, the rate and the pairs that support it."""
+        found = []
+        for rate in rates:
             below, above, error = self.sides(torch.full_like(self.room, rate))
             # Rates between two steps must not fall between two stools.
-            error = (error**2 + (STEP / 2 * (below + above)) ** 2).sqrt() if rate else error
+            error = (error**2 + (step / 2 * (below + above)) ** 2).sqrt() if rate else error
             share, likelihood = 0.3, 0.0
             for _ in range(15):
-                weights, likelihood = self.weigh(below * above, error, share)
+                weights, likelihood = self.weigh(below * above, error, share, loose)
                 share = float(weights.mean())
-            best = max(best, (likelihood, rate, share * len(weights)))
-        return best[1], best[0], best[2]
+            found.append((likelihood, rate, share * len(weights)))
+        return found
 
-    def varied(self, centre: float, spread: float) -> tuple[Tensor, float, float]:
-        """Return rates that differ by concept, drawn from a normal prior: maximum a posteriori, Laplace's evidence."""
+    def varied(self, centre: float, spread: float) -> tuple[Tensor, Tensor, float, float]:
+        """Return rates that differ by concept, drawn from a normal prior: maximum a posteriori, Laplace's evidence.
+
+        The second are their standard errors, of the same approximation.
+        """
         prior = (spread * centre) ** 2
         rates, share = torch.minimum(torch.full_like(self.room, centre), 0.8 * self.room), 0.4
         weights, likelihood, curvature = torch.zeros_like(self.covariance), 0.0, torch.ones_like(self.room)
@@ -171,7 +190,7 @@ class _Pairs:
             # Half a Newton step for all at once.
             rates = torch.minimum((rates - 0.5 * slope / curvature).clamp(min=0), self.room)
         evidence = likelihood - 0.5 * float(((rates - centre) ** 2 / prior).sum() + (curvature * prior).log().sum())
-        return rates, evidence, float(weights.sum())
+        return rates, curvature.rsqrt(), evidence, float(weights.sum())
 
 
 def highest_rates(labels: Tensor) -> Tensor:
@@ -218,24 +237,27 @@ def flip_rates(labels: Tensor, held: Moments, significance: float) -> FlipRates:
     parent, child = ((held.association > significance) & rarer).nonzero(as_tuple=True)
     nothing = torch.zeros_like(held.mean)
     if len(parent) < FEWEST_PAIRS:
-        return FlipRates(nothing, 0.0, f"taken as 0: only {len(parent)} pairs of concepts go together")
+        return FlipRates(nothing, nothing, 0.0, f"taken as 0: only {len(parent)} pairs of concepts go together")
     if len(parent) > MOST_PAIRS:
         chosen = torch.randperm(len(parent), generator=torch.Generator().manual_seed(0))[:MOST_PAIRS]
         parent, child = parent[chosen], child[chosen]
     pairs = _Pairs(held, parent, child, highest_rates(labels))
-    rate, likelihood, support = pairs.common()
+    rate, error, likelihood, support = pairs.common()
     best = FlipRates(
-        nothing + rate, support, f"one rate for all concepts, estimated from {support:.0f} of {len(parent)} pairs"
+        nothing + rate,
+        nothing + error,
+        support,
+        f"one rate for all concepts, estimated from {support:.0f} of {len(parent)} pairs",
     )
     for centre in RATES:
         for spread in SPREADS:
-            rates, evidence, support = pairs.varied(centre, spread)
+            rates, errors, evidence, support = pairs.varied(centre, spread)
             if evidence - COMPLICATION > likelihood:
                 likelihood = evidence - COMPLICATION
                 said = f"a rate for each concept, estimated from {support:.0f} of {len(parent)} pairs"
-                best = FlipRates(rates, support, said)
+                best = FlipRates(rates, errors, support, said)
     if best.supporting < FEWEST_PAIRS:
-        return FlipRates(nothing, best.supporting, "taken as 0: hardly any pair looks like an inclusion")
+        return FlipRates(nothing, nothing, best.supporting, "taken as 0: hardly any pair looks like an inclusion")
     return best
 
 
@@ -280,3 +302,16 @@ def two_levels(values: Tensor, rounds: int = 60) -> tuple[Tensor, Tensor, Tensor
     gap = torch.where((best + 0.5) * len(values) > 1.5 * math.log(len(values)), gap, 0.0)
     levels = levels * scale + centre
     return levels.amin(0), levels.amax(0), gap
+
+
+def level_errors(held: Moments, low: Tensor, high: Tensor) -> Tensor:
+    """Return the standard errors of fitted levels, ``(2, concepts)``, as if it were known which sample is at which.
+
+    Args:
+        held: Moments of the activations.
+        low: ``(concepts,)``, and so `high`, both of `two_levels`.
+        high: See there.
+    """
+    share = ((held.mean - low) / (high - low)).clamp(1 / held.count, 1 - 1 / held.count)
+    within = (held.variance - share * (1 - share) * (high - low) ** 2).clamp(min=0)
+    return (within / (torch.stack([1 - share, share]) * min(held.count, MOST_SAMPLES))).sqrt()

@@ -5,6 +5,7 @@ teacher is of each, and how near it puts each to a few of them (relative represe
 The teacher's own prototypes and direction are there to read the teacher again, and to look at.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.concepts.content import Content
+from utils.concepts.content import Content, read_content
 from utils.concepts.direction import ConceptDirection
 from utils.concepts.layer_reading import Place
 from utils.concepts.readout import ConceptReadout
@@ -108,6 +109,7 @@ class ConceptPackage:
             )
 
     def _problems(self) -> Iterator[str]:
+        yield from self._content_problems()
         count, known = len(self.content), self.provenance
         if not isinstance(self.name, str) or not self.name.strip() or len(self.name) > 200:
             yield "a concept needs a name of at most 200 characters"
@@ -115,7 +117,11 @@ class ConceptPackage:
             yield f"{count:,} exemplars of {self.content.nbytes:,} bytes, above {MOST_EXAMPLES:,} or {MOST_BYTES:,}"
         if not 0 < len(self.anchors) <= MOST_ANCHORS or not 0 < len(self.traces) <= MOST_TRACES:
             yield f"{len(self.anchors)} anchors and {len(self.traces)} traces, above {MOST_ANCHORS} and {MOST_TRACES}"
-        width = self.direction.vector.numel()
+        vector, width = self.direction.vector, self.direction.vector.numel()
+        if vector.ndim != 1 or vector.dtype != torch.float32 or not bool(torch.isfinite(vector).all()):
+            yield f"a direction of shape {tuple(vector.shape)} and type {vector.dtype}, or with numbers not finite"
+        if not all(math.isfinite(value) for value in (self.direction.bias, *self.calibration)):
+            yield f"a bias of {self.direction.bias} and a calibration of {self.calibration}"
         wanted = {"labels": (count,), "soft_targets": (count,), "prototypes": (2, width), "anchors": self.anchors.shape}
         tables = {name: getattr(self, name) for name in wanted}
         wanted |= {f"trace of {name}": (count, len(self.anchors)) for name in self.traces}
@@ -135,14 +141,29 @@ class ConceptPackage:
             yield f"{len(self.groups)} groups for {count} exemplars"
         if (int(self.labels.sum()), int((~self.labels).sum())) != (known.positive, known.negative):
             yield "other numbers of exemplars on either side than its provenance tells"
+        if not torch.equal(self.labels, torch.arange(count) < known.positive):
+            yield "labels that do not put the positive exemplars first"
+
+    def _content_problems(self) -> Iterator[str]:
+        """Check the exemplars as those of a user are."""
+        tensors, texts = self.content.tensors, self.content.texts
+        if tensors and texts:
+            yield "exemplars that are texts and tensors at once"
+        try:
+            read_content(tensors or list(texts), "exemplars")
+        except DataError as error:
+            yield f"{error.found.removesuffix('.')}"
 
     def __len__(self) -> int:
         return len(self.content)
 
     @property
-    def accepted(self) -> bool:
-        """Whether the concept passed its controls in the teacher, see `ConceptDirection.accepted`."""
-        return self.direction.accepted
+    def found(self) -> bool:
+        """Whether the teacher has a direction of the concept that passes its controls, see `ConceptDirection.found`.
+
+        What the teacher's behaviour loses with it is not measured: `examine_concept` does, and says if it is accepted.
+        """
+        return self.direction.found
 
     @property
     def place(self) -> Place:
@@ -204,7 +225,7 @@ class ConceptPackage:
         told.pop("vector")
         return {
             "name": self.name,
-            "accepted": self.accepted,
+            "found": self.found,
             "exemplars": len(self),
             "content": self.content.said,
             "anchors": len(self.anchors),

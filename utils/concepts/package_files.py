@@ -6,6 +6,7 @@ signature: who changes a package on purpose can hash it anew. Compare its SHA-25
 
 import io
 import json
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def _read_tensors(directory: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     name, digest = entry["file"], entry["sha256"]
-    if name != _file_name(digest):
+    if not _is_own(entry):
         raise PackageError(
             f"The package in {directory} names the file {str(name)[:80]!r}.",
             f"Expected {_file_name(str(digest))}, in the same folder.",
@@ -189,11 +190,22 @@ def _read_tensors(directory: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _old_file(directory: Path) -> str | None:
-    """Return the name of the tensors' file of a package that is there already."""
+    """Return the name of the tensors' file of a package that is there already; None where save_package gave none."""
     try:
-        return str(_manifest(directory)["tensors"]["file"])
+        entry = _manifest(directory)["tensors"]
+        return str(entry["file"]) if _is_own(entry) else None
     except (PackageError, KeyError, TypeError):
         return None
+
+
+def _is_own(entry: Any) -> bool:
+    """Tell whether an entry names a file as save_package does: its content is read, and it is deleted when replaced.
+
+    A manifest of a stranger may name any path, and put one into what should be a hash.
+    """
+    digest = entry["sha256"]
+    hexadecimal = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+    return hexadecimal and entry["file"] == _file_name(digest)
 
 
 def _file_name(digest: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.adapters import ModelAdapter
+from utils.adapters.activations import run_given
 from utils.concepts.attention_flow import attention_flow
 from utils.concepts.logit_lens import LensReading, logit_lens
 from utils.concepts.reasoning_steps import split_steps
@@ -72,6 +73,12 @@ def record_trace(
     adapter = adapter_of(model_or_run)
     if adapter.failure is not None:
         raise AdapterError(adapter.failure)
+    if memory is not None and not isinstance(memory, NearestNeighbourHead):
+        raise ConfigError(
+            f"The memory is a {type(memory).__name__}.",
+            "Expected a NearestNeighbourHead of this model.",
+            "Make one with utils.memory.datastore.build_datastore, or leave it out.",
+        )
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
         raise ConfigError(f"tokens is {tokens!r}.", "Expected a whole number from 0 on.", "0 looks at the prompt.")
     if adapter.task.value not in (*TEXT, *CLASSES):
@@ -100,7 +107,8 @@ def record_trace(
     tokenizer = tokenizer_of(model_or_run, tokenizer)
     if tokenizer is None and memory is not None:
         tokenizer = memory.tokenizer
-    given = [int(i) for i in prompt_or_inputs] if not isinstance(prompt_or_inputs, str) else prompt_or_inputs
+    is_text = isinstance(prompt_or_inputs, str)
+    given = prompt_or_inputs if is_text else ids_of_prompt(adapter, prompt_or_inputs, tokenizer)
     return _text_trace(adapter, given, tokens, memory, temperature, top_k, seed, tokenizer)
 
 
@@ -190,6 +198,9 @@ def _sample_trace(adapter: ModelAdapter, given: Any) -> ReasoningTrace:
     if adapter.modality == "tokens":
         # Names and masks that only text needs are filled in as in training.
         inputs = {**model_inputs(adapter, {"input_ids": inputs[adapter.main_input]}), **inputs}
+    with preserved(adapter.module, 0, "trace"), torch.no_grad():
+        adapter.module.eval()
+        run_given(adapter, inputs)
     notes = ["the inputs of one sample were given: nothing was written, and no memory was asked"]
     lens, own = _lens(adapter, inputs, notes)
     flow = _flow(adapter, inputs, None, notes)

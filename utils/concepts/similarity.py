@@ -7,7 +7,7 @@ arXiv:2602.14486): the zero of the calibrated score is the largest score that ch
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,9 +41,9 @@ class Similarity:
     calibrated: float
     """How far the score is on the way from `critical` to 1; 0 below."""
     p_value: float
-    """How often permuted samples score as much: ``(1 + as many as that) / (1 + all)``."""
+    """How often permuted samples score as much: ``(1 + as many as that) / (1 + all)``; see `compared`."""
     critical: float
-    """The score that one in twenty pairs of unrelated representations reaches."""
+    """The score that one in twenty pairs of unrelated representations reaches, or one in twenty tables of pairs."""
     null: tuple[float, ...]
     """Scores of permuted samples."""
     uncorrected: float
@@ -54,6 +54,8 @@ class Similarity:
     """Numbers in a vector of either side."""
     layers: tuple[str, str] = ("", "")
     """The layers, where models were compared."""
+    compared: int = 1
+    """Pairs of layers compared together: `p_value`, `critical` and `calibrated` are corrected for the best of them."""
 
     @property
     def significant(self) -> bool:
@@ -68,9 +70,11 @@ class Similarity:
 
     def __str__(self) -> str:
         usual = "" if math.isnan(self.uncorrected) else f" (uncorrected {self.uncorrected:.3f})"
+        pairs = f" for the best of {self.compared} pairs" if self.compared > 1 else ""
         return (
-            f"{self.measure} {self.score:.3f}{usual}, calibrated {self.calibrated:.3f}, p = {self.p_value:.3g}; chance "
-            f"reaches {self.critical:.3f} with {self.samples} samples of widths {self.widths[0]} and {self.widths[1]}."
+            f"{self.measure} {self.score:.3f}{usual}, calibrated {self.calibrated:.3f}, p = {self.p_value:.3g}{pairs}; "
+            f"chance reaches {self.critical:.3f} with {self.samples} samples of widths {self.widths[0]} "
+            f"and {self.widths[1]}."
         )
 
     def _repr_html_(self) -> str:
@@ -123,12 +127,9 @@ def similarity(
         compared, uncorrected = [_neighbourhood(rows, neighbours) for rows in sides], math.nan
     score = float((compared[0] * compared[1]).sum())
     null = _permuted_scores(compared[0], compared[1], permutations, seed)
-    # Rounding must not make a score differ from that of a permutation which changes nothing.
-    as_much = int((null >= score - 1e-12).sum())
-    critical = float(null.sort(descending=True).values[math.floor(LEVEL * (1 + permutations) + 1e-9) - 1])
-    calibrated = max(0.0, (score - critical) / (1 - critical)) if critical < 1 else 0.0
+    p_value, critical = _against(null, score)
     return Similarity(
-        measure, score, calibrated, (1 + as_much) / (1 + permutations), critical, tuple(null.tolist()), uncorrected,
+        measure, score, _calibrated(score, critical), p_value, critical, tuple(null.tolist()), uncorrected,
         count, (sides[0].shape[1], sides[1].shape[1]),
     )  # fmt: skip
 
@@ -140,6 +141,9 @@ def model_similarity(
     batch_size: int = BATCH_SIZE,
 ) -> list[list[Similarity]]:  # fmt: skip
     """Compare layers of two models on the same samples, every layer of the one with every layer of the other.
+
+    The p values and calibrated scores of several pairs are corrected for their number: unrelated models have one
+    calibrated score or more above 0 in one table of twenty.
 
     Args:
         first: A run, a loaded model, an adapter or a module.
@@ -189,9 +193,63 @@ def model_similarity(
         row = []
         for other_name, other in tables[1]:
             found = similarity(values, other, measure, permutations=permutations, neighbours=neighbours, seed=seed)
-            row.append(Similarity(**{**vars(found), "layers": (name, other_name)}))
+            row.append(replace(found, layers=(name, other_name)))
         rows.append(row)
-    return rows
+    return together(rows)
+
+
+def together(rows: Sequence[Sequence[Similarity]]) -> list[list[Similarity]]:
+    """Correct similarities of the same samples for how many there are.
+
+    Every score is compared with the largest over all pairs of the same permutation (Westfall and Young 1993), each in
+    standard deviations of its own pair's, because chance gives more to wide representations.
+
+    Args:
+        rows: Of `similarity` with the same samples, number of permutations and seed.
+
+    Raises:
+        ConfigError: The numbers of samples or permutations differ.
+    """
+    pairs = [found for row in rows for found in row]
+    if len({(found.samples, len(found.null)) for found in pairs}) > 1:
+        raise ConfigError(
+            "The similarities are of different numbers of samples or permutations.",
+            "Expected the same, because the permutations are compared one by one.",
+            "Compare all pairs on the same samples, with the same permutations and seed.",
+        )
+    if len(pairs) < 2:
+        return [list(row) for row in rows]
+    scores = torch.tensor([[found.score, *found.null] for found in pairs], dtype=torch.float64)
+    # The score itself is among what it is measured by, so that it is one of the permutations where nothing is related.
+    middle, scale = scores.mean(1), scores.std(1, correction=0).clamp_min(1e-12)
+    standard = (scores - middle[:, None]) / scale[:, None]
+    most = standard[:, 1:].amax(0)
+    corrected = []
+    for found, own, mean, deviation in zip(
+        pairs, standard[:, 0].tolist(), middle.tolist(), scale.tolist(), strict=True
+    ):
+        p_value, limit = _against(most, own)
+        critical = mean + deviation * limit
+        corrected.append(
+            replace(
+                found, p_value=p_value, critical=critical, calibrated=_calibrated(found.score, critical),
+                compared=len(pairs),
+            )
+        )  # fmt: skip
+    made = iter(corrected)
+    return [[next(made) for _ in row] for row in rows]
+
+
+def _against(null: Tensor, score: float) -> tuple[float, float]:
+    """Return the p value of a score under chance, and the score that chance reaches one time in twenty."""
+    # Rounding must not make a score differ from that of a permutation which changes nothing.
+    as_much = int((null >= score - 1e-12).sum())
+    place = math.floor(LEVEL * (1 + len(null)) + 1e-9) - 1
+    return (1 + as_much) / (1 + len(null)), float(null.sort(descending=True).values[place])
+
+
+def _calibrated(score: float, critical: float) -> float:
+    return max(0.0, (score - critical) / (1 - critical)) if critical < 1 else 0.0
 
 
 def _checked(first: Tensor, second: Tensor) -> list[Tensor]:

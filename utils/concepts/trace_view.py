@@ -22,6 +22,10 @@ MOST_SOURCES = 64
 """Places that the attention flow shows."""
 LABEL, LAYER_LABEL = 8, 18
 """Characters of a token and of a layer's name."""
+SCROLL = "overflow-x:auto;max-width:100%"
+"""Style of the table of steps: what does not fit is scrolled to."""
+WRAP = "white-space:normal;overflow-wrap:anywhere;min-width:14em;max-width:40em"
+"""Style of a step's text in it."""
 COLUMN, ROW = 0.62, 0.3
 """Inches of a cell of the lens."""
 BLUE, ORANGE = "#4878b0", "#d1662c"
@@ -84,7 +88,9 @@ def save_trace_figure(trace: ReasoningTrace, path: str | Path) -> Path:
 def trace_html(trace: ReasoningTrace) -> str:
     """Return the picture and a table of the steps."""
     drawn = picture_html(partial(figure_png, partial(trace_figure, trace)), "what each layer would have answered")
-    return page_html(drawn + table_html(step_rows(trace)))
+    # Steps are text, which wraps; the style of the reports keeps the words of a table on one line.
+    table = table_html(step_rows(trace)).replace('<div class="scroll">', f'<div class="scroll" style="{SCROLL}">', 1)
+    return page_html(drawn + table.replace("<td>", f'<td style="{WRAP}">'))
 
 
 def step_rows(trace: ReasoningTrace) -> list[dict[str, str]]:

@@ -62,7 +62,9 @@ def verify_transfer(
         seeds: How many times a single student is taught; five at least.
         retention: Samples of what the student is for, see `transfer_concept`.
         other_task: Samples of what the student is for, in none of the above, and their classes: ``(inputs, labels)``.
-            Labels ``(n,)``, or ``(n, positions)`` with -100 where a position does not count.
+            Labels ``(n,)``, or ``(n, positions)`` with -100 where a position does not count. Also
+            ``(inputs, labels, groups)``, with the source or template of each; where a sample is a test sample too, its
+            group is known from there.
         groups: The source or template of each test sample, on either side; the package must have groups too.
         student_test: The test samples in the form that the student takes.
         student_examples: The package's exemplars in that form.
@@ -112,7 +114,7 @@ def verify_transfer(
                 if number == 0 and baselines:
                     neighbours = _neighbours(read, made.readout, expert, own, seed)
     return _result(
-        package, metric, tests, read, adapters[id(first)], read.score(expert),
+        package, metric, tests, shown, read, adapters[id(first)], read.score(expert),
         {name: torch.stack(rows) for name, rows in taught.items()}, labels, correct, other_task, changed, neighbours,
         seed,
     )  # fmt: skip
@@ -209,11 +211,12 @@ def _check_unseen(
     _refuse(len(hashes & kept), "test samples are among the samples to be retained")
     if other_task is None:
         return
-    if not isinstance(other_task, (tuple, list)) or len(other_task) != 2 or not isinstance(other_task[1], Tensor):
+    several = isinstance(other_task, (tuple, list)) and len(other_task) in (2, 3)
+    if not several or not isinstance(other_task[1], Tensor):
         raise ConfigError(
             f"other_task is a {type(other_task).__name__}.",
-            "Expected a pair: samples, and a tensor of their classes.",
-            "Write other_task=(inputs, labels).",
+            "Expected samples and a tensor of their classes, and their groups where there are any.",
+            "Write other_task=(inputs, labels) or other_task=(inputs, labels, groups).",
         )
     others = read_content(other_task[0], "samples of the other task")
     if len(others) != len(other_task[1]):
@@ -222,6 +225,14 @@ def _check_unseen(
             "Expected a label for each.",
             "Give them in the same order.",
         )
+    if other_task[1].is_floating_point() or other_task[1].is_complex():
+        raise DataError(
+            f"The labels of the other task are of the type {other_task[1].dtype}.".replace("torch.", ""),
+            "Expected whole numbers, the classes.",
+            "Give them as int64.",
+        )
+    if len(other_task) == 3:
+        checked_groups(other_task[2], len(others), "samples of the other task")
     _refuse(
         len({*others.hashes()} & (kept | trained)), "samples of the other task are among those the student learns from"
     )
@@ -237,7 +248,7 @@ def _refuse(count: int, what: str) -> None:
 
 def _other_task(made: Transfer, before: ModelAdapter, other_task: Any, tokenizer: Any) -> Tensor:
     """Return for each sample the change of its share of right answers, from -1 to 1: ``(n,)``."""
-    inputs, labels = other_task
+    inputs, labels = other_task[:2]
     if before.task.value in REAL_VALUED:
         raise ConfigError(
             f"The {before.name} is for {before.task.value}, whose answers are numbers.",
@@ -245,6 +256,7 @@ def _other_task(made: Transfer, before: ModelAdapter, other_task: Any, tokenizer
             "Leave out other_task; Transfer.changed tells how far its outputs moved.",
         )
     batches = fitted_batches(before, inputs, tokenizer, "samples of the other task")
+    counted = labels != IGNORED
 
     def right(adapter: ModelAdapter) -> Tensor:
         rows = []
@@ -263,11 +275,17 @@ def _other_task(made: Transfer, before: ModelAdapter, other_task: Any, tokenizer
                 "Expected a label for each answer.",
                 "Give labels (n,), or (n, positions) for a model that answers at each position.",
             )
-        counted = labels != IGNORED
         hits = (found == labels) & counted
         return hits.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1) if labels.ndim > 1 else hits.double()
 
-    return (right(made.readout.adapter) - right(before)).double()
+    known = right(before)
+    if not bool(known.any()):
+        raise DataError(
+            f"The student answers none of the {len(labels)} samples of the other task right.",
+            "Expected something that it knows: what is not there cannot be lost.",
+            "Give labels as the student counts its classes, or leave out other_task.",
+        )
+    return (right(made.readout.adapter) - known).double()
 
 
 def _neighbours(
@@ -287,9 +305,9 @@ def _neighbours(
 
 
 def _result(
-    package: ConceptPackage, metric: str, tests: _Tests, read: ConceptReadout, student: ModelAdapter, expert: Tensor,
-    taught: Mapping[str, Tensor], labels: Tensor, correct: list[Tensor], other_task: Any, changed: list[float],
-    neighbours: dict[str, Any] | None, seed: int,
+    package: ConceptPackage, metric: str, tests: _Tests, shown: _Tests, read: ConceptReadout, student: ModelAdapter,
+    expert: Tensor, taught: Mapping[str, Tensor], labels: Tensor, correct: list[Tensor], other_task: Any,
+    changed: list[float], neighbours: dict[str, Any] | None, seed: int,
 ) -> TransferVerification:  # fmt: skip
     """Return all numbers with their intervals."""
     count = len(changed)
@@ -320,9 +338,10 @@ def _result(
         package.name, read.adapter.name, student.name, metric, count, (int(labels.sum()), int((~labels).sum())), scores,
         intervals, share("package") if undefined is None else None, undefined,
         share("junk") if both and undefined is None else None,
-        share("labels_only") if both and undefined is None else None, difference("package", "before"),
+        share("labels_only") if both and undefined is None else None, share("before") if undefined is None else None,
+        difference("package", "before"),
         difference("package", "labels_only") if both else None,
-        _interference(correct, other_task, seed) if correct else None,
+        _interference(correct, other_task, shown, seed) if correct else None,
         _fidelity(taught, expert, labels, draws) if both else None, neighbours, tuple(changed),
     )  # fmt: skip
 
@@ -339,10 +358,15 @@ def _undefined(teacher: Interval, way: Interval) -> str | None:
     )
 
 
-def _interference(correct: list[Tensor], other_task: Any, seed: int) -> Interval:
-    """Return the change of the accuracy on the other task, in points."""
+def _interference(correct: list[Tensor], other_task: Any, shown: _Tests, seed: int) -> Interval:
+    """Return the change of the accuracy on the other task, in points; samples of one group are drawn together."""
     table = torch.stack(correct)
     clusters = read_content(other_task[0]).hashes()
+    if len(other_task) == 3:
+        clusters = checked_groups(other_task[2], len(clusters), "samples of the other task")
+    else:
+        known = dict(zip(shown.content.hashes(), shown.clusters, strict=True))
+        clusters = tuple(known.get(own, own) for own in clusters)
     draws = Resamples(clusters, torch.zeros(len(clusters), dtype=torch.int64), len(table), DRAWS, seed)
     return draws.interval(100 * float(table.mean()), 100 * draws.means(table))
 

@@ -56,6 +56,8 @@ class TransferVerification:
     """The same of a second shuffled package in the package's place: 0 if the score is sound."""
     labels_only: Interval | None
     """The same of students that saw the labels alone."""
+    before: Interval | None
+    """The same of the untaught students, each read off as well as the package allows."""
     taught: Interval
     """f(package) - f(before): what training added to reading the student as it was."""
     beyond_labels: Interval | None
@@ -85,6 +87,12 @@ class TransferVerification:
         held = self.value.low > VERIFIED
         told = f"V = {said(self.value)}; its lower bound is {'' if held else 'not '}above {VERIFIED}."
         rules = [(held, told)]
+        held, alone = self.taught.low > 0, f", whose V is {said(self.before)}" if self.before else ""
+        rules.append((
+            held,
+            f"Teaching adds {said(self.taught)} to the student as it was{alone}; the lower bound is "
+            f"{'' if held else 'not '}above 0.",
+        ))  # fmt: skip
         if self.interference is None:
             rules.append((False, "What it costs the student's other task was not measured: give other_task."))
         else:

@@ -54,7 +54,8 @@ def score_rows(result: TransferVerification) -> list[dict[str, str]]:
     ]
     shares = {
         "V": result.value, "V of a junk package": result.junk, "V of labels alone": result.labels_only,
-        "beyond the student as it was": result.taught, "beyond labels alone": result.beyond_labels,
+        "V of the student as it was": result.before, "beyond the student as it was": result.taught,
+        "beyond labels alone": result.beyond_labels,
     }  # fmt: skip
     rows += [
         {"what": name, "mean and 95% interval": said(value)} for name, value in shares.items() if value is not None
@@ -129,9 +130,9 @@ def _draw_scores(axis: "Axes", result: TransferVerification) -> None:
 
 
 def _draw_shares(axis: "Axes", result: TransferVerification, dark: bool) -> None:
-    """Draw V, that of labels alone and that of junk."""
+    """Draw V, and that of labels alone, of the untaught student and of junk."""
     found = {"V": ("package", result.value), "labels alone": ("labels_only", result.labels_only),
-             "junk package": ("junk", result.junk)}  # fmt: skip
+             "as it was": ("before", result.before), "junk package": ("junk", result.junk)}  # fmt: skip
     shown: list[tuple[str, str, Interval]] = [(t, n, value) for t, (n, value) in found.items() if value is not None]
     if not shown:
         axis.text(0.5, 0.5, "V is undefined", ha="center", va="center", transform=axis.transAxes)

@@ -5,6 +5,7 @@ The manifest is replaced in one step when the tensors are whole, so that a save 
 
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from utils.memory.datastore import SCALINGS, Datastore, Scaling
 from utils.memory.key_reader import SIDES
+from utils.memory.memory_files import own_hash
 from utils.runtime.errors import CheckpointError
 from utils.runtime.files import sha256_file, sync_file, write_json
 from utils.training.weights import read_weights, write_tensors
 
-FORMAT, VERSION = "seedbed nearest-neighbour datastore", 1
+FORMAT, VERSION = "seedbed nearest-neighbour datastore", 2
 MANIFEST, STEM = "manifest.json", "datastore-"
+NAMES = re.compile(rf"{STEM}[0-9a-f]{{16}}\.safetensors")
+"""Whole names of the files that a save makes; no other file is ever deleted."""
 COLUMNS = ("values", "windows", "positions")
 
 
@@ -53,16 +57,17 @@ def save_datastore(datastore: Datastore, directory: str | Path) -> Path:
             "seen": datastore.seen, "model": datastore.model, "tokenizer": datastore.tokenizer,
             "keys": len(datastore), "width": datastore.keys.shape[1],
         }  # fmt: skip
-        manifest = {"format": FORMAT, "version": VERSION, **about, "file": path.name, "sha256": digest}
-        write_json(directory / MANIFEST, manifest)
+        file = {"name": path.name, "sha256": digest}
+        manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, **about, "file": file}
+        write_json(directory / MANIFEST, manifest | {"sha256": own_hash(manifest)})
     except OSError as error:
         raise CheckpointError(
             f"The datastore cannot be saved in {directory}: {error}.",
             "Expected a directory that can be written, with room for all keys.",
             "Make room or save elsewhere; what was saved there before is untouched.",
         ) from error
-    for other in directory.glob(f"{STEM}*.safetensors"):
-        if other != path:
+    for other in directory.iterdir():
+        if NAMES.fullmatch(other.name) and other != path:
             with suppress(OSError):
                 other.unlink()
     return directory
@@ -76,10 +81,11 @@ def load_datastore(directory: str | Path) -> Datastore:
     """
     directory = Path(directory)
     manifest = _manifest(directory)
-    name = manifest.get("file")
+    file = manifest.get("file")
+    name, digest = (file.get("name"), file.get("sha256")) if isinstance(file, dict) else (None, None)
     if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
         raise _damaged(directory, f"its file {name!r} is missing")
-    if sha256_file(directory / name) != manifest.get("sha256"):
+    if sha256_file(directory / name) != digest:
         raise _damaged(directory, f"{name} was changed or torn after it was written: its hash is another")
     try:
         tensors = read_weights(directory / name)
@@ -117,8 +123,10 @@ def _manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"The datastore in {directory} is of version {manifest.get('version')!r}.",
             f"Expected version {VERSION}.",
-            "Use the Seedbed that wrote it, or a later one.",
+            "Use the Seedbed that wrote it, or build it anew in another directory.",
         )
+    if manifest.get("sha256") != own_hash(manifest):
+        raise _damaged(directory, f"{MANIFEST} was changed after it was written: its hash is another")
     return manifest
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.memory.datastore import Datastore
 from utils.memory.nearest_neighbour_head import NearestNeighbourHead
-from utils.memory.neighbour_mixture import Lookup, NeighbourConfig, fit_gate, mixed
+from utils.memory.neighbour_mixture import Lookup, NeighbourConfig, fit_gate, mixed, window_hashes
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.resources import format_bytes
 from utils.runtime.seeding import derive_seed
@@ -250,7 +251,8 @@ def evaluate_memory(
 
     Raises:
         ConfigError: A setting is out of range.
-        DataError: The test split has fewer than two documents, or `groups` does not fit.
+        DataError: The test split has fewer than two documents, `groups` does not fit, or memory, development and test
+            split share windows: what was remembered or chosen on would be measured on.
     """
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 100:
         raise ConfigError(f"resamples is {resamples!r}.", "Expected a whole number, at least 100.", "5000 is usual.")
@@ -260,6 +262,7 @@ def evaluate_memory(
             f"The test split has {number} document.", "Expected two at least, or there is no interval.",
             "Give more documents.",
         )  # fmt: skip
+    _check_apart(head.datastore, {"development split": development, "test split": test})
     choice = choose_settings(development, development_groups, gate, seed)
     dealt = head.datastore.shuffled(seed).values
     control = choose_settings(development.with_values(dealt), development_groups, gate, seed)
@@ -283,6 +286,8 @@ def evaluate_memory(
 
     own = (sums["base"] - sums["memory"]) / sizes
     told = [*notes]
+    if not len(head.datastore.source):
+        told.append("The datastore kept no text: whether it holds windows of the splits could not be checked.")
     if number < FEW:
         told.append(f"{number} texts are few: the intervals are rough.")
     perplexity = {name: float(np.exp(-value.sum() / sizes.sum())) for name, value in sums.items()}
@@ -318,14 +323,38 @@ def choose_memory(
 
     Raises:
         ConfigError: There is no memory to choose from.
+        DataError: A memory holds windows of the development split.
     """
     if not heads:
         raise ConfigError("There is no memory to choose from.", "Expected one at least.", "Give heads by name.")
-    choices = {
-        name: choose_settings(head.lookup(ids, labels, max(NEIGHBOURS)), groups, gate, seed)
-        for name, head in heads.items()
-    }
+    choices = {}
+    for name, head in heads.items():
+        lookup = head.lookup(ids, labels, max(NEIGHBOURS))
+        _check_apart(head.datastore, {"development split": lookup})
+        choices[name] = choose_settings(lookup, groups, gate, seed)
     return min(choices, key=lambda name: choices[name].ratio), choices
+
+
+def _check_apart(datastore: Datastore, splits: Mapping[str, Lookup]) -> None:
+    """Refuse splits that share windows with the memory, as far as it kept its text, or with each other.
+
+    Windows that are mostly filling, as at the end of a text, do not count: their few tokens are equal by chance.
+    """
+    earlier = {"memory": window_hashes(datastore.source)}
+    for name, lookup in splits.items():
+        predicted = lookup.windows.bincount()
+        whole = 2 * predicted[lookup.windows] >= predicted.max()
+        for other, hashes in earlier.items():
+            shared = lookup.windows[whole & torch.isin(lookup.hashes, hashes)].unique()
+            if len(shared):
+                shown = ", ".join(map(str, shared[:5].tolist())) + (", ..." if len(shared) > 5 else "")
+                raise DataError(
+                    f"{len(shared)} of {len(lookup.windows.unique())} windows of the {name} are in the {other} too: "
+                    f"number {shown}.",
+                    "Expected three splits without a window in common, or the measure is of repeating it.",
+                    f"Take these windows out of the {name}, and split texts as a whole.",
+                )
+        earlier[name] = lookup.hashes
 
 
 def _summed(values: Tensor, where: Tensor, number: int) -> np.ndarray:

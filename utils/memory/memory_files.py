@@ -8,7 +8,10 @@ that was written with it is read without it.
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ from utils.runtime.files import sha256_bytes, sha256_file, sync_file, write_json
 
 FORMAT, VERSION = "seedbed long-term memory", 1
 MANIFEST, LOCK = "manifest.json", ".lock"
+NAMES = re.compile(r"(vectors-(\d+)\.safetensors|metadata-(\d+)\.jsonl)", re.ASCII)
+"""Whole names of the files that a save makes; no other file is ever deleted."""
 KINDS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 """Types of safetensors that are used."""
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -47,10 +52,10 @@ class StoredTensor:
     def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Read rows, all by default, into memory of their own."""
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
-        width = int(np.prod(self.shape[1:], dtype=np.int64))
+        width = math.prod(self.shape[1:])
         at = self.offset + start * width * self.dtype.itemsize
-        values = np.fromfile(self.path, self.dtype, max(0, stop - start) * width, offset=at)
-        return values.reshape(-1, *self.shape[1:]) if len(self.shape) > 1 else values
+        rows = max(0, stop - start)
+        return np.fromfile(self.path, self.dtype, rows * width, offset=at).reshape(rows, *self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
             f"Expected version {VERSION}.",
             "Load it with the Seedbed that wrote it, or a later one.",
         )
-    if manifest.get("sha256") != _own_hash(manifest):
+    if manifest.get("sha256") != own_hash(manifest):
         raise _damaged(path, "was changed after it was written: its hash is another")
     for name, kind in FIELDS.items():
         if not isinstance(manifest.get(name), kind) or isinstance(manifest[name], bool):
@@ -119,11 +124,14 @@ def write_memory(
         overwrite: Replace what is there whatever it is.
 
     Raises:
-        CheckpointError: Another process is saving here, another memory is here, or the files cannot be written. What
-            was here is untouched.
+        CheckpointError: Another process is saving here, another memory is here, or files of such names that no save is
+            known to have made, or the files cannot be written. What was here is untouched.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        # Every save leaves the file of the lock, those that were killed too.
+        if not overwrite and not any((directory / name).exists() for name in (MANIFEST, LOCK)):
+            _check_foreign(directory)
         with _locked(directory):
             generation = _next_generation(directory, known, overwrite)
             return _written(directory, generation, about, arrays, vectors, metadata)
@@ -168,7 +176,7 @@ def _opened(directory: Path, manifest: dict[str, Any]) -> SavedMemory:
             raise _damaged(paths[role], "is missing")
         size = paths[role].stat().st_size
         if size != entry.get("bytes"):
-            raise _damaged(paths[role], f"is torn: it has {size:,} bytes of {entry.get('bytes'):,}")
+            raise _damaged(paths[role], f"is torn: it has {size:,} bytes of {entry.get('bytes')!r}")
         if sha256_file(paths[role]) != entry.get("sha256"):
             raise _damaged(paths[role], "was changed after it was written: its hash is another")
     tensors = _tensors(paths["vectors"])
@@ -207,15 +215,26 @@ def _written(
             (directory / name).unlink(missing_ok=True)
         raise
     manifest = {"format": FORMAT, "version": VERSION, "generation": generation, **about, "files": files}
-    manifest["sha256"] = _own_hash(manifest)
+    manifest["sha256"] = own_hash(manifest)
     # From here on the files stay, whatever happens: the manifest may name them already.
     write_json(directory / MANIFEST, manifest)
     for path in directory.iterdir():
-        # What the manifest does not name is of an earlier save, or of one that was killed.
-        if path.name.startswith(("vectors-", "metadata-")) and path.name not in names.values():
+        # Such a file that the manifest does not name is of an earlier save, or of one that was killed.
+        if NAMES.fullmatch(path.name) and path.name not in names.values():
             with suppress(OSError):
                 path.unlink()
     return str(manifest["sha256"])
+
+
+def _check_foreign(directory: Path) -> None:
+    """Refuse files that a save would take for those of an earlier one."""
+    for path in directory.iterdir():
+        if NAMES.fullmatch(path.name):
+            raise CheckpointError(
+                f"{directory} holds no memory, but a file named {path.name}, which a save would delete.",
+                "Expected an empty directory, or one that holds a memory.",
+                "Save elsewhere, move that file, or delete it with overwrite=True.",
+            )
 
 
 def _next_generation(directory: Path, known: str | None, overwrite: bool) -> int:
@@ -234,13 +253,13 @@ def _next_generation(directory: Path, known: str | None, overwrite: bool) -> int
             "Load what is there and add to it, save elsewhere, or replace it with overwrite=True.",
         )
     # Also above the numbers of saves that were killed, and of a manifest that cannot be read.
-    numbers = [path.stem.rpartition("-")[2] for path in directory.glob("*-*")]
-    return 1 + max([int(number) for number in numbers if number.isdecimal()], default=0)
+    found = [match for path in directory.iterdir() if (match := NAMES.fullmatch(path.name))]
+    return 1 + max([int(match[2] or match[3]) for match in found], default=0)
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keep a second writer out; folders that know no locks, as some mounts, are not locked."""
+    """Keep a second writer out; folders that know no locks, as some mounts, are not locked, which a warning says."""
     with (directory / LOCK).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -250,8 +269,14 @@ def _locked(directory: Path) -> Iterator[None]:
                 "Expected to be the only writer.",
                 "Wait until it has ended, load what it wrote, and save again.",
             ) from None
-        except OSError:
-            pass
+        except OSError as error:
+            # The same text each time, so that Python's usual filter shows it once.
+            warnings.warn(
+                f"The file system knows no locks ({error}): nothing keeps two processes from saving a memory here at "
+                "the same time.",
+                RuntimeWarning,
+                2,
+            )
         yield
 
 
@@ -280,7 +305,7 @@ def _safetensors(
     end = 0
     for name in order:
         start, (size, dtype) = end, shapes[name]
-        end += int(np.prod(size, dtype=np.int64)) * dtype.itemsize
+        end += math.prod(size) * dtype.itemsize
         header[name] = {"dtype": kinds[dtype], "shape": list(size), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -300,10 +325,13 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(min(length, size)))
         tensors = {}
         for name, entry in header.items():
-            dtype, shape, (start, end) = KINDS[entry["dtype"]], tuple(map(int, entry["shape"])), entry["data_offsets"]
-            if min((0, *shape)) < 0 or end - start != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+            dtype, shape, (start, end) = KINDS[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if not shape or any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+                raise ValueError(f"{name} has no shape or place in whole numbers")
+            # Python's integers: a product of int64 may overflow to the size that is expected.
+            if end - start != math.prod(shape) * dtype.itemsize or not all(shape[1:]):
                 raise ValueError(f"{name} has another size than its shape")
-            if start < 0 or 8 + length + end > size:
+            if 8 + length + end > size:
                 raise ValueError(f"{name} lies outside of the file")
             tensors[name] = StoredTensor(path, dtype, shape, 8 + length + start)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -325,8 +353,8 @@ def _metadata(path: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _own_hash(manifest: Mapping[str, Any]) -> str:
-    """Return the hash of what a manifest says, without the hash in it."""
+def own_hash(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a manifest says, its entry ``sha256`` aside, which holds this hash."""
     said = {name: value for name, value in manifest.items() if name != "sha256"}
     return sha256_bytes(json.dumps(said, sort_keys=True, ensure_ascii=True).encode())
 

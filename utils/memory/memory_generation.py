@@ -151,6 +151,12 @@ def generate_with_memory(
     check_drawing(tokens, temperature, top_k)
     if isinstance(memories, bool) or not isinstance(memories, int) or memories < 0:
         raise ConfigError(f"memories is {memories!r}.", "Expected a whole number from 0 on.", "3 is usual.")
+    if not isinstance(head, NearestNeighbourHead):
+        raise ConfigError(
+            f"The head is a {type(head).__name__}.",
+            "Expected a NearestNeighbourHead: a model with its memory.",
+            "Make one with utils.memory.datastore.build_datastore, or write without a memory by utils.generate.",
+        )
     adapter: ModelAdapter = head.adapter
     held = getattr(model, "adapter", model)
     module = getattr(held, "module", held)

@@ -101,7 +101,8 @@ class MetadataStore:
         self._count = count
         self.next_id = max(self.next_id, int(ids.max()) + 1)
         if entries is not None:
-            self.entries.update((key, entry) for key, entry in zip(ids.tolist(), entries, strict=True) if entry)
+            pairs = zip(ids.tolist(), entries, strict=True)
+            self.entries.update(pairs if all(entries) else ((key, entry) for key, entry in pairs if entry))
 
     def remove(self, ids: np.ndarray) -> None:
         """Take out memories that are there."""

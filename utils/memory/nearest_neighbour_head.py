@@ -15,7 +15,7 @@ from utils.adapters.objectives import IGNORED
 from utils.memory.datastore import BATCH, Datastore
 from utils.memory.exact_search import BLOCK, nearest
 from utils.memory.key_reader import KeyReader, checked_windows, tokenizer_fingerprint, tokenizer_of
-from utils.memory.neighbour_mixture import Lookup, NeighbourConfig, mixed
+from utils.memory.neighbour_mixture import Lookup, NeighbourConfig, mixed, window_hashes
 from utils.memory.vector_index import FaissIndex, IndexConfig, make_index
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.resources import format_bytes
@@ -189,6 +189,7 @@ class NearestNeighbourHead:
         """
         ids, labels = checked_windows(self.adapter, ids, labels)
         count = neighbours or self.config.neighbours
+        hashes = window_hashes(ids)
         parts: list[tuple[Tensor, ...]] = []
         with self.reader.reading() as read:
             for start in range(0, len(ids), BATCH):
@@ -203,7 +204,10 @@ class NearestNeighbourHead:
                 entropy = torch.special.entr(answers.exp()).sum(-1)
                 own = answers.gather(1, targets[:, None])[:, 0]
                 values = self.datastore.values.long()[rows]
-                parts.append((distances, rows, values, entropy, answers.amax(-1), targets, own, windows + start))
+                windows = windows + start
+                parts.append(
+                    (distances, rows, values, entropy, answers.amax(-1), targets, own, windows, hashes[windows])
+                )
         return Lookup(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def mixture(self, vectors: Tensor, logits: Tensor) -> Mixture:
@@ -219,7 +223,7 @@ class NearestNeighbourHead:
         # The answer for every token needs no token that followed.
         none = torch.zeros(len(model), dtype=torch.int64)
         entropy = torch.special.entr(model.exp()).sum(-1)
-        found = Lookup(distances, rows, values, entropy, model.amax(-1), none, model[:, 0], none)
+        found = Lookup(distances, rows, values, entropy, model.amax(-1), none, model[:, 0], none, none)
         shares, weight_logits = found.shares(self.config), found.weight_logits(self.config)
         memory = torch.zeros_like(model).scatter_add_(1, values, shares)
         answers = mixed(model, memory, weight_logits[:, None])

@@ -10,11 +10,13 @@ with squared Euclidean distance d. Where a gate is given, lambda follows from ea
 "Efficient nearest neighbor language models" (EMNLP, arXiv:2109.04212), here by a logistic function of six numbers.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -143,6 +145,8 @@ class Lookup:
     """The model's log probability of it, ``(n,)``."""
     windows: Tensor
     """Which window each place is in, int64 ``(n,)``."""
+    hashes: Tensor
+    """`window_hashes` of that window, int64 ``(n,)``, to tell whether two splits share text."""
 
     def with_values(self, values: Tensor) -> "Lookup":
         """Return the same lookup in a memory whose tokens are `values` ``(keys,)``."""
@@ -198,6 +202,14 @@ def mixed(model: Tensor, memory: Tensor, weight_logits: Tensor) -> Tensor:
     return torch.logaddexp(
         model + functional.logsigmoid(-weight_logits),
         memory.clamp_min(SMALLEST).log() + functional.logsigmoid(weight_logits),
+    )
+
+
+def window_hashes(ids: Tensor) -> Tensor:
+    """Return a number for each window of token ids ``(n, length)``, int64 ``(n,)``: 64 bits of its SHA-256."""
+    rows = np.ascontiguousarray(ids.cpu().numpy(), dtype="<i8")
+    return torch.tensor(
+        [int.from_bytes(hashlib.sha256(row).digest()[:8], "little", signed=True) for row in rows], dtype=torch.int64
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from utils.runtime.errors import ConfigError
+from utils.runtime.errors import ConfigError, DataError
 
 SHORTEST = 16
 """Characters from which a line counts: shorter ones, such as ``return None``, are a language's own words."""
@@ -57,10 +57,18 @@ def without_repeated_lines(
 
     Raises:
         ConfigError: `shortest` is below 1.
+        DataError: The splits are no lists of documents under names.
     """
     if isinstance(shortest, bool) or not isinstance(shortest, int) or shortest < 1:
         raise ConfigError(
             f"shortest is {shortest!r}.", "Expected a whole number above 0.", "1 compares every line that is not empty."
+        )
+    if not isinstance(splits, Mapping) or not all(map(_are_documents, splits.values())):
+        kinds = [splits] if not isinstance(splits, Mapping) else list(splits.values())
+        raise DataError(
+            f"Documents are given as {', '.join(sorted({type(kind).__name__ for kind in kinds}))}.",
+            "Expected a list of texts for each split, under its name.",
+            'Give, for example, {"memory": [text, text], "test": [text]}.',
         )
     seen: set[str] = set()
     result = WithoutRepeats({}, {}, {}, {}, shortest)
@@ -85,3 +93,8 @@ def without_repeated_lines(
         result.texts[split], result.documents[split] = texts, numbers
         result.lines[split], result.removed[split] = total, removed
     return result
+
+
+def _are_documents(split: Any) -> bool:
+    """Tell whether a split is several texts; one text is none, though its characters are texts."""
+    return isinstance(split, Sequence) and not isinstance(split, str) and all(isinstance(one, str) for one in split)

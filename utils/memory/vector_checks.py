@@ -6,6 +6,7 @@ wrongly from then on; here each of them is an error.
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ BLOCK = 16_384
 """Vectors that are looked at in one piece."""
 LAST_ID = 2**63 - 2
 """Largest id."""
+PLAIN = {str, int, float, bool, type(None)}
+"""Types of values that JSON returns as they are, if they are not large; a class derived from one is another type."""
+LARGE = 1e300
+"""JSON has no infinity, and its Python library refuses whole numbers of thousands of digits."""
 SHOWN = 5
 """Examples in a message."""
 
@@ -202,6 +207,8 @@ def as_metadata(metadata: Any, rows: int) -> list[dict[str, Any]]:
             "Give None for those without metadata.",
         )
     plain = [{} if entry is None else entry for entry in metadata]
+    if _is_flat(plain):
+        return list(map(dict.copy, plain))
     bad = next((entry for entry in plain if not isinstance(entry, Mapping)), None)
     if bad is not None:
         raise _no_metadata(plain.index(bad), f"is of the type {type(bad).__name__}")
@@ -210,9 +217,34 @@ def as_metadata(metadata: Any, rows: int) -> list[dict[str, Any]]:
     if _returned(plain) is None:
         for number, entry in enumerate(plain):
             if _returned(entry) is None:
-                raise _no_metadata(number, f"holds what is no JSON value: {str(entry)[:200]}")
+                raise _no_metadata(number, f"holds what is no JSON value: {_shown(entry)}")
     copies: list[dict[str, Any]] = _returned(plain) or []
     return copies
+
+
+def _is_flat(entries: list[dict[str, Any]]) -> bool:
+    """Return whether all are dicts of what JSON returns as it is: texts, usual numbers, true, false and null by texts.
+
+    Faster than to ask JSON; where it is not so, JSON is asked.
+    """
+    if set(map(type, entries)) != {dict} or not set(map(type, chain.from_iterable(entries))) <= {str}:
+        return False
+    values = list(chain.from_iterable(map(dict.values, entries)))
+    if not set(map(type, values)) <= PLAIN:
+        return False
+    try:
+        # One sum shows whether any is NaN, infinite or large.
+        return sum(abs(value) for value in values if type(value) is not str and value is not None) < LARGE
+    except OverflowError:
+        return False
+
+
+def _shown(entry: dict[str, Any]) -> str:
+    """Return the beginning of an entry as text; Python writes no whole numbers of thousands of digits."""
+    try:
+        return str(entry)[:200]
+    except (ValueError, RecursionError):
+        return f"under the keys {', '.join(map(repr, entry))}"[:200]
 
 
 def _returned(value: Any) -> Any:

@@ -4,6 +4,7 @@ Unusual: a cache is believed only after its first step gave what the whole seque
 the model has none, every token is computed from the window of the last tokens that fit.
 """
 
+import operator
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -226,7 +227,14 @@ def ids_of_prompt(adapter: ModelAdapter, prompt: str | Iterable[int], tokenizer:
         if not ids and tokenizer is not None and tokenizer.eos_id is not None:
             ids = [tokenizer.eos_id]
     else:
-        ids = [int(number) for number in prompt]
+        try:
+            ids = [operator.index(number) for number in prompt]
+        except TypeError:
+            raise DataError(
+                f"The prompt is a {type(prompt).__name__} that does not hold ids alone.",
+                "Expected text, or whole numbers, the ids of tokens.",
+                "Give a text, or a list or tensor of ids.",
+            ) from None
     if not ids:
         raise DataError("The prompt is empty.", "Expected at least one token to go on from.", "Pass some text or ids.")
     known = adapter.readable_ids()

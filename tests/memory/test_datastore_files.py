@@ -1,0 +1,84 @@
+"""A nearest-neighbour datastore on disk: what is loaded is what was saved, or is refused."""
+
+import json
+
+import pytest
+import torch
+
+from tests.memory.test_nearest_neighbour_head import TORCH, make_gpt, make_text
+from utils.memory.datastore import build_datastore
+from utils.memory.datastore_files import load_datastore, save_datastore
+from utils.memory.memory_files import own_hash
+from utils.memory.nearest_neighbour_head import NearestNeighbourHead
+from utils.memory.neighbour_mixture import NeighbourConfig
+from utils.runtime.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return make_gpt()
+
+
+@pytest.fixture(scope="module")
+def store(adapter):
+    return build_datastore(adapter, make_text(40, 1))
+
+
+@pytest.fixture(scope="module")
+def head(adapter, store):
+    return NearestNeighbourHead(adapter, store, NeighbourConfig(16, 0.5, 0.3), index=TORCH)
+
+
+def test_saved_and_loaded(adapter, store, head, tmp_path):
+    ids = make_text(2, 6)
+    save_datastore(store, tmp_path / "memory")
+    loaded = load_datastore(tmp_path / "memory")
+    assert loaded.to_dict() == store.to_dict()
+    again = NearestNeighbourHead(adapter, loaded, head.config, index=TORCH)
+    assert torch.equal(again.log_probabilities(ids), head.log_probabilities(ids))
+    own = {"datastore-mine.safetensors", "datastore-2024.npy"}
+    for name in own:
+        (tmp_path / "memory" / name).write_text(name)
+    save_datastore(store.shuffled(), tmp_path / "memory")
+    held = {path.name for path in (tmp_path / "memory").iterdir()}
+    assert held > own and len(held) == 4
+    assert torch.equal(load_datastore(tmp_path / "memory").values, store.shuffled().values)
+
+
+def test_files_that_cannot_be_trusted(store, tmp_path):
+    with pytest.raises(CheckpointError, match="There is no datastore"):
+        load_datastore(tmp_path)
+    save_datastore(store, tmp_path)
+    manifest, (data,) = tmp_path / "manifest.json", tmp_path.glob("*.safetensors")
+    whole, about = data.read_bytes(), json.loads(manifest.read_text())
+    data.write_bytes(whole[:-8])
+    with pytest.raises(CheckpointError, match="hash is another"):
+        load_datastore(tmp_path)
+    data.write_bytes(whole)
+    manifest.write_text(json.dumps({**about, "scaling": "standardise"}))
+    for call in (lambda: load_datastore(tmp_path), lambda: save_datastore(store, tmp_path)):
+        with pytest.raises(CheckpointError, match="manifest.json was changed after it was written"):
+            call()
+    for change, message in (
+        ({"version": 99}, "is of version 99"),
+        ({"format": "other"}, "no manifest of a datastore"),
+        ({"keys": 3}, "wrong: keys"),
+        ({"layer": None}, "wrong: layer"),
+        ({"file": {**about["file"], "name": "../x"}}, "is missing"),
+        ({"file": data.name}, "is missing"),
+    ):
+        changed = {**about, **change}
+        manifest.write_text(json.dumps({**changed, "sha256": own_hash(changed)}))
+        with pytest.raises(CheckpointError, match=message):
+            load_datastore(tmp_path)
+    manifest.write_text("{")
+    for call in (lambda: load_datastore(tmp_path), lambda: save_datastore(store, tmp_path)):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            call()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="no manifest"):
+        save_datastore(store, tmp_path / "other")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be saved"):
+        save_datastore(store, tmp_path / "file" / "below")
