@@ -204,3 +204,22 @@ def test_a_mask_that_does_not_fit_the_layer_is_named():
     assert "`attention_mask` of shape (2, 8) does not fit 2 x 4 positions, so that all of them counted" in reason
     assert "does not fit" not in representations(adapter, [batch], "pool", "flat", channels=1).reason
     assert "does not fit" not in representations(adapter, [batch], "table").reason
+
+
+def test_layers_inside_a_fused_encoder_are_read():
+    torch.manual_seed(0)
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+            self.table, self.encoder = nn.Embedding(11, 8), nn.TransformerEncoder(layer, 1)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head(self.encoder(self.table(input_ids)).mean(1))
+
+    # In eval mode torch runs such a layer as one operator that calls no part of it.
+    model = Encoder().eval()
+    found = representations(ModelAdapter(model), [torch.ones(2, 5, dtype=torch.long)], "encoder.layers.0.linear1")
+    assert found.values.shape == (2, 16)

@@ -4,7 +4,8 @@ Unusual: where positions and features lie in an output is read from its shape be
 is kept with the vectors, because a table that mixes them up looks like any other.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.adapters.capture import first_tensor
+from utils.adapters.capture import first_tensor, unfused_attention
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.roles import role_of
 from utils.adapters.structure import structure
@@ -20,6 +21,8 @@ from utils.adapters.troubles import first_line
 from utils.runtime.errors import AdapterError, ConfigError
 from utils.runtime.isolation import preserved
 
+Place = tuple[str, str]
+"""Qualified name of a layer, and its ``"output"`` or ``"input"``."""
 POOLS = ("auto", "mean", "last", "positions", "flat")
 """How the positions of a sample become vectors."""
 
@@ -120,52 +123,27 @@ def representations(
     reason = f"`{layer}` was asked for"
     if layer is None:
         layer, side, reason = default_layer(adapter)
-    held: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-        found = first_tensor(output if side == "output" else (*args, *kwargs.values()))
-        if found is not None:
-            held.append(found)
-
     rows: list[Tensor] = []
     numbers: list[Tensor] = []
     places: list[Tensor] = []
     count = 0
     how, unfitting = "", ""
-    child = layer_named(adapter.module, layer)
-    with preserved(adapter.module, 0, "representations"), torch.no_grad():
+    place = layer, side
+    with preserved(adapter.module, 0, "representations"), torch.no_grad(), captured(adapter.module, [place]) as held:
         adapter.module.eval()
-        handle = (
-            child.register_forward_hook(hook, with_kwargs=True)
-            if side == "output"
-            else child.register_forward_pre_hook(hook, with_kwargs=True)
-        )
-        try:
-            for batch in batches:
-                inputs = {adapter.main_input: batch} if isinstance(batch, Tensor) else dict(batch)
-                inputs = {
-                    name: value.to(adapter.device) if isinstance(value, Tensor) else value
-                    for name, value in inputs.items()
-                }
-                held.clear()
-                run_given(adapter, inputs)
-                if not held:
-                    raise AdapterError(
-                        f"The layer `{layer}` of {adapter.name} was not called, or its {side} holds no tensor.",
-                        "Expected a layer that every sample passes.",
-                        "Name another one.",
-                    )
-                size = inputs[adapter.main_input].shape[0]
-                table, how = as_table(held[-1].detach(), inputs[adapter.main_input], layer, channels)
-                values, sample, place = pooled_rows(table, real_positions(inputs, table), pool)
-                if pool != "flat":
-                    unfitting = unfitting or unfitting_masks(inputs, table)
-                rows.append(values.float().cpu())
-                numbers.append(sample.cpu() + count)
-                places.append(place.cpu())
-                count += size
-        finally:
-            handle.remove()
+        for batch in batches:
+            inputs = {adapter.main_input: batch} if isinstance(batch, Tensor) else dict(batch)
+            inputs = {name: v.to(adapter.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+            held.clear()
+            run_given(adapter, inputs)
+            table, how = as_table(taken(held, place, adapter), inputs[adapter.main_input], layer, channels)
+            values, samples, positions = pooled_rows(table, real_positions(inputs, table), pool)
+            if pool != "flat":
+                unfitting = unfitting or unfitting_masks(inputs, table)
+            rows.append(values.float().cpu())
+            numbers.append(samples.cpu() + count)
+            places.append(positions.cpu())
+            count += len(table)
     if not rows:
         raise ConfigError(
             "There are no samples to represent.", "Expected one batch at least.", "Give batches of model inputs."
@@ -186,6 +164,47 @@ def representations(
         torch.cat(places),
         "; ".join(filter(None, (reason, how, unfitting))),
     )
+
+
+@contextmanager
+def captured(module: nn.Module, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
+    """Yield what the last call of each place made, or read, while the block runs; clear it between forward passes.
+
+    Raises:
+        ConfigError: No such layer.
+    """
+    held: dict[Place, Tensor] = {}
+
+    def hook_for(place: Place) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+            found = first_tensor(output if place[1] == "output" else (*args, *kwargs.values()))
+            if found is not None:
+                held[place] = found
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(unfused_attention())
+        for place in places:
+            child = layer_named(module, place[0])
+            register = child.register_forward_hook if place[1] == "output" else child.register_forward_pre_hook
+            stack.callback(register(hook_for(place), with_kwargs=True).remove)
+        yield held
+
+
+def taken(held: Mapping[Place, Tensor], place: Place, adapter: ModelAdapter) -> Tensor:
+    """Return what a place made or read.
+
+    Raises:
+        AdapterError: It was not called.
+    """
+    if place not in held:
+        raise AdapterError(
+            f"The layer `{place[0]}` of {adapter.name} was not called, or its {place[1]} holds no tensor.",
+            "Expected a layer that every sample passes.",
+            "Name another one.",
+        )
+    return held[place]
 
 
 def run_given(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> Any:

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import as_table, layer_named, pooled_rows, real_positions
-from utils.adapters.capture import first_tensor, observe, unfused_attention
+from utils.adapters.activations import Place, as_table, captured, pooled_rows, real_positions, taken
+from utils.adapters.capture import first_tensor, observe
 from utils.adapters.structure import structure
-from utils.runtime.errors import AdapterError, SeedbedError
+from utils.runtime.errors import SeedbedError
 from utils.runtime.isolation import preserved
 
-Place = tuple[str, str]
-"""Qualified name of a layer, and its ``"output"`` or ``"input"``."""
 Read = Callable[[Mapping[str, Tensor]], list[Tensor]]
 
 
@@ -31,42 +29,23 @@ def reading(
     Raises:
         ConfigError: No such layer.
     """
-    held: dict[int, Tensor] = {}
-
-    def hook_for(number: int, side: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-            found = first_tensor(output if side == "output" else (*args, *kwargs.values()))
-            if found is not None:
-                held[number] = found
-
-        return hook
-
-    def read(batch: Mapping[str, Tensor]) -> list[Tensor]:
-        inputs = on_device(adapter, batch)
-        held.clear()
-        adapter.forward(inputs)
-        vectors = []
-        for number, (layer, side) in enumerate(places):
-            if number not in held:
-                raise AdapterError(
-                    f"The layer `{layer}` of {adapter.name} was not called, or its {side} holds no tensor.",
-                    "Expected a layer that every sample passes.",
-                    "Name another one.",
-                )
-            table, _ = as_table(held[number], inputs[adapter.main_input], layer, channels)
-            vectors.append(
-                pooled_rows(table, real_positions(inputs, table), "mean" if pool == "auto" else pool)[0].float()
-            )
-        return vectors
-
     with ExitStack() as stack:
-        stack.enter_context(unfused_attention())
         if any(isinstance(child, nn.RNNBase) for child in adapter.module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        for number, (layer, side) in enumerate(places):
-            child = layer_named(adapter.module, layer)
-            register = child.register_forward_hook if side == "output" else child.register_forward_pre_hook
-            stack.callback(register(hook_for(number, side), with_kwargs=True).remove)
+        held = stack.enter_context(captured(adapter.module, places))
+
+        def read(batch: Mapping[str, Tensor]) -> list[Tensor]:
+            inputs = on_device(adapter, batch)
+            held.clear()
+            adapter.forward(inputs)
+            vectors = []
+            for place in places:
+                tensor = taken(held, place, adapter)
+                table, _ = as_table(tensor, inputs[adapter.main_input], place[0], channels)
+                rows, _, _ = pooled_rows(table, real_positions(inputs, table), "mean" if pool == "auto" else pool)
+                vectors.append(rows.float())
+            return vectors
+
         yield read
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.adapters.activations import Place
 from utils.concepts.content import Content, read_content
 from utils.concepts.direction import ConceptDirection
-from utils.concepts.layer_reading import Place
 from utils.concepts.readout import ConceptReadout
 from utils.memory.key_reader import adapter_of
 from utils.runtime.errors import DataError

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import default_layer, layer_named
+from utils.adapters.activations import Place, default_layer, layer_named
 from utils.concepts.content import Content, read_content
 from utils.concepts.examples import Examples
-from utils.concepts.layer_reading import Place, Read, reading, spaced_layers
+from utils.concepts.layer_reading import Read, reading, spaced_layers
 from utils.concepts.package import ConceptPackage
 from utils.concepts.readout import ConceptReadout, fit_readout
 from utils.concepts.retention import MIXTURES, Retention, fitted_batches, twin

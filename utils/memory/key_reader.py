@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import default_layer, layer_named
-from utils.adapters.capture import first_tensor, unfused_attention
+from utils.adapters.activations import Place, captured, default_layer, layer_named
 from utils.adapters.objectives import IGNORED
 from utils.runtime.errors import AdapterError, ConfigError, DataError
 from utils.runtime.isolation import preserved
@@ -61,28 +60,16 @@ class KeyReader:
     @contextmanager
     def reading(self) -> Iterator["Reading"]:
         """Hook the layer while the block runs; the model is in eval mode and comes back as it was."""
-        held: list[Tensor] = []
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-            found = first_tensor(output if self.side == "output" else (*args, *kwargs.values()))
-            if found is not None:
-                held[:] = [found]
-
-        child = layer_named(self.adapter.module, self.layer)
-        with preserved(self.adapter.module, 0, "keys"), torch.no_grad(), unfused_attention():
+        place = self.layer, self.side
+        with preserved(self.adapter.module, 0, "keys"), torch.no_grad(), captured(self.adapter.module, [place]) as held:
             self.adapter.module.eval()
-            register = child.register_forward_hook if self.side == "output" else child.register_forward_pre_hook
-            handle = register(hook, with_kwargs=True)
-            try:
-                yield Reading(self, held)
-            finally:
-                handle.remove()
+            yield Reading(self, held)
 
 
 class Reading:
     """A model whose layer is hooked."""
 
-    def __init__(self, reader: KeyReader, held: list[Tensor]) -> None:
+    def __init__(self, reader: KeyReader, held: dict[Place, Tensor]) -> None:
         self._reader, self._held = reader, held
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +100,7 @@ class Reading:
             AdapterError: It was not called, or gave no vector for every position.
         """
         layer, side = self._reader.layer, self._reader.side
-        vectors = self._held[0] if self._held else None
+        vectors = self._held.get((layer, side))
         if vectors is not None and vectors.dim() == 2 and len(vectors) % batch == 0:
             vectors = vectors.unflatten(0, (batch, -1))
         if vectors is not None and vectors.dim() == 3 and len(vectors) != batch == vectors.shape[1]:
