@@ -28,8 +28,8 @@ from utils.continual.scenario import check_outputs, make_tasks
 from utils.continual.task import Task
 from utils.continual.task_stream import TaskStream, ends_of
 from utils.memory import EpisodicBuffer
+from utils.memory.key_reader import tokenizer_fingerprint
 from utils.runtime.errors import ConfigError, MissingPackageError
-from utils.runtime.files import sha256_bytes
 from utils.training.config import TrainingConfig
 from utils.training.evaluation import evaluate
 from utils.training.extensions import Extension
@@ -146,8 +146,7 @@ class ContinualExtension(Extension):
 
     def use_data(self, data: PreparedData) -> None:
         """Let the memory know what its samples depend on: one of another tokenizer's is refused."""
-        tokenizer = data.tokenizer
-        self.memory.source = "" if tokenizer is None else sha256_bytes(tokenizer.to_json().encode("utf-8"))
+        self.memory.source = tokenizer_fingerprint(data.tokenizer) or ""
 
     def open_stream(self, run: Run) -> TaskStream:
         """Return the training data, task after task."""

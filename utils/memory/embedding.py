@@ -18,6 +18,7 @@ from utils.adapters.activations import default_layer, layer_named, representatio
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.roles import may_be_labels, role_of
 from utils.adapters.spec import ModelSource
+from utils.memory.key_reader import tokenizer_fingerprint
 from utils.memory.vector_checks import as_vectors
 from utils.runtime.errors import AdapterError, ConfigError, DataError
 from utils.tokenization import TextTokenizer
@@ -195,7 +196,7 @@ class _Reading:
         if self.tokenizer is None:
             return None
         if isinstance(self.tokenizer, TextTokenizer):
-            return hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest()
+            return tokenizer_fingerprint(self.tokenizer)
         return hashlib.sha256(json.dumps([ids.tolist() for ids in self._tokens(list(PROBES))]).encode()).hexdigest()
 
     def __call__(self, items: Any) -> Tensor:

@@ -4,7 +4,6 @@ Both come from one forward pass. The vector is the tensor that a layer reads or 
 makes the logits reads; no layer is known by its name.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from utils.adapters import ModelAdapter
 from utils.adapters.activations import Place, captured, default_layer, layer_named
 from utils.adapters.objectives import IGNORED
 from utils.runtime.errors import AdapterError, ConfigError, DataError
+from utils.runtime.files import sha256_bytes
 from utils.runtime.isolation import preserved
 from utils.training.batch_inputs import model_inputs
 
@@ -132,7 +132,7 @@ def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     """Return the SHA-256 of a tokenizer's file; None without a tokenizer."""
-    return None if tokenizer is None else hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
+    return None if tokenizer is None else sha256_bytes(tokenizer.to_json().encode("utf-8"))
 
 
 def checked_windows(adapter: ModelAdapter, ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
