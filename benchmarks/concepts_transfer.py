@@ -1,7 +1,7 @@
 """Does a concept package teach a model of another architecture, and does a meaningless one not? Three pairs, and junk.
 
     python benchmarks/concepts_transfer.py                       three pairs, and 20 junk packages of each kind
-    python benchmarks/concepts_transfer.py --pairs cnn-mlp --junk 0 --json
+    python benchmarks/concepts_transfer.py --pairs cnn-mlp --junk 0 --draw 1 --json
 
 Each pair is a teacher that was trained for something and five students, of another architecture and from other seeds,
 that were trained for something else. The package holds samples that neither was trained on, and how sure the teacher is
@@ -21,8 +21,9 @@ relations that the method extracts from a teacher before training; they are foun
 0: what V of the package has beyond it is from the teacher's training. Targets: the lower bound of V is at least 0.8 for
 all pairs; the interval of V contains 0 for all stratified junk packages.
 
-The settings of teachers, students and transfer were chosen while looking at these pairs and these test samples. The
-numbers say what can be reached here; they are no estimate for data that nothing was chosen on.
+The settings of teachers, students and transfer were chosen on the draws 7 and 8 of the data and of all seeds (--draw),
+on the test samples too. Any other draw is new to them, but for the pixels of cnn-mlp, which are dealt to teacher,
+package and test anew.
 """
 
 import argparse
@@ -104,6 +105,11 @@ def trained(
     return model.eval()
 
 
+def seeds(draw: int) -> range:
+    """Return the seeds of a draw's students."""
+    return range(100 * draw, 100 * draw + SEEDS)
+
+
 def sides(inputs: Tensor, has: Tensor) -> tuple[Tensor, Tensor]:
     """Return the samples with a concept and those without."""
     return inputs[has], inputs[~has]
@@ -174,20 +180,21 @@ class Recurrent(nn.Module):
         return self.head(self.layers(self.tokens(token_ids))[0][:, -1])
 
 
-def cnn_mlp() -> Pair:
+def cnn_mlp(draw: int) -> Pair:
     """Return the pair on images."""
     pixels, digits = (torch.from_numpy(part) for part in load_digits())
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(draw))
     pixels, digits = pixels[order][:, None], digits[order]
     loop, odd = torch.isin(digits, torch.tensor([0, 6, 8, 9])), digits % 2
     learned, shown, held = slice(0, 800), slice(800, 1200), slice(1200, None)
     spec = ModelSpec(example_inputs={"pixel_values": pixels[:2]})
     untrained, teacher = (
-        ModelAdapter(trained(Cnn, pixels[learned], digits[learned], steps, 3e-3, 0), spec=spec) for steps in (0, 300)
+        ModelAdapter(trained(Cnn, pixels[learned], digits[learned], steps, 3e-3, 100 * draw), spec=spec)
+        for steps in (0, 300)
     )
     spec = ModelSpec(example_inputs={"image": pixels[:2]})
     students = [
-        ModelAdapter(trained(Mlp, pixels[learned], odd[learned], 200, 3e-3, seed), spec=spec) for seed in range(SEEDS)
+        ModelAdapter(trained(Mlp, pixels[learned], odd[learned], 200, 3e-3, seed), spec=spec) for seed in seeds(draw)
     ]
     return Pair(
         "cnn-mlp", "has a closed loop", teacher, students, sides(pixels[shown], loop[shown]),
@@ -196,10 +203,13 @@ def cnn_mlp() -> Pair:
     )  # fmt: skip
 
 
-def transformer_rnn() -> Pair:
+def transformer_rnn(draw: int) -> Pair:
     """Return the pair on sequences that are counted."""
     vocabulary, length = 11, 16
-    ids = torch.randint(vocabulary, (8500, length), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1 + 100 * draw)
+    ids = torch.randint(vocabulary, (8500, length), generator=generator)
+    # What a student was trained on it answers more surely than new samples, of which it would forget more unnoticed.
+    unlabelled = torch.randint(vocabulary, (8000, length), generator=generator)
     counts = functional.one_hot(ids, vocabulary).sum(1)
     first = counts[:, :3].sum(1) > counts[:, 3:6].sum(1)
     classes = 2 * first.long() + (counts[:, 6] > counts[:, 7]).long()
@@ -208,16 +218,17 @@ def transformer_rnn() -> Pair:
     build = lambda: Transformer(vocabulary, length, 32, 4, causal=False)  # noqa: E731
     spec = ModelSpec(example_inputs={"input_ids": ids[:2]}, vocab_size=vocabulary)
     untrained, teacher = (
-        ModelAdapter(trained(build, ids[learned], classes[learned], steps, 3e-3, 0), spec=spec) for steps in (0, 400)
+        ModelAdapter(trained(build, ids[learned], classes[learned], steps, 3e-3, 100 * draw), spec=spec)
+        for steps in (0, 400)
     )
     spec = ModelSpec(example_inputs={"token_ids": ids[:2]}, vocab_size=vocabulary)
     students = [
         ModelAdapter(trained(lambda: Recurrent(vocabulary, 48, 3), ids[own], most[own], 400, 3e-3, seed), spec=spec)
-        for seed in range(SEEDS)
+        for seed in seeds(draw)
     ]
     return Pair(
         "transformer-rnn", "more of the first kind", teacher, students, sides(ids[shown], first[shown]),
-        sides(ids[held], first[held]), ids[own], (ids[held], most[held]),
+        sides(ids[held], first[held]), unlabelled, (ids[held], most[held]),
         TransferConfig(learning_rate=3e-3), "made by the benchmark", untrained,
     )  # fmt: skip
 
@@ -233,15 +244,15 @@ def chain(seed: int, count: int, vocabulary: int, length: int) -> Tensor:
     return ids
 
 
-def wide_narrow() -> Pair:
+def wide_narrow(draw: int) -> Pair:
     """Return the pair of language models."""
     vocabulary, length = 24, 25
-    ids = torch.cat([chain(seed, 3000, vocabulary, length) for seed in (1, 2)])
+    ids = torch.cat([chain(100 * draw + seed, 3000, vocabulary, length) for seed in (1, 2)])
     first = torch.arange(len(ids)) < 3000
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(draw))
     ids, first = ids[order], first[order]
     learned, shown, held = slice(0, 4200), slice(4200, 5000), slice(5000, None)
-    third = chain(3, 3000, vocabulary, length)
+    third = chain(100 * draw + 3, 3000, vocabulary, length)
 
     def language_model(texts: Tensor, width: int, steps: int, seed: int) -> ModelAdapter:
         build = lambda: Transformer(vocabulary, length - 1, width, vocabulary, causal=True)  # noqa: E731
@@ -249,12 +260,12 @@ def wide_narrow() -> Pair:
         spec = ModelSpec(task="causal_lm", example_inputs={"input_ids": ids[:2, :-1]}, vocab_size=vocabulary)
         return ModelAdapter(made, spec=spec)
 
-    students = [language_model(third[:2000], 24, 300, seed) for seed in range(SEEDS)]
+    students = [language_model(third[:2000], 24, 300, seed) for seed in seeds(draw)]
     return Pair(
-        "wide-narrow", "from the first chain", language_model(ids[learned], 64, 500, 0), students,
+        "wide-narrow", "from the first chain", language_model(ids[learned], 64, 500, 100 * draw), students,
         sides(ids[shown, :-1], first[shown]), sides(ids[held, :-1], first[held]), third[:2000, :-1],
-        (third[2000:, :-1], third[2000:, 1:]), TransferConfig(steps=120, batch_size=32, learning_rate=3e-3),
-        "made by the benchmark", language_model(ids[learned], 64, 0, 0),
+        (third[2000:, :-1], third[2000:, 1:]), TransferConfig(steps=240, batch_size=32, learning_rate=3e-3),
+        "made by the benchmark", language_model(ids[learned], 64, 0, 100 * draw),
     )  # fmt: skip
 
 
@@ -297,13 +308,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--junk", type=int, default=JUNK, help="junk packages of each kind, on the first pair")
+    parser.add_argument("--draw", type=int, default=0, help="of the data and of all seeds")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows, junk = [], []
     for name in arguments.pairs:
         began = time.process_time()
-        pair = PAIRS[name]()
+        pair = PAIRS[name](arguments.draw)
         package = pair.extracted()
         result = pair.verified(package)
         rows.append({"pair": name, "cpu": time.process_time() - began, "result": result})

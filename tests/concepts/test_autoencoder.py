@@ -8,8 +8,8 @@ import torch
 from utils.concepts import autoencoder_files
 from utils.concepts.autoencoder import AutoencoderConfig, SparseAutoencoder, fit_autoencoder, sparse
 from utils.concepts.autoencoder_files import NAMES, RECORD, load_autoencoder, save_autoencoder
-from utils.memory.memory_files import own_hash
 from utils.runtime.errors import CheckpointError, ConfigError, DataError
+from utils.runtime.files import own_hash
 
 
 def planted(n=4000, width=16, atoms=24, active=2, seed=0):
@@ -92,7 +92,7 @@ def test_samples_are_held_out_as_a_whole():
     groups = torch.arange(300) // 30
     fit = fit_autoencoder(values, AutoencoderConfig(features=20, active=2, steps=2, held_out=0.2), groups)
     assert fit.vectors == (240, 60)
-    with pytest.raises(DataError, match="groups of the shape \\(299,\\)"):
+    with pytest.raises(DataError, match="groups are of the shape \\(299,\\)"):
         fit_autoencoder(values, groups=groups[1:])
     with pytest.raises(DataError, match="All vectors are of one sample"):
         fit_autoencoder(values, groups=0 * groups)
@@ -112,7 +112,10 @@ def test_principal_components_of_few_wide_vectors():
         (torch.ones(60, 4), "All vectors are equal."),
         (torch.full((60, 4), torch.nan), "60 of 60 vectors hold values that are not finite."),
         (torch.randn(60), "The vectors have the shape (60,)."),
-        ("a", "The vectors have the shape str."),
+        ("a", "The vectors are 'a'."),
+        (torch.randn(60, 4)[:3].repeat(20, 1), "There are 3 vectors different among 60."),
+        (torch.randn(60, 4).to_sparse(), "sparse_coo"),
+        (torch.randn(60, 4) * 1j, "complex64"),
     ],
 )
 def test_bad_vectors_are_named(values, message):
@@ -143,7 +146,7 @@ def test_more_bad_settings():
         AutoencoderConfig.from_dict({"activ": 3})
     with pytest.raises(ConfigError, match="9 of 8 features are to be active"):
         fit_autoencoder(torch.randn(60, 2), AutoencoderConfig(active=9))
-    with pytest.raises(ConfigError, match="the autoencoder is for width 4"):
+    with pytest.raises(ConfigError, match="the autoencoder is for the width 4"):
         SparseAutoencoder(4, 8, 2).encode(torch.randn(3, 5))
 
 
@@ -163,7 +166,7 @@ def test_a_save_that_fails_leaves_the_one_before(fitted, tmp_path, monkeypatch):
     other = fit_autoencoder(values[:300], AutoencoderConfig(features=8, active=2, steps=1))
     with monkeypatch.context() as patch:
         patch.setattr(autoencoder_files, "write_json", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-        with pytest.raises(OSError, match="killed"):
+        with pytest.raises(CheckpointError, match=r"The autoencoder cannot be saved as .*killed.* Choose another path"):
             save_autoencoder(other, tmp_path)
     assert load_autoencoder(tmp_path).to_dict() == fit.to_dict()
     save_autoencoder(other, tmp_path)

@@ -120,7 +120,7 @@ def test_other_errors(data, model):
     (samples,) = concept_samples(data, CONCEPTS)
     with pytest.raises(ConfigError, match="There is no concept 'evn' among 3. Near to it are: 'even'"):
         samples.sides("evn")
-    with pytest.raises(DataError, match="divided into 0 parts"):
+    with pytest.raises(ConfigError, match="parts is 0"):
         concept_samples(data, CONCEPTS, parts=0)
     with pytest.raises(DataError, match="divided into 201 parts"):
         concept_samples(data, CONCEPTS, parts=201)

@@ -221,7 +221,7 @@ def test_stability_is_the_cosine_of_halves():
         (torch.full((20, 4), float("nan")), torch.randn(20, 4), "20 of 20 positive examples hold values"),
         (torch.randn(20, 4), torch.randn(20, 5), "4 wide and the negative ones 5"),
         (torch.randn(20), torch.randn(20, 5), "the shape (20,)"),
-        ([1.0], torch.randn(20, 5), "the type list"),
+        ([1.0], torch.randn(20, 5), "The positive examples are of the type list."),
     ],
 )
 def test_bad_examples_are_named(positive, negative, message):
@@ -238,11 +238,11 @@ def test_the_same_examples_on_both_sides():
 
 
 def test_bad_settings():
-    with pytest.raises(ConfigError, match="'svm' with 20 control"):
+    with pytest.raises(ConfigError, match="The method is 'svm'"):
         concept_direction(*sides(), "svm")
-    with pytest.raises(ConfigError, match="one control at least"):
+    with pytest.raises(ConfigError, match="controls is 0"):
         concept_direction(*sides(), controls=0)
-    with pytest.raises(ConfigError, match="the direction has 16 numbers"):
+    with pytest.raises(ConfigError, match="the direction is for the width 16"):
         concept_direction(*sides()).score(torch.randn(3, 5))
 
 

@@ -127,13 +127,13 @@ def test_bad_input_is_named():
         eraser.apply(torch.randn(3, 5))
     with pytest.raises(ConfigError, match="shrinkage is 1"):
         fit_eraser(values, labels, 1.0)
-    with pytest.raises(DataError, match="300 rows of values, and labels of the shape \\(299,\\)"):
+    with pytest.raises(DataError, match="300 vectors, and the labels are of the shape \\(299,\\)"):
         fit_eraser(values, labels[:-1])
-    with pytest.raises(DataError, match="labels of the shape list"):
+    with pytest.raises(DataError, match="the labels are a list"):
         fit_eraser(values, [0, 1])
     with pytest.raises(DataError, match="All labels are equal"):
         fit_eraser(values, torch.ones(300, dtype=torch.long))
-    with pytest.raises(DataError, match="not all finite"):
+    with pytest.raises(DataError, match="300 of 300 vectors hold values that are not finite"):
         fit_eraser(values * torch.inf, labels)
-    with pytest.raises(DataError, match="two rows at least"):
+    with pytest.raises(DataError, match="There is 1 vector. Expected two"):
         fit_eraser(values[:1], labels[:1])

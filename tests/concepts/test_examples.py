@@ -95,7 +95,7 @@ def test_errors(gpt, tokenizer, linear):
         example_batches(linear, {"input": torch.rand(2, 6), "x": torch.rand(3, 6)})
     with pytest.raises(ConfigError, match="as many in all"):
         example_batches(linear, torch.tensor(3.0))
-    with pytest.raises(ConfigError, match="batch size is 0"):
+    with pytest.raises(ConfigError, match="batch_size is 0"):
         example_batches(linear, torch.rand(2, 6), batch_size=0)
 
 

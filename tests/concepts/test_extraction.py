@@ -83,8 +83,8 @@ def test_what_makes_no_concept_is_refused():
         ({"pool": "positions"}, "The pool is 'positions'"),
         ({"side": "left"}, "The side is 'left'"),
         ({"method": "guess"}, "The method is 'guess'"),
-        ({"anchors": 1}, "The number of anchors is 1"),
-        ({"traces": -1}, "The number of traces is -1"),
+        ({"anchors": 1}, "anchors is 1. Expected .* at least 2. Write for example anchors=2"),
+        ({"traces": -1}, "traces is -1"),
         ({"date": "yesterday"}, "The date is 'yesterday'"),
     ],
 )

@@ -162,7 +162,7 @@ def test_errors():
     with pytest.raises(ConfigError, match="no layer 'x'"):
         fit_layer_autoencoder(model, rows, "x")
     fit = axes_of(layer="1")
-    with pytest.raises(DataError, match="60 examples and labels of the shape \\(59,\\)"):
+    with pytest.raises(DataError, match="60 examples, and the labels are of the shape \\(59,\\)"):
         recovery(model, fit, rows, torch.zeros(59, dtype=torch.long))
     with pytest.raises(DataError, match="A label is 3"):
         recovery(model, fit, rows, torch.full((60,), 3))

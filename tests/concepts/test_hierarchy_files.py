@@ -11,6 +11,8 @@ from utils.concepts.hierarchy import ConceptHierarchy
 from utils.concepts.hierarchy_files import load_hierarchy, save_hierarchy
 from utils.concepts.hierarchy_order import HierarchyError
 from utils.concepts.hierarchy_parts import Concept, Relation
+from utils.runtime.errors import SeedbedError
+from utils.runtime.files import own_hash
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 FACTS = st.dictionaries(
@@ -138,19 +140,46 @@ def test_graphml_is_not_trusted(tmp_path, text, said):
         (b"\xff\xfe", "damaged"),
         ("[1]", "does not say"),
         ('{"format": "other"}', "does not say"),
-        ('{"format": "F", "version": 2}', "version '2'"),
-        ('{"format": "F", "version": 1}', "no list of concepts"),
-        ('{"format": "F", "version": 1, "version": 1}', "twice in one object"),
-        ('{"format": "F", "version": 1, "concepts": [{"name": "a", "difficulty": NaN}], "relations": []}', "NaN"),
-        ('{"format": "F", "version": 1, "concepts": [{"name": "a", "difficulty": 1e999}], "relations": []}', "inf"),
-        ('{"format": "F", "version": 1, "x": ' + "9" * 5000 + "}", "5000 digits"),
+        ('{"format": "F", "version": 1}', "version '1'.*version 2; files of version 1 carry no hash"),
+        ('{"format": "F", "version": 2, "concepts": [], "relations": []}', "it carries no hash"),
+        ('{"format": "F", "version": 2, "sha256": "1"}', "was changed after it was written"),
+        (
+            '{"format": "F", "version": 2, "sha256": "", "x": ' + "[" * 993 + "]" * 993 + "}",
+            "recursion|deeply|was changed",
+        ),
+        ('{"format": "F", "version": 2, "version": 2}', "twice in one object"),
+        ('{"format": "F", "version": 2, "concepts": [{"name": "a", "difficulty": NaN}], "relations": []}', "NaN"),
+        ('{"format": "F", "version": 2, "x": ' + "9" * 5000 + "}", "5000 digits"),
         ("[" * 100_000, "damaged"),
     ],
 )
 def test_json_is_not_trusted(tmp_path, text, said):
     path = tmp_path / "h.json"
     path.write_bytes(text if isinstance(text, bytes) else text.replace('"F"', f'"{hierarchy_files.FORMAT}"').encode())
+    with pytest.raises(SeedbedError, match=said):
+        load_hierarchy(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "no list of concepts"),
+        ({"concepts": [{"name": "a", "difficulty": float("inf")}], "relations": []}, "inf"),
+        ({"concepts": [{"name": 3}], "relations": []}, "Entry 0 of concepts"),
+    ],
+)
+def test_json_hashed_anew_is_not_trusted(tmp_path, values, said):
+    values = {"format": hierarchy_files.FORMAT, "version": hierarchy_files.VERSION, **values}
+    path = tmp_path / "h.json"
+    path.write_text(json.dumps(values | {"sha256": own_hash(values)}).replace("Infinity", "1e999"))
     with pytest.raises(HierarchyError, match=said):
+        load_hierarchy(path)
+
+
+def test_a_change_by_hand_is_noticed(tmp_path):
+    path = save_hierarchy(example(), tmp_path / "h.json")
+    path.write_text(path.read_text().replace('"requires"', '"is-a"'))
+    with pytest.raises(HierarchyError, match="was changed after it was written: its hash is another.*Save it again"):
         load_hierarchy(path)
 
 
@@ -171,13 +200,21 @@ def test_paths(tmp_path, monkeypatch):
         save_hierarchy(example(), tmp_path / "h.yaml")
     with pytest.raises(HierarchyError, match="nothing"):
         load_hierarchy(tmp_path / "h")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(HierarchyError, match="cannot be saved as .*not below a file.*untouched"):
+        save_hierarchy(example(), tmp_path / "file" / "h.json")
+    for call in (lambda: save_hierarchy(example(), None), lambda: load_hierarchy(None)):
+        with pytest.raises(HierarchyError, match="The path of the hierarchy is None.*Expected a path"):
+            call()
+    with pytest.raises(HierarchyError, match="The hierarchy is None. Expected a ConceptHierarchy"):
+        save_hierarchy(None, tmp_path / "h.json")
     with pytest.raises(HierarchyError, match="cannot be read"):
         load_hierarchy(tmp_path / "none.json")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(HierarchyError, match="cannot be read"):
         load_hierarchy(tmp_path / "folder.json")
     path = save_hierarchy(example(), tmp_path / "h.JSON")
-    assert json.loads(path.read_text())["version"] == 1
+    assert json.loads(path.read_text())["version"] == 2
     monkeypatch.setattr(hierarchy_files, "MOST_BYTES", 100)
     with pytest.raises(HierarchyError, match="more than"):
         load_hierarchy(path)

@@ -10,7 +10,8 @@ from tests.concepts.transfer_toys import Teacher, samples, student, teacher
 from utils.concepts.content import Content
 from utils.concepts.extraction import extract_concept
 from utils.concepts.package import PackageError
-from utils.concepts.package_files import MANIFEST, _digest, load_package, package_sha256, save_package
+from utils.concepts.package_files import MANIFEST, load_package, package_sha256, save_package
+from utils.runtime.files import own_hash
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def rewritten(folder, **changes):
     """Change a manifest as someone would who knows how it is hashed."""
     body = json.loads((folder / MANIFEST).read_text()) | changes
     body.pop("sha256")
-    (folder / MANIFEST).write_text(json.dumps(body | {"sha256": _digest(body)}))
+    (folder / MANIFEST).write_text(json.dumps(body | {"sha256": own_hash(body)}))
 
 
 def test_a_saved_package_comes_back_whole(package, folder):

@@ -18,11 +18,11 @@ from utils.concepts.reasoning_trace import record_trace
 from utils.concepts.trace_parts import ReasoningTrace
 from utils.concepts.trace_view import step_rows
 from utils.memory.datastore import build_datastore
-from utils.memory.memory_generation import generate_with_memory
 from utils.memory.nearest_neighbour_head import NearestNeighbourHead
 from utils.memory.neighbour_mixture import NeighbourConfig
 from utils.memory.vector_index import IndexConfig
 from utils.runtime.errors import AdapterError, CheckpointError, ConfigError, DataError
+from utils.runtime.files import own_hash
 from utils.tokenization.adaptive_tokenizer import choose_tokenizer
 from utils.training.weights import weights_sha256
 
@@ -156,6 +156,17 @@ def test_a_text_with_memory(gpt, head, tokenizer, tmp_path):
     assert "overflow-x:auto" in html and '<td style="white-space:normal' in html, "steps wrap, numbers are scrolled to"
     assert "data:image/png" in html and "from memory" in html
     assert "memories" in step_rows(trace)[0] and "lens over 4 layers" in str(trace)
+
+
+def test_titles_of_the_picture_are_whole(gpt, head, tokenizer):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = record_trace(gpt, "First", 2, memory=head, tokenizer=tokenizer).figure()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    titles = [axis._left_title for panel in figure.subfigs for axis in panel.axes]
+    assert "which memories had a part in" in titles[0].get_text().replace("\n", " ")
+    assert all(title.get_window_extent(canvas.get_renderer()).x1 < figure.bbox.x1 for title in titles)
 
 
 def test_a_text_without_memory_or_tokenizer(gpt):
@@ -335,7 +346,12 @@ def test_bad_input(gpt, head):
     linear = ModelAdapter(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), spec=ModelSpec(task="regression"))
     broken = ModelAdapter(Broken(), spec=CAUSAL)
     for error, call, message in (
-        (ConfigError, lambda: record_trace(gpt, [1], -1), "tokens is -1"),
+        (ConfigError, lambda: record_trace(gpt, [1], -1), "tokens is -1. Expected .* Write for example tokens=1"),
+        (ConfigError, lambda: record_trace(gpt, [1], "a"), "tokens is 'a'"),
+        (ConfigError, lambda: record_trace(gpt, [1], temperature=-1), "temperature is -1.* 0 takes the likeliest"),
+        (ConfigError, lambda: record_trace(gpt, [1], temperature=math.nan), "temperature is nan"),
+        (ConfigError, lambda: record_trace(gpt, [1], top_k=0), "top_k is 0.* or leave it out"),
+        (ConfigError, lambda: record_trace(gpt, [1], seed=2**70), "seed is "),
         (ConfigError, lambda: record_trace(gpt, torch.tensor([[1, 2]]), memory=head), "A memory was given"),
         (ConfigError, lambda: record_trace(vit, "a picture"), "only a causal language model goes on"),
         (DataError, lambda: record_trace(vit, image), "There are 2 samples"),
@@ -374,8 +390,6 @@ def test_more_than_a_model_reads_at_once_is_refused():
 def test_what_a_model_cannot_read_is_refused(gpt, head):
     with pytest.raises(ConfigError, match="The memory is a dict. Expected a NearestNeighbourHead"):
         record_trace(gpt, [5, 6], 2, memory={})
-    with pytest.raises(ConfigError, match="The head is a NoneType. Expected a NearestNeighbourHead"):
-        generate_with_memory(gpt, None, [5, 6])
     for prompt in (None, [1.5], ["a"]):
         with pytest.raises(DataError, match="does not hold ids alone"):
             record_trace(gpt, prompt, 2)
@@ -390,7 +404,7 @@ def test_files_that_cannot_be_trusted(gpt, tmp_path):
     def changed(change):
         other = json.loads(json.dumps(values))
         change(other)
-        path.write_text(json.dumps(other))
+        path.write_text(json.dumps(other | {"sha256": own_hash(other)}))
         return ReasoningTrace.load(path)
 
     assert changed(lambda v: None).tokens
@@ -408,11 +422,40 @@ def test_files_that_cannot_be_trusted(gpt, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             changed(change)
+    # Whoever does not hash it anew is noticed, and a file without a hash too.
+    path.write_text(json.dumps(values).replace(values["tokens"][0]["text"], "x" + values["tokens"][0]["text"], 1))
+    with pytest.raises(CheckpointError, match="was changed after it was written: its hash is another.*another copy"):
+        ReasoningTrace.load(path)
+    values.pop("sha256")
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="carries no hash"):
+        ReasoningTrace.load(path)
+    path.write_text(json.dumps(values | {"version": 1}))
+    with pytest.raises(CheckpointError, match="version 1. Expected version 2; files of version 1 carry no hash"):
+        ReasoningTrace.load(path)
     path.write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read as a trace"):
         ReasoningTrace.load(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         ReasoningTrace.load(tmp_path / "none.json")
+    with pytest.raises(CheckpointError, match="The path of the trace is None"):
+        ReasoningTrace.load(None)
+
+
+def test_where_nothing_can_be_written(gpt, tmp_path):
+    trace = record_trace(gpt, [5, 6], 1)
+    (tmp_path / "file").write_text("mine")
+    for save in (trace.save, trace.save_figure):
+        for path, message in (
+            (tmp_path / "file" / "trace", "cannot be saved as .*not below a file.*Choose another path"),
+            (tmp_path, "cannot be saved as .*is a folder"),
+            ("", "The path of the .* is ''. Expected a path"),
+            (None, "is None"),
+            ("a\0b", "Expected a path"),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                save(path)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_steps_by_hand():

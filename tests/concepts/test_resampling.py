@@ -51,6 +51,21 @@ def test_an_interval_over_five_students_is_as_wide_as_students_t():
     assert found.high - found.low == pytest.approx(2 * half, rel=0.25)
 
 
+def test_one_more_thing_of_a_kind_is_where_five_say_it_is():
+    """Student's predictive interval, and 0 in it as often as it says where a sixth is of the same kind."""
+    draws = Resamples([str(n) for n in range(50)], torch.zeros(50, dtype=torch.int64), 5, 4000, 0)
+    drawn = torch.randn(300, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held, widths = 0, []
+    for row in drawn:
+        five = row[:5]
+        others = draws.single(five.tolist(), draws.students @ five)
+        found = draws.interval(float(row[5] - five.mean()), row[5] - others)
+        held += found.low <= 0 <= found.high
+        widths.append((found.high - found.low) / float(five.std()))
+    assert 0.92 <= held / len(drawn) <= 0.98
+    assert sum(widths) / len(widths) == pytest.approx(2 * 2.776 * (1 + 1 / 5) ** 0.5, rel=0.1)
+
+
 def test_means_of_some_samples_leave_out_draws_without_them():
     draws = Resamples(list("abcd"), torch.zeros(4, dtype=torch.int64), 5, 500, 0)
     table = torch.ones(5, 4, dtype=torch.float64)

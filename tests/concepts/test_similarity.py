@@ -124,10 +124,14 @@ def test_the_same_for_the_same_seed_and_plain_values():
         (drawn(20, 3), drawn(21, 3), "of 20 samples and the second of 21"),
         (drawn(5, 3), drawn(5, 3), "There are 5 samples"),
         (drawn(1, 3), drawn(1, 3), "There is 1 sample"),
-        (drawn(20, 3) * math.nan, drawn(20, 3), "The first representation holds values that are not finite"),
+        (
+            drawn(20, 3) * math.nan,
+            drawn(20, 3),
+            "20 of 20 vectors of the first representation hold values that are not finite",
+        ),
         (drawn(20, 3), torch.ones(20, 3), "All samples are equal in the second"),
-        (drawn(20, 3)[0], drawn(20, 3), "has the shape (3,)"),
-        ("a", drawn(20, 3), "has the shape str"),
+        (drawn(20, 3)[0], drawn(20, 3), "have the shape (3,)"),
+        ([1.0], drawn(20, 3), "The vectors of the first representation are of the type list"),
     ],
 )
 def test_bad_values_are_named(first, second, message):
@@ -162,7 +166,7 @@ def test_layers_of_two_architectures():
     # The same samples in another order for the second model are other samples.
     other = model_similarity(first, second, rows, rows.flip(0), layers=["0"], second_layers=["0"])
     assert other[0][0].score < found[0][0].score
-    with pytest.raises(ConfigError, match="Put a name into a list"):
+    with pytest.raises(ConfigError, match="Put a single name into a list"):
         model_similarity(first, second, rows, layers="0")
     with pytest.raises(ConfigError, match="no independent samples"):
         model_similarity(first, second, rows, pool="positions")

@@ -7,9 +7,11 @@ import torch
 from tests.concepts.transfer_toys import QUICK, samples, student, teacher
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.concepts import verification
+from utils.concepts.content import read_content
 from utils.concepts.extraction import extract_concept
 from utils.concepts.package import PackageError
 from utils.concepts.transfer_config import TransferConfig
+from utils.concepts.unseen_samples import unseen_by, unseen_tests
 from utils.concepts.verification import verify_transfer
 from utils.concepts.verification_view import save_verification_figure, verification_figure
 from utils.runtime.errors import ConfigError, DataError
@@ -114,22 +116,23 @@ def wide_student(seed):
     """A student whose random features are enough for a readout."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(8, 140), torch.nn.ReLU(), torch.nn.Linear(140, 2))
+        model = torch.nn.Sequential(torch.nn.Linear(8, 400), torch.nn.ReLU(), torch.nn.Linear(400, 2))
     return ModelAdapter(model, spec=ModelSpec(task="tabular_classification", num_labels=2))
 
 
-def test_the_other_task_is_drawn_by_groups():
+def test_the_other_task_is_drawn_by_groups(package):
     """Twenty sources of fifty samples, all of a source changed alike: an interval of twenty, not of a thousand."""
-    inputs = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(1000, 8, generator=torch.Generator().manual_seed(5))
     groups = [str(n // 50) for n in range(1000)]
     change = torch.randn(20, generator=torch.Generator().manual_seed(1)).double().repeat_interleave(50)
-    correct, labels = [change] * 5, torch.zeros(1000)
-    nothing = verification._tests(extract_concept(teacher(), "x", *samples(60)), *TEST, None)
-    alone = verification._interference(correct, (inputs, labels), nothing, 0)
-    told = verification._interference(correct, (inputs, labels, groups), nothing, 0)
+    correct, labels = [change] * 5, torch.zeros(1000).long()
+    nothing = unseen_tests(package, *TEST, None)
+    other = unseen_by(package, nothing, None, (inputs, labels), None)
+    alone = verification._interference(correct, other, nothing, 0)
+    told = verification._interference(correct, replace(other, groups=tuple(groups)), nothing, 0)
     assert told.mean == alone.mean and told.high - told.low > 4 * (alone.high - alone.low)
-    known = replace(nothing, content=verification.read_content(inputs), clusters=tuple(groups))
-    assert verification._interference(correct, (inputs, labels), known, 0) == told
+    known = replace(nothing, content=read_content(inputs), clusters=tuple(groups))
+    assert verification._interference(correct, other, known, 0) == told
 
 
 def test_a_shuffled_package_in_its_place_scores_nothing(package):
@@ -139,6 +142,21 @@ def test_a_shuffled_package_in_its_place_scores_nothing(package):
     assert found.value.low < 0 < found.value.high
     assert not found.verified
     assert (found.junk, found.labels_only, found.fidelity, found.neighbours) == (None, None, None, None)
+
+
+def test_meaningless_packages_score_nothing_however_they_are_dealt(package):
+    """Each is dealt once for all students: most of what it scores is the luck of its deal."""
+    for seed in range(4):
+        found = verify_transfer(
+            package.shuffled(seed), teacher(), student(), *TEST, config=READ, baselines=False, seed=seed
+        )
+        assert found.value.low <= 0 <= found.value.high, (seed, found.value)
+
+
+def test_the_concept_itself_is_no_other_task(package):
+    held, labels = torch.cat(TEST), torch.arange(len(torch.cat(TEST))) < len(TEST[0])
+    with pytest.raises(DataError, match="part the test samples as the concept does"):
+        verify_transfer(package, teacher(), student(), *TEST, config=READ, other_task=(held, 3 * (~labels).long()))
 
 
 def test_without_a_teacher_that_knows_there_is_no_score():
@@ -180,9 +198,7 @@ def test_the_test_set_must_be_unseen(package):
 
 
 def test_groups_must_be_on_one_side():
-    given = samples(300)
-    groups = [[str(n % 30) for n in range(len(side))] for side in given]
-    made = extract_concept(teacher(), "one sign", *given, groups=groups)
+    made, given = extract_grouped(), samples(300)
     own = [[f"new {n % 40}" for n in range(len(side))] for side in TEST]
     with pytest.raises(DataError, match="the test samples come without"):
         verify_transfer(made, teacher(), student(), *TEST)
@@ -193,6 +209,11 @@ def test_groups_must_be_on_one_side():
         verify_transfer(plain, teacher(), student(), *TEST, groups=own)
     found = verify_transfer(made, teacher(), student(), *TEST, groups=own, config=READ, baselines=False)
     assert found.value is not None
+
+
+def extract_grouped():
+    given = samples(300)
+    return extract_concept(teacher(), "one sign", *given, groups=[[str(n % 30) for n in range(len(s))] for s in given])
 
 
 def test_what_cannot_be_measured_is_refused(package):
@@ -210,10 +231,16 @@ def test_what_cannot_be_measured_is_refused(package):
         verify_transfer(package, teacher(), student(), *TEST, other_task=(OTHER, torch.zeros(2000).long(), ["a"]))
     with pytest.raises(DataError, match="labels of the other task are of the type float32"):
         verify_transfer(package, teacher(), student(), *TEST, other_task=(OTHER, torch.zeros(2000)))
+    with pytest.raises(ConfigError, match="other_task is a tuple without a tensor of classes"):
+        verify_transfer(package, teacher(), student(), *TEST, other_task=(OTHER, [1, 2]))
+    with pytest.raises(DataError, match="groups"):
+        verify_transfer(extract_grouped(), teacher(), student(), *TEST, groups=5)
+    with pytest.raises(ConfigError, match="student_test is a int"):
+        verify_transfer(package, teacher(), student(), *TEST, student_test=5)
     none = torch.full((2000,), 7)
     with pytest.raises(DataError, match="none of the 2000 samples of the other task right"):
         verify_transfer(package, teacher(), student(), *TEST, config=READ, other_task=(OTHER, none))
-    with pytest.raises(DataError, match="2000 samples and 3 labels"):
+    with pytest.raises(DataError, match="2000 samples, and labels of the shape"):
         verify_transfer(package, teacher(), student(), *TEST, other_task=(OTHER, torch.zeros(3)))
     with pytest.raises(DataError, match="The student answers"):
         labels = torch.zeros(2000, 2, dtype=torch.long)

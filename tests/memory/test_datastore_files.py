@@ -8,10 +8,10 @@ import torch
 from tests.memory.test_nearest_neighbour_head import TORCH, make_gpt, make_text
 from utils.memory.datastore import build_datastore
 from utils.memory.datastore_files import load_datastore, save_datastore
-from utils.memory.memory_files import own_hash
 from utils.memory.nearest_neighbour_head import NearestNeighbourHead
 from utils.memory.neighbour_mixture import NeighbourConfig
-from utils.runtime.errors import CheckpointError
+from utils.runtime.errors import CheckpointError, ConfigError
+from utils.runtime.files import own_hash
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_saved_and_loaded(adapter, store, head, tmp_path):
 
 
 def test_files_that_cannot_be_trusted(store, tmp_path):
-    with pytest.raises(CheckpointError, match="There is no datastore"):
+    with pytest.raises(CheckpointError, match="There is no nearest-neighbour datastore"):
         load_datastore(tmp_path)
     save_datastore(store, tmp_path)
     manifest, (data,) = tmp_path / "manifest.json", tmp_path.glob("*.safetensors")
@@ -61,11 +61,11 @@ def test_files_that_cannot_be_trusted(store, tmp_path):
             call()
     for change, message in (
         ({"version": 99}, "is of version 99"),
-        ({"format": "other"}, "no manifest of a datastore"),
+        ({"format": "other"}, "no manifest of a nearest-neighbour datastore"),
         ({"keys": 3}, "wrong: keys"),
         ({"layer": None}, "wrong: layer"),
-        ({"file": {**about["file"], "name": "../x"}}, "is missing"),
-        ({"file": data.name}, "is missing"),
+        ({"file": {**about["file"], "name": "../x"}}, "names no file for the tensors"),
+        ({"file": data.name}, "names no file for the tensors"),
     ):
         changed = {**about, **change}
         manifest.write_text(json.dumps({**changed, "sha256": own_hash(changed)}))
@@ -82,3 +82,24 @@ def test_files_that_cannot_be_trusted(store, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be saved"):
         save_datastore(store, tmp_path / "file" / "below")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match="holds no nearest-neighbour datastore but other things: run.json. Expected"
+    ):
+        save_datastore(store, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    for call in (lambda: load_datastore(None), lambda: save_datastore(store, 5)):
+        with pytest.raises(CheckpointError, match="The path of the nearest-neighbour datastore is .*Expected a path"):
+            call()
+    with pytest.raises(CheckpointError, match="There is no nearest-neighbour datastore in .*which is a file"):
+        load_datastore(tmp_path / "file")
+    with pytest.raises(ConfigError, match="The datastore to save is None. Expected what build_datastore returns"):
+        save_datastore(None, tmp_path / "new")
+
+
+def test_a_save_that_was_killed_is_in_nobodys_way(store, tmp_path):
+    for name in (".datastore-77.tmp", ".manifest.json.tmp-77", "datastore-0123456789abcdef.safetensors"):
+        (tmp_path / name).write_text("half")
+    save_datastore(store, tmp_path)
+    assert load_datastore(tmp_path).to_dict() == store.to_dict()

@@ -213,12 +213,44 @@ def test_what_makes_no_embedder(gpt, tokenizer, image_model):
         Embedder(len, "", "nothing")
     with pytest.raises(ConfigError, match="has no layer 'haed'. Expected one of its .*head"):
         model_embedder(gpt, tokenizer, "haed")
-    for options in ({"pool": "positions"}, {"batch_size": 0}):
-        with pytest.raises(ConfigError, match="which make one vector of a sample"):
+    for options, message in (
+        ({"pool": "positions"}, "The pool of the embedder is 'positions'. Expected one of auto, mean, last, flat"),
+        ({"batch_size": 0}, "The batch_size of the embedder is 0. Expected a whole number, at least 1. 32 is usual"),
+        ({"side": "top"}, "The side is 'top'. Expected one of input, output"),
+        ({"channels": 1.5}, "The axis of channels is 1.5. Expected a whole number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             model_embedder(gpt, tokenizer, **options)
+    with pytest.raises(
+        ConfigError, match="The tokenizer of the embedder is 'words'. Expected a TextTokenizer, or a fun"
+    ):
+        model_embedder(gpt, "words")
+    with pytest.raises(ConfigError, match="The tokenizer makes of 3 texts what is .*Expected a list of ids for each"):
+        model_embedder(gpt, lambda texts: 3)
+    with pytest.raises(ConfigError, match="The function of the embedder is 5. Expected a function from items"):
+        Embedder(5, "five", "nothing")
+    with pytest.raises(ConfigError, match="The description of the embedder is None. Expected a text"):
+        Embedder(len, "length", None)
     broken = nn.Module()
     with pytest.raises(AdapterError):
         model_embedder(broken)
+
+
+class Encoder:
+    """Looks like a model of sentences, and is no `nn.Module`."""
+
+    def encode(self, texts):
+        return np.array([[len(text), text.count("e"), 1] for text in texts], dtype=np.float32)
+
+
+def test_an_object_with_a_method_encode_is_told_how_to_be_one():
+    m = Encoder()
+    with pytest.raises(ConfigError, match="of the type Encoder, which has a method `encode`") as told:
+        LongTermMemory(embedder=m)
+    call = told.value.action.removeprefix("Use ").split(" of utils")[0]
+    memory = LongTermMemory(embedder=eval(call, {"function_embedder": function_embedder, "m": m}))
+    memory.add(["here", "else where"])
+    assert memory.search(["here"], 1).ids.tolist() == [[0]]
 
 
 def test_items_that_cannot_be_embedded(gpt, tokenizer, image_model):

@@ -325,7 +325,7 @@ def test_threads_wait_for_each_other():
     [
         ({"dimension": 0}, "The dimension of the memory is 0"),
         ({"dimension": True}, "The dimension of the memory is True"),
-        ({"config": {"backend": "torch"}}, "The config of the memory is of the type dict. Expected an IndexConfig"),
+        ({"config": "torch"}, "The settings are of the type str. Expected a.* IndexConfig, a mapping"),
         ({"metric": "dot"}, "The metric of the memory is 'dot'. Expected one of cosine, l2"),
     ],
 )
@@ -339,7 +339,7 @@ def test_settings_that_cannot_be(arguments, message):
     [
         ({"backend": "gpu"}, "one of auto, faiss, torch"),
         ({"exact_up_to": 0}, "a whole number, at least 1"),
-        ({"target_recall": 1.5}, "a number above 0, at most 1.0"),
+        ({"target_recall": 1.5}, "a number above 0, at most 1. 0.95 is usual"),
         ({"seed": 1.5}, "The seed of the index is 1.5"),
     ],
 )

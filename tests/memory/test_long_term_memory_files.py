@@ -11,9 +11,11 @@ from safetensors.numpy import load_file
 from tests.memory.references import WAYS, points
 from utils.memory import memory_files
 from utils.memory.long_term_memory import LongTermMemory
-from utils.memory.memory_files import FORMAT, MANIFEST, own_hash
+from utils.memory.memory_files import KIND
+from utils.memory.saved_folder import MANIFEST
 from utils.memory.vector_index import IndexConfig
-from utils.runtime.errors import CheckpointError, DataError
+from utils.runtime.errors import CheckpointError, ConfigError, DataError
+from utils.runtime.files import own_hash, sha256_file
 
 HELD = {MANIFEST, ".lock"}
 
@@ -62,7 +64,7 @@ def test_the_files_are_safetensors_and_json(tmp_path):
         assert np.array_equal(memory.get([key]).vectors[0], vector)
     lines = [json.loads(line) for line in (tmp_path / "metadata-1.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [key for key in range(30) if key not in (4, 7)]
-    assert manifest["format"] == FORMAT and manifest["count"] == 88 and manifest["metric"] == "cosine"
+    assert manifest["format"] == KIND.format and manifest["count"] == 88 and manifest["metric"] == "cosine"
 
 
 def test_an_empty_memory_and_one_of_no_width(tmp_path):
@@ -109,8 +111,8 @@ def flip(path):
         ("vectors", cut, "is torn: it has .* bytes of"),
         ("metadata", cut, "is torn: it has .* bytes of"),
         ("manifest", cut, "cannot be read"),
-        ("vectors", flip, "was changed after it was written: its hash is another"),
-        ("metadata", flip, "was changed after it was written: its hash is another"),
+        ("vectors", flip, "was changed or torn after it was written: its hash is another"),
+        ("metadata", flip, "was changed or torn after it was written: its hash is another"),
         ("vectors", lambda path: path.unlink(), "is missing"),
         ("metadata", lambda path: path.unlink(), "is missing"),
         ("manifest", lambda path: path.unlink(), "There is no long-term memory in"),
@@ -141,7 +143,7 @@ def forged(place, **changes):
     for role, entry in manifest["files"].items():
         if isinstance(entry, dict) and (place / str(entry["name"])).is_file():
             path = place / entry["name"]
-            entry.update(bytes=path.stat().st_size, sha256=memory_files.sha256_file(path))
+            entry.update(bytes=path.stat().st_size, sha256=sha256_file(path))
             manifest["files"][role] = entry
     manifest["sha256"] = own_hash(manifest)
     (place / MANIFEST).write_text(json.dumps(manifest))
@@ -235,10 +237,11 @@ def test_lines_that_are_no_metadata(tmp_path, line):
 
 def test_no_file_of_the_user_is_deleted(tmp_path):
     own = ["metadata-survey.csv", "vectors-2024.npy", "vectors-7.safetensors.bak", "vectors-a.safetensors", "my-9.txt"]
+    memory = filled()
+    memory.save(tmp_path)
     for name in own:
         (tmp_path / name).write_text(name)
-    memory = filled()
-    for generation in (1, 2):
+    for generation in (2, 3):
         memory.save(tmp_path)
         saved = {f"vectors-{generation}.safetensors", f"metadata-{generation}.jsonl"}
         assert {path.name for path in tmp_path.iterdir()} == HELD | saved | {*own}
@@ -249,11 +252,71 @@ def test_files_that_look_like_ours_are_not_deleted_unasked(tmp_path):
     other = tmp_path / "vectors-7.safetensors"
     other.write_text("mine")
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="holds no memory, but a file named vectors-7.safetensors"):
+        with pytest.raises(CheckpointError, match="holds no long-term memory but other things: vectors-7.safetensors"):
             filled().save(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [other.name] and other.read_text() == "mine"
     filled().save(tmp_path, overwrite=True)
     assert not other.exists() and (tmp_path / "vectors-8.safetensors").exists()
+
+
+def run_folder(place):
+    """What the folder of a training run looks like from outside."""
+    (place / "checkpoints").mkdir(parents=True)
+    for name in ("run.json", ".lock", "metrics.jsonl"):
+        (place / name).write_text("{}")
+    return place
+
+
+def other_memory(place):
+    place.mkdir()
+    (place / MANIFEST).write_text('{"format": "seedbed nearest-neighbour datastore"}')
+    (place / "datastore-0123456789abcdef.safetensors").write_text("")
+    return place
+
+
+@pytest.mark.parametrize("made", [run_folder, other_memory])
+def test_no_save_mixes_with_something_else(tmp_path, made):
+    place = made(tmp_path / "other")
+    before = {path: path.read_text() for path in place.iterdir() if path.is_file()}
+    for overwrite in (False, True):
+        with pytest.raises(
+            CheckpointError, match="holds no long-term memory but other things|is no manifest of a long"
+        ):
+            filled().save(place, overwrite=overwrite)
+    assert {path: path.read_text() for path in place.iterdir() if path.is_file()} == before
+    filled().save(place / "memory")
+    assert len(LongTermMemory.load(place / "memory")) == 88
+
+
+def test_places_that_are_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    for wrong in (None, 5, "", b"folder"):
+        for call in (lambda wrong=wrong: filled().save(wrong), lambda wrong=wrong: LongTermMemory.load(wrong)):
+            with pytest.raises(
+                CheckpointError, match="The path of the long-term memory is .* Expected a path.* Give one"
+            ):
+                call()
+    with pytest.raises(
+        CheckpointError, match="cannot be saved .*Expected a folder that can be written.* Choose another"
+    ):
+        filled().save(tmp_path / "file" / "below")
+    for place, how in (
+        ("file", "which is a file"),
+        ("none", "which does not exist"),
+        (".", "which has no manifest.json"),
+    ):
+        with pytest.raises(CheckpointError, match=f"There is no long-term memory in .*{how}. Expected a folder with"):
+            LongTermMemory.load(tmp_path / place)
+    for place in ("file", "x" * 5000):
+        with pytest.raises(CheckpointError, match="The long-term memory cannot be saved"):
+            filled().save(tmp_path / place)
+        with pytest.raises(CheckpointError, match=r"which is a file|cannot be read .*File name too long"):
+            LongTermMemory.load(tmp_path / place)
+    with pytest.raises(ConfigError, match="overwrite is 'no'. Expected True or False. True replaces another memory"):
+        filled().save(tmp_path / "new", overwrite="no")
+    filled().save(tmp_path / "memory")
+    with pytest.raises(ConfigError, match="The settings are of the type str"):
+        LongTermMemory.load(tmp_path / "memory", config="torch")
 
 
 def test_two_writers(tmp_path):
@@ -305,11 +368,11 @@ def test_a_killed_save_leaves_the_last_one(tmp_path, root):
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(root)!r})
-from utils.memory import memory_files
+from utils.memory import saved_folder
 from utils.memory.long_term_memory import LongTermMemory
 memory = LongTermMemory.load({str(tmp_path)!r})
 memory.add([[1.0] * 8] * 5)
-memory_files.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+saved_folder.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 memory.save({str(tmp_path)!r})
 """
     memory = filled()

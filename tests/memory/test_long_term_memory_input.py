@@ -198,7 +198,9 @@ def test_conditions(memory):
 
 def test_other_arguments_that_are_refused(memory):
     for k in (0, -1, 1.5, True, None):
-        with pytest.raises(ConfigError, match="memories are asked for. Expected a whole number k, at least 1"):
+        with pytest.raises(
+            ConfigError, match="The number k of memories to find is .*. Expected a whole number, at least 1. Ask for"
+        ):
             memory.search(points(1), k)
     for domain in ("", " ", 3, None):
         with pytest.raises(DataError, match="Expected a name"):

@@ -108,7 +108,9 @@ def test_a_model_reads_its_inputs_and_vectors_may_be_given():
 def test_what_cannot_be_consolidated_or_recalled():
     buffer, memory = rehearsed(), memory_of()
     for wrong in (0, 1.5, True):
-        with pytest.raises(ConfigError, match="Samples are to move after .* rehearsals. Expected a whole number"):
+        with pytest.raises(
+            ConfigError, match="The number of rehearsals is .*. Expected a whole number, at least 1. Give how often"
+        ):
             consolidate(buffer, memory, wrong)
     with pytest.raises(DataError, match="The buffer has no field pixels. Expected some of images, labels"):
         consolidate(buffer, memory, keep=["pixels"])

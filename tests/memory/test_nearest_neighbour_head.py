@@ -450,7 +450,7 @@ def test_bad_input(adapter, store, head):
         with pytest.raises(ConfigError, match=message):
             call()
     for call, message in (
-        (lambda: build_datastore(adapter, ids.float()), "of type torch.float32"),
+        (lambda: build_datastore(adapter, ids.float()), "of the type float32 and the shape"),
         (lambda: build_datastore(adapter, ids[0]), "Expected whole numbers of shape"),
         (lambda: build_datastore(adapter, ids[:, :1]), "No token has one after it"),
         (lambda: build_datastore(adapter, ids + VOCABULARY), f"ids from 0 to {VOCABULARY - 1}"),

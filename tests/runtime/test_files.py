@@ -11,8 +11,12 @@ import sys
 import pytest
 
 from utils.runtime import files
+from utils.runtime.errors import CheckpointError, DataError
 from utils.runtime.files import (
+    checked_path,
     null_nonfinite,
+    own_hash,
+    saving,
     sha256_bytes,
     sha256_file,
     sync_file,
@@ -119,3 +123,46 @@ def test_sync_accepts_files_and_folders_and_reports_missing_ones(tmp_path):
     sync_file(tmp_path)
     with pytest.raises(FileNotFoundError):
         sync_file(tmp_path / "missing")
+
+
+def test_a_hash_of_its_own_is_of_all_else_that_a_file_says():
+    said = {"b": [1, 2.5, None], "a": {"ü": True}}
+    digest = own_hash(said)
+    assert digest == own_hash(said | {"sha256": digest}) == own_hash(dict(reversed(said.items())))
+    assert digest == own_hash(json.loads(json.dumps(said)))
+    assert digest == hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    assert digest != own_hash({**said, "b": [1, 2.5, 0]})
+    deep: list = []
+    for _ in range(200_000):
+        deep = [deep]
+    with pytest.raises(CheckpointError, match="nested too deeply to be hashed.*Give another copy"):
+        own_hash({"x": deep})
+
+
+def test_what_is_no_path_is_told(tmp_path):
+    assert checked_path(str(tmp_path), "the thing") == checked_path(tmp_path, "the thing") == tmp_path
+    for path in (None, 3, "", "  ", "a\0b", b"bytes", ["a"]):
+        with pytest.raises(DataError, match="The path of the thing is .*Expected a path.*Give one") as caught:
+            checked_path(path, "the thing", DataError)
+        assert caught.value.found and caught.value.expected and caught.value.action
+
+
+def test_what_the_system_refuses_is_told_and_nothing_else_is_caught(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    message = "The thing cannot be saved as .*Error.*below folders and not below a file.*untouched"
+    with pytest.raises(CheckpointError, match=message), saving(tmp_path / "file" / "x", "the thing") as path:
+        write_atomic(path, "new")
+    with pytest.raises(DataError, match="is a folder"), saving(tmp_path, "the thing", DataError):
+        raise AssertionError
+    with pytest.raises(CheckpointError, match="is a folder"), saving(".", "the thing"):
+        raise AssertionError
+    with (
+        pytest.raises(CheckpointError, match="File name too long"),
+        saving(tmp_path / ("x" * 300), "the thing") as path,
+    ):
+        write_atomic(path, "new")
+    with saving(tmp_path, "the thing", folder=True) as path:
+        write_atomic(path / "x", "new")
+    assert (tmp_path / "x").read_text() == "new" and (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(ValueError, match="another"), saving(tmp_path / "y", "the thing"):
+        raise ValueError("another")

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.concepts.checks import as_tensor, fitted_table, read_table
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.seeding import derive_seed
-from utils.runtime.settings import check_names
+from utils.runtime.settings import Range, check_names, check_ranges, settings_of
 from utils.training.config import LARGEST, MOST
 
 LEAST = 50
@@ -23,6 +24,18 @@ LEAST = 50
 AUXILIARY = 1 / 32
 """Weight of the loss of features that no longer fire, as in the paper."""
 READ_AT_A_TIME = 4096
+RANGES: dict[str, Range] = {
+    "features": (1, LARGEST, True, False),
+    "active": (1, LARGEST, True, False),
+    "steps": (1, LARGEST, True, False),
+    "batch_size": (1, LARGEST, True, False),
+    "dead_after": (1, LARGEST, True, False),
+    "revived": (1, LARGEST, True, False),
+    "seed": (0, LARGEST, True, False),
+    "learning_rate": (0, MOST, False, True),
+    "held_out": (0, 0.9, False, True),
+}
+"""Of each number, see `utils.runtime.settings.check_ranges`."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +67,7 @@ class AutoencoderConfig:
         Raises:
             ConfigError: A value is out of range.
         """
-        for name in ("features", "active", "steps", "batch_size", "dead_after", "revived", "seed"):
-            value = getattr(self, name)
-            least = 0 if name == "seed" else 1
-            if value is None and type(self).__dataclass_fields__[name].default is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-                raise ConfigError(f"AutoencoderConfig.{name} is {value!r}.", f"Expected a whole number from {least}.")
-        for name, most in (("learning_rate", MOST), ("held_out", 0.9)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
-                raise ConfigError(f"AutoencoderConfig.{name} is {value!r}.", f"Expected above 0 and up to {most:g}.")
+        check_ranges(self, RANGES)
         if self.features is not None and self.active > self.features:
             raise ConfigError(
                 f"AutoencoderConfig.active is {self.active} and features is {self.features}.",
@@ -129,23 +132,24 @@ class SparseAutoencoder(nn.Module):
         """Return how active each feature is: ``(n, features)``, not negative, all but `active` of a row 0.
 
         Raises:
-            ConfigError: The vectors have another width.
+            ConfigError: The vectors are no floating-point tensor, or have another width.
         """
-        if values.ndim != 2 or values.shape[1] != self.width:
-            raise ConfigError(
-                f"The vectors have the shape {tuple(values.shape)}, and the autoencoder is for width {self.width}.",
-                f"Expected (n, {self.width}).",
-                "Take them from the layer that it was fitted on.",
-            )
-        return sparse(self.before(self.normalised(values)), self.active)
+        rows = read_table(values, self.width, "the autoencoder")
+        return sparse(self.before(self.normalised(rows)), self.active)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Return vectors ``(n, width)`` from active features ``(n, features)``."""
+        """Return vectors ``(n, width)`` from active features ``(n, features)``.
+
+        Raises:
+            ConfigError: The features are no floating-point tensor, or not as many.
+        """
+        codes = read_table(codes, self.features, "the decoder").to(self.mean.dtype)
         return (codes @ self.decoder + self.bias) * self.scale + self.mean
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the reconstruction of vectors ``(n, width)``, in their dtype."""
-        return self.decode(self.encode(values)).to(values.dtype)
+        rows = read_table(values, self.width, "the autoencoder")
+        return self.decode(self.encode(rows)).to(rows.dtype)
 
     def normalised(self, values: Tensor) -> Tensor:
         """Return vectors centred, and scaled so that their numbers are about 1."""
@@ -221,21 +225,22 @@ def sparse(scores: Tensor, active: int) -> Tensor:
 
 
 def fit_autoencoder(
-    values: Tensor, config: AutoencoderConfig | None = None, groups: Tensor | None = None
+    values: Tensor, config: AutoencoderConfig | Mapping[str, Any] | None = None, groups: Tensor | None = None
 ) -> AutoencoderFit:
     """Fit a sparse autoencoder to vectors, the same for the same seed.
 
     Args:
         values: ``(n, width)``, finite.
-        config: Settings; None takes the defaults.
-        groups: int64 ``(n,)``: which sample a vector is of. All of a sample are trained on, or all held out.
+        config: Settings, or their names and values; None takes the defaults.
+        groups: int64 ``(n,)``: which sample a vector is of. All of a sample are trained on, or all held out. None takes
+            each different vector as one: equal ones are never on both sides, where they would be told from memory.
 
     Raises:
-        DataError: Too few vectors, not finite or all equal, or groups that do not match.
+        DataError: Too few different vectors, not finite or all equal, or groups that do not match.
         ConfigError: More features are active than there are.
     """
-    config = config or AutoencoderConfig()
-    rows = _checked(values)
+    config = settings_of(AutoencoderConfig, config)
+    rows, same = _checked(values)
     features = config.features or 4 * rows.shape[1]
     if config.active > features:
         raise ConfigError(
@@ -244,13 +249,15 @@ def fit_autoencoder(
             "Lower active, or raise features.",
         )
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "autoencoder"))
-    held = _held_out(len(rows), groups, config.held_out, generator)
+    held = _held_out(len(rows), same if groups is None else groups, config.held_out, generator)
     train, test = rows[~held], rows[held]
     made = SparseAutoencoder(rows.shape[1], features, config.active)
     made.mean.copy_(train.mean(0))
     size = (train - made.mean).square().mean().sqrt()
     if not float(size):
-        raise DataError("All vectors are equal.", "Expected vectors that differ.", "Choose another layer.")
+        raise DataError(
+            "All vectors that are not held out are equal.", "Expected vectors that differ.", "Give more examples."
+        )
     made.scale.copy_(size)
     # The encoder begins as the decoder's transpose: each feature reads the direction that it adds.
     drawn = nn.functional.normalize(torch.randn(features, rows.shape[1], generator=generator), dim=1)
@@ -272,40 +279,40 @@ def fit_autoencoder(
     )  # fmt: skip
 
 
-def _checked(values: Tensor) -> Tensor:
-    if not isinstance(values, Tensor) or values.ndim != 2 or not values.shape[1]:
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise DataError(f"The vectors have the shape {shape}.", "Expected (n, width).", "Give one row for each vector.")
-    rows = values.detach().float().cpu()
-    if broken := int((~torch.isfinite(rows)).any(1).sum()):
+def _checked(values: Any) -> tuple[Tensor, Tensor]:
+    """Return vectors in float32, and for each the number of the first that equals it."""
+    rows = fitted_table(values, "vectors").float()
+    first: dict[int, int] = {}
+    # Adding 0 makes equal what differs in the sign of a zero alone.
+    same = torch.tensor([first.setdefault(hash(row.tobytes()), n) for n, row in enumerate((rows + 0.0).numpy())])
+    if len(rows) > 1 and len(first) == 1:
+        raise DataError("All vectors are equal.", "Expected vectors that differ.", "Choose another layer.")
+    if len(first) < LEAST:
+        among = f" different among {len(rows)}" if len(first) < len(rows) else ""
         raise DataError(
-            f"{broken} of {len(rows)} vectors hold values that are not finite.",
-            "Expected numbers.",
-            "Look for the layer where they begin: `utils.validate(model)` names it.",
-        )
-    if len(rows) < LEAST:
-        raise DataError(
-            f"There {'is 1 vector' if len(rows) == 1 else f'are {len(rows)} vectors'}.",
-            f"Expected {LEAST} at least, and thousands for features that mean something.",
+            f"There {'is 1 vector' if len(rows) == 1 else f'are {len(first)} vectors'}{among}.",
+            f"Expected {LEAST} different ones at least, and thousands for features that mean something.",
             "Give more examples, or every position of them.",
         )
-    return rows
+    return rows, same
 
 
-def _held_out(count: int, groups: Tensor | None, share: float, generator: torch.Generator) -> Tensor:
+def _held_out(count: int, groups: Any, share: float, generator: torch.Generator) -> Tensor:
     """Return which vectors are held out, bool ``(n,)``: all of some samples."""
-    if groups is None:
-        groups = torch.arange(count)
-    if groups.shape != (count,):
+    groups = as_tensor(groups)
+    if not isinstance(groups, Tensor) or groups.shape != (count,):
+        kind = f"of the shape {tuple(groups.shape)}" if isinstance(groups, Tensor) else f"a {type(groups).__name__}"
         raise DataError(
-            f"There are {count} vectors and groups of the shape {tuple(groups.shape)}.",
-            f"Expected ({count},): which sample each vector is of.",
+            f"There are {count} vectors, and the groups are {kind}.",
+            f"Expected a tensor ({count},): which sample each vector is of.",
             "Give one for each vector.",
         )
     kinds = torch.unique(groups)
     if len(kinds) < 2:
         raise DataError(
-            "All vectors are of one sample.", "Expected two samples, one of which is held out.", "Give more samples."
+            "All vectors are of one sample, given once or repeated.",
+            "Expected two different samples at least, one of which is held out.",
+            "Give more samples.",
         )
     number = min(max(1, round(share * len(kinds))), len(kinds) - 1)
     return torch.isin(groups, kinds[torch.randperm(len(kinds), generator=generator)[:number]])

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from utils.concepts.autoencoder import AutoencoderConfig, AutoencoderFit, SparseAutoencoder
-from utils.memory.memory_files import own_hash
+from utils.concepts.features import check_fit
 from utils.runtime.errors import CheckpointError, SeedbedError
-from utils.runtime.files import sha256_bytes, sha256_file, write_atomic, write_json
+from utils.runtime.files import checked_path, own_hash, saving, sha256_bytes, sha256_file, write_atomic, write_json
 from utils.training.weights import distinct_tensors, read_weights, write_tensors
 
 RECORD = "autoencoder.json"
@@ -32,9 +32,16 @@ def save_autoencoder(fit: AutoencoderFit, directory: str | Path) -> Path:
         The directory.
 
     Raises:
-        OSError: The files cannot be written; what was there is still there.
+        ConfigError: It is no fitted autoencoder.
+        CheckpointError: The files cannot be written; what was there is still there.
     """
-    directory = Path(directory)
+    check_fit(fit)
+    with saving(directory, "the autoencoder", folder=True) as folder:
+        _write(fit, folder)
+    return folder
+
+
+def _write(fit: AutoencoderFit, directory: Path) -> None:
     stream = io.BytesIO()
     write_tensors(*distinct_tensors(fit.autoencoder), stream)
     content = stream.getvalue()
@@ -48,7 +55,6 @@ def save_autoencoder(fit: AutoencoderFit, directory: str | Path) -> Path:
         if NAMES.fullmatch(other.name) and other != path:
             with suppress(OSError):
                 other.unlink()
-    return directory
 
 
 def load_autoencoder(directory: str | Path) -> AutoencoderFit:
@@ -57,7 +63,7 @@ def load_autoencoder(directory: str | Path) -> AutoencoderFit:
     Raises:
         CheckpointError: The files are missing, damaged, changed or of another version.
     """
-    directory = Path(directory)
+    directory = checked_path(directory, "the autoencoder")
     try:
         record: dict[str, Any] = json.loads((directory / RECORD).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:

@@ -17,6 +17,7 @@ from utils.adapters import ModelAdapter
 from utils.memory.key_reader import adapter_of
 from utils.runtime.errors import AdapterError, ConfigError
 from utils.runtime.seeding import derive_seed, isolated_streams
+from utils.runtime.settings import settings_of
 from utils.training.batching import collate
 from utils.training.config import AUTO, TrainingConfig
 from utils.training.dataset_utilities import prepare_data
@@ -69,21 +70,22 @@ class BriefRun:
         return f"<p>{escape(str(self))}</p>"
 
 
-def train_briefly(model: Any, data: Any, config: TrainingConfig | None = None) -> BriefRun:
+def train_briefly(model: Any, data: Any, config: TrainingConfig | Mapping[str, Any] | None = None) -> BriefRun:
     """Train a copy of a model; the model and the random streams are left as they were.
 
     Args:
         model: A loaded model, an adapter or a module.
         data: A reference as for `utils.train`, or prepared data.
-        config: Of its settings these count: max_steps or max_epochs, batch_size, learning_rate, weight_decay, beta2,
-            schedule and its warm-up, context_length, validation_share, label_smoothing and seed.
+        config: Settings, or their names and values. Of them these count: max_steps or max_epochs, batch_size,
+            learning_rate, weight_decay, beta2, schedule and its warm-up, context_length, validation_share,
+            label_smoothing and seed.
 
     Raises:
         ConfigError: A setting is ``auto``, or the model cannot be copied.
         DataError: The data do not fit the model.
         AdapterError: The model cannot be called.
     """
-    config = config or TrainingConfig()
+    config = settings_of(TrainingConfig, config)
     if AUTO in (config.batch_size, config.learning_rate):
         raise ConfigError(
             "The batch size or the learning rate is auto.",

@@ -8,18 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from html import escape
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils.adapters.activations import representations
+from utils.concepts.checks import SIDES, check_choice, check_count, check_kind
 from utils.concepts.examples import example_batches
 from utils.concepts.ranking import auroc
 from utils.concepts.readout import fit_readout
 from utils.memory.key_reader import adapter_of
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.seeding import derive_seed
+from utils.runtime.settings import shown
 from utils.training.prepared_data import PreparedData
 
 LABELS = "labels"
@@ -52,7 +55,7 @@ class ConceptSamples:
         Raises:
             ConfigError: It is unknown; the nearest names are given.
         """
-        if concept not in self.concepts:
+        if not isinstance(concept, str) or concept not in self.concepts:
             near = get_close_matches(str(concept), self.concepts, n=3, cutoff=0.4) or list(self.concepts)[:3]
             raise ConfigError(
                 f"There is no concept {concept!r} among {len(self.concepts)}.",
@@ -155,6 +158,14 @@ def concept_samples(
         DataError: The data have no classes, or too few samples.
         ConfigError: A concept has no class, all classes, or one that does not occur.
     """
+    check_kind(data, PreparedData, "data", "Give what a run has: utils.train(...).data, or train_briefly(...).data.")
+    check_count("parts", parts, 1)
+    if not isinstance(concepts, Mapping) or not concepts:
+        raise ConfigError(
+            f"The concepts are {shown(concepts)}.",
+            "Expected a mapping from names to the classes that have each, one concept at least.",
+            "Write for example {'even': [0, 2, 4, 6, 8]}.",
+        )
     held = data.train if trained else data.validation
     labels = held.get(LABELS)
     if labels is None or labels.ndim != 1 or labels.is_floating_point():
@@ -163,7 +174,7 @@ def concept_samples(
             "Expected one class per sample.",
             "Use data for classification, such as builtin:digits.",
         )
-    if not isinstance(parts, int) or not 0 < parts <= len(labels):
+    if parts > len(labels):
         raise DataError(
             f"{len(labels)} samples are to be divided into {parts} parts.",
             "Expected one sample for each part at least.",
@@ -171,6 +182,15 @@ def concept_samples(
         )
     classes = set(labels.tolist())
     for name, own in concepts.items():
+        whole = isinstance(own, (list, tuple, set, frozenset, range)) and all(
+            isinstance(number, Integral) and not isinstance(number, bool) for number in own
+        )
+        if not whole:
+            raise ConfigError(
+                f"The concept {name!r} has the classes {shown(own)}.",
+                f"Expected a list of whole numbers, some of {sorted(classes)[:20]}.",
+                "Give the numbers of the classes that have it.",
+            )
         strange = sorted(set(own) - classes)
         if not own or strange or set(own) == classes:
             what = f"the classes {strange}, which do not occur" if strange else "all classes" if own else "no class"
@@ -198,6 +218,8 @@ def concept_task(data: PreparedData, concept: str, classes: Sequence[int]) -> Pr
         DataError: The data have no classes.
         ConfigError: The concept has no class, all classes, or one that does not occur.
     """
+    if not isinstance(concept, str) or not concept.strip():
+        raise ConfigError(f"The concept is {shown(concept)}.", "Expected its name.", "Give a text, such as 'even'.")
     (all_held,) = concept_samples(data, {concept: classes})
     own = torch.tensor(all_held.concepts[concept])
     parts = [{**part, LABELS: torch.isin(part[LABELS], own).long()} for part in (data.train, data.validation)]
@@ -232,6 +254,9 @@ def concept_readings(
         ConfigError: No such layer, pool or side.
         AdapterError: The model cannot be called.
     """
+    check_choice("pool", pool, ("auto", "mean", "last", "flat"))
+    check_choice("side", side, SIDES)
+    check_kind(samples, ConceptSamples, "samples argument", "Make them with concept_samples(data, concepts).")
     truth = torch.stack([samples.present(name) for name in samples.concepts], 1)
     fewest = torch.minimum(truth.sum(0), (~truth).sum(0))
     if int(fewest.min()) < LEAST:

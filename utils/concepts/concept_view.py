@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from utils.concepts.autoencoder import AutoencoderFit
+from utils.concepts.checks import as_tensor, check_kind
 from utils.concepts.direction import ConceptDirection
 from utils.concepts.effect import ErasureEffect
 from utils.concepts.features import FeatureView, Strongest
-from utils.concepts.similarity import Similarity
+from utils.concepts.similarity import Similarity, SimilarityTable
 from utils.continual.matrix_view import page_html, picture_html, table_html
 from utils.growth.lineage_view import DARK
 from utils.runtime.errors import ConfigError
@@ -24,9 +26,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from utils.concepts.transfer import Transfer
+
 BLUE, ORANGE, GREY = "#4878b0", "#d1662c", "#8a929b"
 HEIGHT = 3.4
 """Inches."""
+HEADLINE = 10
+"""Characters per inch that surely fit at the size of a headline."""
 SHOWN = 8
 """Features that a picture of examples shows."""
 
@@ -136,8 +142,16 @@ def feature_figure(view: FeatureView, images: Tensor, dark: bool = False) -> "Fi
         MissingPackageError: matplotlib is not installed.
         ConfigError: They are no images, or fewer than the examples.
     """
+    check_kind(view, FeatureView, "view", "Give what layer_features or strongest_features returned.")
+    images = as_tensor(images)
     features = [feature for feature in view.features if feature.strongest][:SHOWN]
     last = max((place.example for feature in features for place in feature.strongest), default=-1)
+    if not isinstance(images, Tensor):
+        raise ConfigError(
+            f"The images are a {type(images).__name__}.",
+            "Expected a tensor or an array (n, height, width), with 1 or 3 channels or none.",
+            "Give the images that the features were found on.",
+        )
     if images.ndim == 4 and images.shape[1] in (1, 3):
         images = images.movedim(1, -1).squeeze(-1)
     if not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)) or last >= len(images) or last < 0:
@@ -187,6 +201,35 @@ def shown_html(draw: Callable[..., "Figure"], said: str) -> str:
     return page_html(picture_html(partial(figure_png, draw), said.splitlines()[0]) + lines)
 
 
+def told_html(title: str, told: Mapping[str, Any], said: Sequence[str] = ()) -> str:
+    """Return facts as a table under a title, with sentences beneath, as a part of a page."""
+    rows = [{"": name, "value": str(value)} for name, value in told.items()]
+    # Values are words too, which wrap.
+    table = table_html(rows).replace('<td class="number">', '<td style="white-space:normal;overflow-wrap:anywhere">')
+    table = table.replace('<th class="number">value</th>', "<th></th>")
+    return page_html(f"<p><b>{escape(title)}</b></p>{table}" + "".join(f"<p>{escape(line)}</p>" for line in said))
+
+
+def similarity_html(rows: SimilarityTable) -> str:
+    """Return the calibrated similarities of layers as a table, a row for each layer of the first model."""
+    return page_html(f"<p>{escape(rows.headline)}</p>{table_html(rows.table())}")
+
+
+def transfer_html(made: "Transfer") -> str:
+    """Return what a student learned and kept as a table, with the course of its losses in words."""
+    told = {
+        "read from": f"{made.readout.side} of {made.readout.layer} of {made.readout.adapter.name}",
+        "steps": made.config.steps, "parameters that took part": f"{made.trained:,}",
+        "answers of its own that changed": f"{made.changed:.2%} of {made.measured_on}",
+        "before the weights went back": f"{made.changed_unbounded:.2%}",
+        "share of the change kept": f"{made.mixture:.0%}",
+    }  # fmt: skip
+    if made.history:
+        first, last = made.history[0], made.history[-1]
+        told |= {f"loss, {name}": f"{first[name]:.3g}, at the end {last[name]:.3g}" for name in first if name != "step"}
+    return told_html("What the student learned", told, str(made).splitlines())
+
+
 def feature_html(view: FeatureView) -> str:
     """Return features as a table with the places where each is strongest."""
     rows = [
@@ -211,13 +254,15 @@ def _figure(
     from matplotlib.figure import Figure
 
     with matplotlib.style.context(["dark_background", DARK] if dark else "default"):
-        figure = Figure(figsize=(4.2 * panels + 3.0 * (panels == 1), height), layout="constrained")
+        width = 4.2 * panels + 3.0 * (panels == 1)
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes: Any = figure.subplots(1, panels, squeeze=False)
         for axis in axes[0]:
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_facecolor("none")
         draw(list(axes[0]))
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        wrapped = textwrap.fill(title, int(width * HEADLINE))
+        figure.suptitle(wrapped, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 

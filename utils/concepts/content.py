@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from utils.adapters.roles import role_of
+from utils.concepts.checks import as_tensor, with_tensors
+from utils.runtime.arguments import described
 from utils.runtime.errors import DataError
 
 ALONE = ""
@@ -97,6 +99,7 @@ def read_content(examples: Any, what: str = "examples") -> Content:
 
     Args:
         examples: Texts; a tensor of main inputs or a mapping of all inputs, samples first; several mappings; `Content`.
+            NumPy arrays are taken like tensors, those of float64 as float32.
         what: How they are called in errors.
 
     Raises:
@@ -104,6 +107,7 @@ def read_content(examples: Any, what: str = "examples") -> Content:
     """
     if isinstance(examples, Content):
         return examples
+    examples = with_tensors(examples)
     alone = isinstance(examples, (str, Tensor, Mapping))
     parts: list[Any] = [examples] if alone else list(_iterable(examples, what))
     if not parts:
@@ -167,15 +171,52 @@ def _iterable(examples: Any, what: str) -> Iterable[Any]:
     return examples
 
 
-def checked_groups(groups: Sequence[Any] | None, count: int, what: str) -> tuple[str, ...]:
-    """Return the group of each sample as text; empty where none are given.
+def paired_groups(
+    groups: Any, counts: tuple[int, int], names: tuple[str, str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the group of each sample on either side as text; empty where none are given.
+
+    Args:
+        groups: A pair, or None.
+        counts: How many samples there are on either side.
+        names: How they are called in errors.
 
     Raises:
-        DataError: There are not as many as samples.
+        DataError: They are no pair, or not as many as samples.
+    """
+    if groups is None:
+        return (), ()
+    if not isinstance(groups, (tuple, list)) or len(groups) != 2:
+        raise DataError(
+            f"The groups are of the type {type(groups).__name__} and not a pair.",
+            f"Expected those of the {names[0]} and those of the {names[1]}.",
+            f"Write groups=({names[0].split()[0]}, {names[1].split()[0]}), each a list with one entry for each sample.",
+        )
+    return checked_groups(groups[0], counts[0], names[0]), checked_groups(groups[1], counts[1], names[1])
+
+
+def checked_groups(groups: Any, count: int, what: str) -> tuple[str, ...]:
+    """Return the group of each sample as text; empty where none are given.
+
+    Args:
+        groups: A list, a tensor or an array with one entry for each sample, or None.
+        count: How many samples there are.
+        what: How they are called in errors.
+
+    Raises:
+        DataError: They are no list, or there are not as many as samples.
     """
     if groups is None:
         return ()
-    if isinstance(groups, str) or len(groups) != count:
+    groups = as_tensor(groups)
+    listed = isinstance(groups, (Sequence, Tensor)) or (hasattr(groups, "__len__") and hasattr(groups, "__getitem__"))
+    if not listed or isinstance(groups, (str, bytes, Mapping)) or (isinstance(groups, Tensor) and groups.ndim != 1):
+        raise DataError(
+            f"The groups of {count} {what} are {described(groups)}.",
+            "Expected one for each: what samples of one source or template have in common.",
+            "Give a list as long as the samples, or none.",
+        )
+    if len(groups) != count:
         raise DataError(
             f"There are {len(groups)} groups for {count} {what}.",
             "Expected one for each: what samples of one source or template have in common.",

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.concepts.content import checked_groups
+from utils.concepts.checks import as_tensor, check_choice, check_count, fitted_table, read_table
+from utils.concepts.content import paired_groups
 from utils.concepts.examples import BATCH_SIZE, read_sides
 from utils.concepts.ranking import auroc, auroc_interval
-from utils.runtime.errors import ConfigError, DataError
+from utils.runtime.errors import DataError
 from utils.runtime.optional import require
 from utils.runtime.seeding import derive_seed
 
@@ -118,15 +119,10 @@ class ConceptDirection:
         """Return how far rows ``(n, width)`` lie on the concept's side: ``(n,)``, in units of the values.
 
         Raises:
-            ConfigError: The rows have another width.
+            ConfigError: The rows are no floating-point tensor, or have another width.
         """
-        if values.ndim != 2 or values.shape[1] != len(self.vector):
-            raise ConfigError(
-                f"The values have the shape {tuple(values.shape)}, and the direction has {len(self.vector)} numbers.",
-                f"Expected the shape (rows, {len(self.vector)}).",
-                "Take them from the layer that the direction was found in.",
-            )
-        return values.to(self.vector) @ self.vector + self.bias
+        rows = read_table(values, len(self.vector), "the direction")
+        return rows.to(self.vector) @ self.vector + self.bias
 
     def with_effect(self, p_value: float) -> "ConceptDirection":
         """Return it with what erasing the concept did, which the verdict then includes."""
@@ -173,12 +169,9 @@ def concept_direction(
             all equal.
         ConfigError: No such method, or no control.
     """
-    if method not in METHODS or not isinstance(controls, int) or controls < 1:
-        raise ConfigError(
-            f"The method is {method!r} with {controls!r} control concepts.",
-            f"Expected one of {', '.join(METHODS)}, and one control at least.",
-            "Choose among them.",
-        )
+    check_choice("method", method, METHODS)
+    check_count("controls", controls, 1)
+    positive, negative = as_tensor(positive), as_tensor(negative)
     sides = checked_sides(positive, negative)
     find = _mean_difference if method == "mean_difference" else _logistic
     generator = torch.Generator().manual_seed(derive_seed(seed, "concept direction"))
@@ -233,6 +226,8 @@ def find_direction(
         DataError: Too few different examples, some on both sides, values that are not finite or all equal.
         AdapterError: The model cannot be called, or the layer makes nothing of each sample.
     """
+    check_choice("method", method, METHODS)
+    check_count("controls", controls, 1)
     read = read_sides(
         model, positive, negative, layer, pool,
         side=side, channels=channels, tokenizer=tokenizer, batch_size=batch_size,
@@ -262,24 +257,7 @@ def checked_sides(positive: Tensor, negative: Tensor, least: int = LEAST) -> tup
     """
     sides = []
     for name, values in (("positive", positive), ("negative", negative)):
-        if not isinstance(values, Tensor) or values.ndim != 2 or not values.shape[1]:
-            shape = (
-                f"the shape {tuple(values.shape)}"
-                if isinstance(values, Tensor)
-                else f"the type {type(values).__name__}"
-            )
-            raise DataError(
-                f"The {name} examples have {shape}.",
-                "Expected a tensor (examples, width).",
-                "Give one row for each example, as `representations(...).values` does.",
-            )
-        values = values.detach().double().cpu()
-        if broken := int((~torch.isfinite(values)).any(1).sum()):
-            raise DataError(
-                f"{broken} of {len(values)} {name} examples hold values that are not finite.",
-                "Expected numbers.",
-                "Look for the layer where they begin: `utils.validate(model)` names it.",
-            )
+        values = fitted_table(values, f"{name} examples").double()
         sides.append(torch.unique(values, dim=0))
     first, second = sides
     if first.shape[1] != second.shape[1]:
@@ -319,15 +297,9 @@ def group_numbers(groups: tuple[Sequence[Any], Sequence[Any]], counts: tuple[int
         counts: How many examples there are on either side.
 
     Raises:
-        DataError: There are not as many as examples.
+        DataError: They are no pair, or not as many as examples.
     """
-    if not isinstance(groups, (tuple, list)) or len(groups) != 2:
-        raise DataError(
-            f"The groups are of the type {type(groups).__name__} and not a pair.",
-            "Expected those of the positive and those of the negative examples.",
-            "Write groups=(of_positive, of_negative).",
-        )
-    told = [checked_groups(groups[side], counts[side], f"{('positive', 'negative')[side]} examples") for side in (0, 1)]
+    told = paired_groups(groups, counts, ("positive examples", "negative examples"))
     names = {name: number for number, name in enumerate(sorted({*told[0], *told[1]}))}
     first, second = (torch.tensor([names[name] for name in side], dtype=torch.int64) for side in told)
     return first, second

@@ -1,16 +1,19 @@
 """What a model loses when a concept is taken out of one of its layers, beside what it loses with random directions."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from utils.concepts.checks import check_choice
 from utils.concepts.direction import (
     CONTROLS,
     LEVEL,
+    METHODS,
     ConceptDirection,
     checked_sides,
     find_direction,
@@ -24,6 +27,7 @@ from utils.concepts.ranking import auroc
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.isolation import preserved
 from utils.runtime.seeding import derive_seed
+from utils.runtime.settings import shown
 
 Behaviour = Callable[[Tensor, Tensor], float]
 """From the logits of samples ``(n, outputs)`` and their numbers ``(n,)`` to how much of a behaviour they show."""
@@ -120,16 +124,11 @@ def erasure_effect(
         groups: The source or template of each example, on either side: those of one group are in the same half.
 
     Raises:
-        ConfigError: No such layer, pool or side, or fewer than 20 draws.
+        ConfigError: No such layer, pool or side, fewer than 20 draws, or a behaviour that is no function of two.
         DataError: Too few examples, some on both sides, values that are not finite, or a behaviour that is no number.
         AdapterError: The model cannot be called, or the layer makes nothing of each sample.
     """
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < CONTROLS:
-        raise ConfigError(
-            f"There are {draws!r} random directions to compare with.",
-            f"Expected {CONTROLS} at least, and {DRAWS} for a p value below {LEVEL}.",
-            "Draw more.",
-        )
+    _check_settings(behaviour, draws)
     read = read_sides(
         model, positive, negative, layer, pool,
         side=side, channels=channels, tokenizer=tokenizer, batch_size=batch_size,
@@ -184,12 +183,32 @@ def erasure_effect(
     )
 
 
+class Examination(NamedTuple):
+    """A concept's direction, and what the model loses without it: a pair, which shows itself in a notebook."""
+
+    direction: ConceptDirection
+    """Its `accepted` and `reasons` include the effect."""
+    effect: ErasureEffect
+    """What erasing it does."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return both as plain values that JSON can hold."""
+        return {"direction": self.direction.to_dict(), "effect": self.effect.to_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.direction}\n{self.effect}"
+
+    def _repr_html_(self) -> str:
+        """Show both pictures and the same in words."""
+        return self.direction._repr_html_() + self.effect._repr_html_()
+
+
 def examine_concept(
     model: Any, positive: Any, negative: Any, layer: str | None = None, behaviour: Behaviour | None = None, *,
     method: str = "mean_difference", described: str = "the behaviour", pool: str = "auto", side: str = "output",
     channels: int | None = None, tokenizer: Any = None, draws: int = DRAWS, seed: int = 0,
     batch_size: int = BATCH_SIZE, groups: tuple[Sequence[Any], Sequence[Any]] | None = None,
-) -> tuple[ConceptDirection, ErasureEffect]:  # fmt: skip
+) -> Examination:  # fmt: skip
     """Find a concept's direction and what erasing it does, and judge it by all rules together.
 
     Args:
@@ -210,13 +229,15 @@ def examine_concept(
         groups: See there, and `utils.concepts.direction.concept_direction`.
 
     Returns:
-        The direction, whose `accepted` and `reasons` include the effect, and the effect.
+        The pair of the direction, whose `accepted` and `reasons` include the effect, and the effect.
 
     Raises:
         ConfigError: As there, or no such method.
         DataError: As there.
         AdapterError: As there.
     """
+    _check_settings(behaviour, draws)
+    check_choice("method", method, METHODS)
     reading: dict[str, Any] = {
         "pool": pool, "side": side, "channels": channels, "tokenizer": tokenizer, "seed": seed,
         "batch_size": batch_size, "groups": groups,
@@ -225,7 +246,37 @@ def examine_concept(
     effect = erasure_effect(
         model, positive, negative, layer, behaviour, described=described, draws=draws, **reading
     )  # fmt: skip
-    return found.with_effect(effect.p_value), effect
+    return Examination(found.with_effect(effect.p_value), effect)
+
+
+def _check_settings(behaviour: Any, draws: Any) -> None:
+    """Check what can be checked before the model runs.
+
+    Raises:
+        ConfigError: Too few random directions, or a behaviour that is no function of logits and numbers.
+    """
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < CONTROLS:
+        raise ConfigError(
+            f"There are {draws!r} random directions to compare with.",
+            f"Expected {CONTROLS} at least, and {DRAWS} for a p value below {LEVEL}.",
+            "Draw more.",
+        )
+    if behaviour is None:
+        return
+    taken = f"a {type(behaviour).__name__}"
+    if callable(behaviour):
+        try:
+            inspect.signature(behaviour).bind(None, None)
+            return
+        except TypeError as error:
+            taken = f"a function that does not take two arguments ({error})"
+        except ValueError:  # a function in C, whose signature nobody knows
+            return
+    raise ConfigError(
+        f"The behaviour is {taken}.",
+        "Expected a function of logits (n, outputs) and of the numbers of these samples (n,) that returns a number.",
+        "Write for example behaviour=lambda logits, numbers: float(logits[:, 0].mean()), or leave it out.",
+    )
 
 
 def _held_out(read: Sides, numbers: Tensor, change: Eraser | None, where: dict[str, Any]) -> Tensor:
@@ -249,11 +300,11 @@ def _number(value: Any) -> float:
     """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = float("nan")
     if number != number or number in (float("inf"), float("-inf")):
         raise DataError(
-            f"The behaviour was measured as {value!r}.",
+            f"The behaviour was measured as {shown(value)}.",
             "Expected a finite number.",
             "Return one, the higher the more of the behaviour.",
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.concepts.checks import as_tensor, fitted_table, read_table
 from utils.runtime.errors import ConfigError, DataError
 
 NOTHING = 1e-10
@@ -41,14 +42,9 @@ class Eraser:
         """Return vectors ``(..., width)`` without the concept, in their own dtype and on their device.
 
         Raises:
-            ConfigError: They have another width.
+            ConfigError: They are no floating-point tensor, or have another width.
         """
-        if values.shape[-1:] != self.mean.shape:
-            raise ConfigError(
-                f"The values have the shape {tuple(values.shape)}, and the eraser is for the width {self.width}.",
-                f"Expected {self.width} as the last axis.",
-                "Take them from the layer that the eraser was fitted on.",
-            )
+        values = read_table(values, self.width, "the eraser", flat=False)
         # Half precision would leave a part of the concept in its rounding.
         kind = torch.promote_types(values.dtype, torch.float32)
         reading, writing, mean = (part.to(values.device, kind) for part in (self.reading, self.writing, self.mean))
@@ -57,12 +53,21 @@ class Eraser:
 
     def change(self, values: Tensor) -> float:
         """Return how far rows ``(n, width)`` move: the root of their mean squared distance to where they were."""
-        rows = values.double().cpu()
+        rows = read_table(values, self.width, "the eraser").double().cpu()
         return float((rows - self.apply(rows)).square().sum(1).mean().sqrt())
 
     def to_dict(self) -> dict[str, Any]:
         """Return rank and width."""
         return {"rank": self.rank, "width": self.width}
+
+    def __repr__(self) -> str:
+        return f"Eraser of {self.rank} of {self.width} dimensions"
+
+    def _repr_html_(self) -> str:
+        """Show rank and width."""
+        from utils.concepts.concept_view import told_html
+
+        return told_html("Takes a concept out of vectors", {"dimensions taken out": self.rank, "width": self.width})
 
 
 def fit_eraser(values: Tensor, labels: Tensor, shrinkage: float = 0.0) -> Eraser:
@@ -82,8 +87,12 @@ def fit_eraser(values: Tensor, labels: Tensor, shrinkage: float = 0.0) -> Eraser
         DataError: No such shapes, values that are not finite, or labels that are all equal.
         ConfigError: The shrinkage is out of range.
     """
-    if not isinstance(shrinkage, (int, float)) or not 0 <= shrinkage < 1:
-        raise ConfigError(f"The shrinkage is {shrinkage!r}.", "Expected a number from 0 to below 1.")
+    if isinstance(shrinkage, bool) or not isinstance(shrinkage, (int, float)) or not 0 <= shrinkage < 1:
+        raise ConfigError(
+            f"The shrinkage is {shrinkage!r}.",
+            "Expected a number from 0 to below 1.",
+            "Choose 0, or width / (rows + width) where there are few rows for the width.",
+        )
     rows, targets = checked_labels(values, labels)
     mean = rows.mean(0)
     frame = _Frame(rows, shrinkage)
@@ -129,30 +138,28 @@ def checked_labels(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: No such shapes, values that are not finite, labels that do not match or are all equal.
     """
-    if not isinstance(values, Tensor) or values.ndim != 2 or len(values) < 2 or not values.shape[1]:
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    rows, labels = fitted_table(values, "vectors").double(), as_tensor(labels)
+    if len(rows) < 2:
         raise DataError(
-            f"The values have the shape {shape}.", "Expected (rows, width) with two rows at least.", "Give a table."
+            f"There {'is 1 vector' if len(rows) else 'are no vectors'}.", "Expected two at least.", "Give more rows."
         )
-    if not isinstance(labels, Tensor) or labels.ndim not in (1, 2) or len(labels) != len(values):
-        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+    plain = isinstance(labels, Tensor) and labels.layout == torch.strided
+    if not plain or labels.ndim not in (1, 2) or len(labels) != len(rows):
+        kind = f"of the shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         raise DataError(
-            f"There are {len(values)} rows of values, and labels of the shape {shape}.",
-            f"Expected ({len(values)},) classes or ({len(values)}, k) numbers.",
+            f"There are {len(rows)} vectors, and the labels are {kind}.",
+            f"Expected a tensor ({len(rows)},) of classes or ({len(rows)}, k) of numbers.",
             "Give one label for each row.",
         )
     if labels.ndim == 1 and labels.is_floating_point():
         labels = labels[:, None]
-    rows = values.detach().double().cpu()
     targets = labels.detach().cpu()
     if targets.ndim == 1:
         kinds, places = torch.unique(targets, return_inverse=True)
         targets = torch.nn.functional.one_hot(places, len(kinds))
     targets = targets.double()
-    if not bool(torch.isfinite(rows).all()) or not bool(torch.isfinite(targets).all()):
-        raise DataError(
-            "The values or labels are not all finite.", "Expected numbers.", "Look for the layer where they begin."
-        )
+    if not bool(torch.isfinite(targets).all()):
+        raise DataError("The labels are not all finite.", "Expected numbers.", "Leave out rows without a label.")
     if bool((targets == targets[0]).all()):
         raise DataError(
             "All labels are equal.", "Expected two kinds at least.", "Give examples without the concept too."

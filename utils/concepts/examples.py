@@ -9,8 +9,9 @@ from torch import Tensor
 
 from utils.adapters import ModelAdapter
 from utils.adapters.activations import Representation, representations
+from utils.concepts.checks import SIDES, check_choice, check_count, with_tensors
 from utils.concepts.content import refuse_tensor_lists
-from utils.memory.key_reader import adapter_of, tokenizer_of
+from utils.memory.key_reader import adapter_of, check_tokenizer, tokenizer_of
 from utils.runtime.errors import ConfigError, DataError
 from utils.training.batch_inputs import model_inputs
 
@@ -88,7 +89,8 @@ def example_batches(model: Any, examples: Any, tokenizer: Any = None, batch_size
 
     Args:
         model: A run, a loaded model, an adapter or a module.
-        examples: Texts; or a tensor of main inputs, or a mapping of all inputs, samples first; or several mappings.
+        examples: Texts; or a tensor of main inputs, or a mapping of all inputs, samples first; or several mappings of
+            the same inputs. NumPy arrays are taken like tensors, those of float64 as float32.
         tokenizer: A `TextTokenizer` for texts; None takes the run's.
         batch_size: Samples that go through the model at a time, at most.
 
@@ -98,8 +100,9 @@ def example_batches(model: Any, examples: Any, tokenizer: Any = None, batch_size
         ConfigError: They are nothing of this, or the batch size is below 1.
     """
     adapter = adapter_of(model)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"The batch size is {batch_size!r}.", "Expected a whole number above 0.")
+    check_count("batch_size", batch_size, 1)
+    check_tokenizer(tokenizer, "encode")
+    examples = with_tensors(examples)
     if isinstance(examples, str):
         examples = [examples]
     if not isinstance(examples, Iterable):
@@ -112,7 +115,7 @@ def example_batches(model: Any, examples: Any, tokenizer: Any = None, batch_size
     if given and all(isinstance(part, str) for part in given):
         return _text_batches(adapter, given, tokenizer_of(model, tokenizer), model, batch_size)
     refuse_tensor_lists(given)
-    batches = []
+    batches: list[dict[str, Tensor]] = []
     for part in given:
         inputs = {adapter.main_input: part} if isinstance(part, Tensor) else part
         if not isinstance(inputs, Mapping) or not all(isinstance(value, Tensor) for value in inputs.values()):
@@ -127,7 +130,13 @@ def example_batches(model: Any, examples: Any, tokenizer: Any = None, batch_size
                 f"Expected `{adapter.main_input}`, the main input of {adapter.name}, among them.",
                 "Use the names of forward's arguments.",
             )
-        if inputs[adapter.main_input].ndim == 0 or len({len(value) for value in inputs.values()}) > 1:
+        if batches and set(batches[0]) != set(inputs):
+            raise ConfigError(
+                f"Some examples have the inputs {', '.join(batches[0])} and others {', '.join(inputs)}.",
+                "Expected the same inputs with all of them: what a mask hides here would count there.",
+                "Give each input with all examples, or with none.",
+            )
+        if not all(value.ndim for value in inputs.values()) or len({len(value) for value in inputs.values()}) > 1:
             raise ConfigError(
                 f"The inputs of a batch have the shapes {', '.join(str(tuple(v.shape)) for v in inputs.values())}.",
                 "Expected samples as the first axis of each, as many in all.",
@@ -160,17 +169,26 @@ def read_sides(
 
     Raises:
         ConfigError: No such layer, pool or side, or examples of no known kind.
-        DataError: There is no example, or some are on both sides.
+        DataError: There is no example, some are on both sides, or one side has inputs that the other has not.
         AdapterError: The model cannot be called, or the layer makes nothing of each sample.
     """
-    if pool == "positions":
+    if isinstance(pool, str) and pool == "positions":
         raise ConfigError(
             "The pool is 'positions'.",
             "Expected one row for each example: several rows of one are no independent examples.",
             'Choose pool="mean" or pool="last", or give the rows of your own choice to `concept_direction`.',
         )
+    check_choice("pool", pool, ("auto", "mean", "last", "flat"))
+    check_choice("side", side, SIDES)
     adapter = adapter_of(model)
     made = [example_batches(model, examples, tokenizer, batch_size) for examples in (positive, negative)]
+    names = [list(side_made.batches[0]) for side_made in made]
+    if set(names[0]) != set(names[1]):
+        raise DataError(
+            f"The positive examples have the inputs {', '.join(names[0])} and the negative ones {', '.join(names[1])}.",
+            "Expected the same on both sides: what a mask hides on one side would count on the other.",
+            "Give each input, such as attention_mask, on both sides or on neither.",
+        )
     keys = [set(side_made.keys(adapter.main_input)) for side_made in made]
     if shared := len(keys[0] & keys[1]):
         raise DataError(

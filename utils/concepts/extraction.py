@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from utils.adapters.activations import default_layer, layer_named, representations
-from utils.concepts.content import Content, checked_groups, read_content
+from utils.concepts.checks import SIDES, check_choice, check_count
+from utils.concepts.content import Content, paired_groups, read_content
 from utils.concepts.direction import METHODS, concept_direction
 from utils.concepts.examples import example_batches
 from utils.concepts.layer_reading import spaced_layers
@@ -21,6 +22,7 @@ from utils.concepts.readout import calibration
 from utils.memory.key_reader import adapter_of, tokenizer_of
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.seeding import derive_seed
+from utils.runtime.settings import shown
 from utils.training.weights import weights_sha256
 
 FOLDS = 5
@@ -28,6 +30,8 @@ FOLDS = 5
 LEAST_EXAMPLES = 16
 """Different examples on each side: four fifths of them must still make a direction."""
 POOLS = ("auto", "mean", "last", "flat")
+LONGEST_NAME, LONGEST_LICENCE = 200, 2000
+"""Characters."""
 
 
 def extract_concept(
@@ -63,17 +67,15 @@ def extract_concept(
         ConfigError: A layer that does not exist (the nearest are named), or another setting out of range.
         AdapterError: The teacher cannot be called.
     """
-    _check_settings(pool, side, method, anchors, traces, date)
+    _check_settings(name, licence, pool, side, method, anchors, traces, date)
     positive = read_content(examples, "examples")
     negative = read_content(counter_examples, "counter-examples")
     content = positive.joined(negative)
     labels = torch.arange(len(content)) < len(positive)
     hashes = content.hashes()
     _check_sides(hashes, labels)
-    told: tuple[str, ...] = ()
-    if groups is not None:
-        both = (groups[0], len(positive), "examples"), (groups[1], len(negative), "counter-examples")
-        told = tuple(group for part in both for group in checked_groups(*part))
+    parted = paired_groups(groups, (len(positive), len(negative)), ("examples", "counter-examples"))
+    told = parted[0] + parted[1]
     adapter = adapter_of(teacher)
     if layer is None:
         layer, side, _ = default_layer(adapter)
@@ -86,8 +88,7 @@ def extract_concept(
         return inputs.restored(made.values)
 
     values = read(layer, side, pool)
-    parted = (told[: len(positive)], told[len(positive) :]) if told else None
-    direction = concept_direction(values[labels], values[~labels], method, seed, groups=parted)
+    direction = concept_direction(values[labels], values[~labels], method, seed, groups=parted if told else None)
     held_out = _cross_fitted(values, labels, told or hashes, method, seed)
     scale, offset = calibration(held_out, labels)
     numbers = _chosen_anchors(labels, anchors, seed)
@@ -169,19 +170,20 @@ def _check_sides(hashes: tuple[str, ...], labels: Tensor) -> None:
             )
 
 
-def _check_settings(pool: str, side: str, method: str, anchors: int, traces: int, date: str | None) -> None:
-    for name, value, allowed in (
-        ("pool", pool, POOLS),
-        ("side", side, ("output", "input")),
-        ("method", method, METHODS),
-    ):
-        if value not in allowed:
+def _check_settings(
+    concept: Any, licence: Any, pool: str, side: str, method: str, anchors: int, traces: int, date: Any
+) -> None:
+    for name, value, allowed in (("pool", pool, POOLS), ("side", side, SIDES), ("method", method, METHODS)):
+        check_choice(name, value, allowed)
+    check_count("anchors", anchors, 2)
+    check_count("traces", traces, 0)
+    for name, text, longest in (("name", concept, LONGEST_NAME), ("licence", licence, LONGEST_LICENCE)):
+        if not isinstance(text, str) or not text.strip() or len(text) > longest:
             raise ConfigError(
-                f"The {name} is {value!r}.", f"Expected one of {', '.join(allowed)}.", "Choose among them."
+                f"The {name} is {shown(text)}.",
+                f"Expected a text of 1 to {longest} characters.",
+                f"Write one, such as {name}={'round shapes' if name == 'name' else 'CC0'!r}.",
             )
-    for name, count, least in (("anchors", anchors, 2), ("traces", traces, 0)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise ConfigError(f"The number of {name} is {count!r}.", f"Expected a whole number from {least}.")
     if date is not None:
         try:
             calendar_date.fromisoformat(date)

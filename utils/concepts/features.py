@@ -1,6 +1,8 @@
 """Features of a layer of a model, found by a sparse autoencoder, and the examples that each is strongest on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -8,9 +10,11 @@ from torch import Tensor
 
 from utils.adapters.activations import representations
 from utils.concepts.autoencoder import READ_AT_A_TIME, AutoencoderConfig, AutoencoderFit, fit_autoencoder
+from utils.concepts.checks import SIDES, as_tensor, check_choice, check_count, check_kind, read_table
 from utils.concepts.examples import BATCH_SIZE, example_batches
 from utils.memory.key_reader import adapter_of, tokenizer_of
 from utils.runtime.errors import ConfigError, DataError
+from utils.runtime.settings import settings_of, shown
 
 POOLS = ("positions", "flat")
 """Poolings of which a reconstruction can be put back into the model."""
@@ -84,17 +88,19 @@ class FeatureView:
 
 
 def fit_layer_autoencoder(
-    model: Any, examples: Any, layer: str | None = None, config: AutoencoderConfig | None = None, *,
-    pool: str = "positions", side: str = "output", channels: int | None = None, tokenizer: Any = None,
+    model: Any, examples: Any, layer: str | None = None, config: AutoencoderConfig | Mapping[str, Any] | None = None,
+    *, pool: str = "positions", side: str = "output", channels: int | None = None, tokenizer: Any = None,
     batch_size: int = BATCH_SIZE,
 ) -> AutoencoderFit:  # fmt: skip
     """Fit a sparse autoencoder to what a layer makes of examples; the model is left as it was.
+
+    Equal examples are trained on, or held out, together: they count as one where it is measured what was learned.
 
     Args:
         model: A run, a loaded model, an adapter or a module.
         examples: Texts or model inputs; see `utils.concepts.examples.example_batches`.
         layer: Qualified name; None takes what the layer that makes the logits reads.
-        config: Settings; None takes the defaults.
+        config: Settings, or their names and values; None takes the defaults.
         pool: ``"positions"`` for a vector at each position of a sample, or ``"flat"`` for one with all of them.
         side: The layer's ``"output"`` or ``"input"``; for its default the input.
         channels: The axis of features, where the shape leaves it open.
@@ -103,18 +109,24 @@ def fit_layer_autoencoder(
 
     Raises:
         ConfigError: No such layer, pool or side, or examples of no known kind.
-        DataError: Too few vectors, not finite or all equal.
+        DataError: Too few different examples or vectors, not finite or all equal.
         AdapterError: The model cannot be called, or the layer makes nothing of each sample.
     """
-    if pool not in POOLS:
+    config = settings_of(AutoencoderConfig, config)
+    check_choice("side", side, SIDES)
+    if not isinstance(pool, str) or pool not in POOLS:
         raise ConfigError(
             f"The pool is {pool!r}.",
             f"Expected one of {', '.join(POOLS)}: a reconstruction of means cannot be put back into the model.",
             "Choose one.",
         )
+    adapter = adapter_of(model)
     made = example_batches(model, examples, tokenizer, batch_size)
-    read = representations(adapter_of(model), made.batches, layer, pool, side=side, channels=channels)
-    fit = fit_autoencoder(read.values, config, made.order[read.samples])
+    # An example that is there again must not be held out while its twin is trained on.
+    first: dict[bytes, int] = {}
+    same = torch.tensor([first.setdefault(key, number) for number, key in enumerate(made.keys(adapter.main_input))])
+    read = representations(adapter, made.batches, layer, pool, side=side, channels=channels)
+    fit = fit_autoencoder(read.values, config, same[made.order[read.samples]])
     return replace(fit, layer=read.layer, side=read.side, pool=read.pool)
 
 
@@ -134,31 +146,30 @@ def strongest_features(
         numbers: These features instead.
 
     Raises:
-        ConfigError: The values have another width, or a feature does not exist.
+        ConfigError: The values have another width, a feature does not exist, or a number is below 1.
         DataError: There are no values, or `samples` and `positions` do not match them.
     """
+    check_fit(fit)
+    chosen = _chosen(fit, count, top, numbers)
     made = fit.autoencoder
+    values = read_table(values, made.width, "the autoencoder")
+    samples, positions = as_tensor(samples), as_tensor(positions)
     whole = torch.arange(len(values))
     samples = whole if samples is None else samples
     positions = torch.full_like(whole, -1) if positions is None else positions
-    if not len(values) or samples.shape != whole.shape or positions.shape != whole.shape:
+    if not len(values) or any(getattr(own, "shape", None) != whole.shape for own in (samples, positions)):
+        kinds = [f"of the shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
+                 for v in (samples, positions)]  # fmt: skip
         raise DataError(
-            f"There are {len(values)} vectors, samples of the shape {tuple(samples.shape)} and positions of the shape "
-            f"{tuple(positions.shape)}.",
+            f"There are {len(values)} vectors, samples {kinds[0]} and positions {kinds[1]}.",
             "Expected one vector at least, and one sample and position for each.",
             "Give what `representations` returned.",
         )
     codes = torch.cat([made.encode(part.float().cpu()) for part in values.split(READ_AT_A_TIME)])
     energies = codes.square().sum(0)
-    if numbers is None:
+    if chosen is None:
         chosen = energies.argsort(descending=True, stable=True)[:count].tolist()
         chosen = [number for number in chosen if float(energies[number]) > 0]
-    else:
-        chosen = list(numbers)
-        if wrong := [number for number in chosen if not 0 <= number < made.features]:
-            raise ConfigError(
-                f"There is no feature {wrong[0]}.", f"Expected from 0 to {made.features - 1}.", "Choose among them."
-            )
     rows = []
     for number in chosen:
         strengths = codes[:, number]
@@ -194,10 +205,11 @@ def layer_features(
         batch_size: See there.
 
     Raises:
-        ConfigError: The autoencoder was not fitted on a layer, or a feature does not exist.
+        ConfigError: The autoencoder was not fitted on a layer, a feature does not exist, or a number is below 1.
         DataError: There is no example.
     """
     check_layer(fit)
+    _chosen(fit, count, top, numbers)
     adapter = adapter_of(model)
     made = example_batches(model, examples, tokenizer, batch_size)
     read = representations(adapter, made.batches, fit.layer, fit.pool, side=fit.side, channels=channels)
@@ -215,12 +227,43 @@ def layer_features(
     return replace(view, features=tuple(features))
 
 
-def check_layer(fit: AutoencoderFit) -> None:
+def check_fit(fit: Any) -> None:
+    """Check that this is a fitted autoencoder.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    check_kind(fit, AutoencoderFit, "autoencoder", "Give what fit_layer_autoencoder or load_autoencoder returned.")
+
+
+def _chosen(fit: AutoencoderFit, count: Any, top: Any, numbers: Any) -> list[int] | None:
+    """Check what is asked for, and return the numbers of features; None for those of most energy."""
+    check_count("count", count, 1)
+    check_count("top", top, 1)
+    if numbers is None:
+        return None
+    features = fit.autoencoder.features
+    numbers = as_tensor(numbers)
+    if isinstance(numbers, Tensor) and numbers.layout == torch.strided:
+        numbers = numbers.flatten().tolist()
+    given = list(numbers) if isinstance(numbers, (list, tuple, range)) else [numbers]
+    for number in given:
+        if isinstance(number, bool) or not isinstance(number, Integral) or not 0 <= int(number) < features:
+            raise ConfigError(
+                f"There is no feature {shown(number)}.",
+                f"Expected a list of whole numbers from 0 to {features - 1}.",
+                "Choose among them.",
+            )
+    return [int(number) for number in given]
+
+
+def check_layer(fit: Any) -> None:
     """Check that an autoencoder was fitted on a layer.
 
     Raises:
-        ConfigError: It was fitted on vectors that were given as such.
+        ConfigError: It is none, or was fitted on vectors that were given as such.
     """
+    check_fit(fit)
     if not fit.layer or fit.pool not in POOLS:
         raise ConfigError(
             "The autoencoder was fitted on vectors of no known layer.",

@@ -20,8 +20,9 @@ from utils.concepts.hierarchy_parts import (
     Fact,
     Relation,
     checked_facts,
+    listed_names,
     records,
-    triple,
+    sentences,
 )
 from utils.runtime.optional import require
 
@@ -49,16 +50,16 @@ class ConceptHierarchy:
         self._graphs = {relation: AcyclicGraph() for relation in RELATIONS}
 
     @classmethod
-    def from_relations(cls, relations: Iterable[tuple[str, str, str]]) -> "ConceptHierarchy":
+    def from_relations(cls, relations: Iterable[tuple[str, str, str] | Relation]) -> "ConceptHierarchy":
         """Build from sentences ``(concept, relation, parent)``; concepts are added as they are met.
 
         Raises:
-            HierarchyError: They contradict themselves; see `relate_all`.
+            HierarchyError: They are no sentences, or contradict themselves; see `relate_all`.
         """
-        made, sentences = cls(), list(relations)
-        for name in dict.fromkeys(name for concept, _, parent in sentences for name in (parent, concept)):
+        made, said = cls(), sentences(relations)
+        for name in dict.fromkeys(name for one in said for name in (one.parent, one.concept)):
             made.add(name)
-        made.relate_all(sentences)
+        made.relate_all(said)
         return made
 
     def add(self, name: str, difficulty: float = 0.0, domain: str = "", **facts: Fact) -> Concept:
@@ -120,11 +121,11 @@ class ConceptHierarchy:
         """Say many sentences with one check for cycles; all of them or none. One said before stays as it is.
 
         Raises:
-            HierarchyError: A name is unknown, or a cycle would be closed; it is named, and nothing changes.
+            HierarchyError: One is no sentence, a name is unknown, or a cycle would be closed, which is named; nothing
+                changes.
         """
         edges: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {relation: [] for relation in RELATIONS}
-        for said in relations:
-            one = said if isinstance(said, Relation) else Relation(*triple(said))
+        for one in sentences(relations):
             self._graph(one.relation)
             for name in (one.concept, one.parent):
                 self.concept(name)
@@ -249,10 +250,10 @@ class ConceptHierarchy:
         graph, networkx = self._graph(relation).graph, _networkx()
         wanted = set(graph)
         if goals is not None:
-            wanted = {self.concept(goal).name for goal in _names(goals)}
+            wanted = {self.concept(goal).name for goal in listed_names(goals)}
             for goal in list(wanted):
                 wanted |= networkx.ancestors(graph, goal)
-        wanted -= {self.concept(name).name for name in _names(known)}
+        wanted -= {self.concept(name).name for name in listed_names(known)}
         # Induced after the ancestors were taken; what is known holds nothing back.
         part = graph if len(wanted) == len(graph) else graph.subgraph(wanted)
         key = {name: (self._concepts[name].difficulty, name) for name in wanted}
@@ -322,7 +323,7 @@ class ConceptHierarchy:
         Raises:
             HierarchyError: A name is unknown.
         """
-        chosen = {self.concept(name).name for name in _names(names)}
+        chosen = {self.concept(name).name for name in listed_names(names)}
         part = ConceptHierarchy()
         for name, concept in self._concepts.items():
             if name in chosen:
@@ -423,8 +424,3 @@ class ConceptHierarchy:
 
 def _networkx() -> Any:
     return require("networkx", "hold a hierarchy of concepts")
-
-
-def _names(names: Iterable[str]) -> Iterable[str]:
-    """Take one name for a list of one, not for a list of letters."""
-    return [names] if isinstance(names, str) else names

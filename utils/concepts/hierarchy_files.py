@@ -1,5 +1,8 @@
 """Hierarchies in files: JSON of our own and GraphML that other programs read. What is read is not trusted.
 
+A JSON file carries a hash of its content, so that damage and changes by hand are noticed. GraphML is for exchange:
+other programs write and change it, so that it carries none.
+
 Unusual: a GraphML file passes through the XML parser twice, because networkx reads it with one that resolves entities.
 The first pass keeps nothing, and refuses document types (in which entities are declared), depth and numbers of elements
 that no hierarchy needs.
@@ -13,13 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 from xml.parsers import expat
 
+from utils.concepts.checks import check_kind
 from utils.concepts.hierarchy import ConceptHierarchy
 from utils.concepts.hierarchy_order import HierarchyError
 from utils.concepts.hierarchy_parts import RELATIONS, Concept, Relation
-from utils.runtime.files import write_atomic
+from utils.runtime.files import checked_path, own_hash, saving, write_atomic
 from utils.runtime.optional import require
 
-FORMAT, VERSION = "seedbed-concept-hierarchy", 1
+FORMAT, VERSION = "seedbed-concept-hierarchy", 2
 MOST_BYTES, MOST_ELEMENTS, DEEPEST = 64 << 20, 4_000_000, 32
 """Of a file: its size, its XML elements and how deep they may be nested."""
 NEEDED = {"node": ("id",), "edge": ("source", "target")}
@@ -34,18 +38,20 @@ OWN = ("difficulty", "domain", "facts")
 def save_hierarchy(hierarchy: ConceptHierarchy, path: str | Path) -> Path:
     """Write a hierarchy as ``.json`` or ``.graphml``, whole or not at all, and return the path.
 
-    In GraphML an edge points from the parent to the concept, and its attribute ``relation`` has the relation.
+    In GraphML an edge points from the parent to the concept, and its attribute ``relation`` has the relation; it is for
+    exchange with other programs, and a change of such a file is not noticed.
 
     Raises:
-        HierarchyError: The path has another ending.
-        OSError: The file cannot be written.
+        HierarchyError: It is no hierarchy, the path has another ending, or the file cannot be written.
     """
-    path = Path(path)
-    if _kind(path) == ".json":
-        write_atomic(path, json.dumps({"format": FORMAT, "version": VERSION, **hierarchy.to_dict()}, indent=1) + "\n")
-    else:
-        write_atomic(path, _to_graphml(hierarchy))
-    return path
+    check_kind(hierarchy, ConceptHierarchy, "hierarchy", "Make one with ConceptHierarchy().", HierarchyError)
+    with saving(path, "the hierarchy", HierarchyError) as file:
+        if _kind(file) == ".json":
+            values = {"format": FORMAT, "version": VERSION, **hierarchy.to_dict()}
+            write_atomic(file, json.dumps(values | {"sha256": own_hash(values)}, indent=1) + "\n")
+        else:
+            write_atomic(file, _to_graphml(hierarchy))
+    return file
 
 
 def load_hierarchy(path: str | Path, relation: str | None = None) -> ConceptHierarchy:
@@ -56,9 +62,9 @@ def load_hierarchy(path: str | Path, relation: str | None = None) -> ConceptHier
         relation: What edges mean in a GraphML file of another program that does not say so.
 
     Raises:
-        HierarchyError: It is missing, too large, damaged, no hierarchy, or contradicts itself.
+        HierarchyError: It is missing, too large, damaged or changed, no hierarchy, or contradicts itself.
     """
-    path = Path(path)
+    path = checked_path(path, "the hierarchy", HierarchyError)
     kind = _kind(path)
     try:
         with open(path, "rb") as stream:
@@ -125,9 +131,13 @@ def _from_json(content: bytes, path: Path) -> ConceptHierarchy:
     if values.get("version") != VERSION:
         raise HierarchyError(
             f"{path} has version {str(values.get('version'))[:40]!r} of the format.",
-            f"This program reads version {VERSION}.",
-            "Use the program that wrote it, or a newer one.",
+            f"This program reads version {VERSION}; files of version 1 carry no hash, so that no change is noticed.",
+            "Use the Seedbed that wrote it, or a newer one; from an older one save it as GraphML and read that.",
         )
+    if "sha256" not in values:
+        _damaged(path, "it carries no hash of its content")
+    if values["sha256"] != own_hash(values):
+        _damaged(path, "it was changed after it was written: its hash is another")
     return ConceptHierarchy.from_dict(values)
 
 

@@ -2,11 +2,12 @@
 
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from utils.concepts.hierarchy_order import HierarchyError
+from utils.runtime.settings import shown
 
 REQUIRES, IS_A = "requires", "is-a"
 RELATIONS = (REQUIRES, IS_A)
@@ -128,11 +129,47 @@ def _is_fact(value: Any) -> bool:
     return value is None or (isinstance(value, int) and abs(value) < 2**63)
 
 
+def sentences(given: Any) -> list["Relation"]:
+    """Return sentences that a user gave as relations, their names checked.
+
+    Raises:
+        HierarchyError: They are no list, or one of them is no sentence of three names.
+    """
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise HierarchyError(
+            f"The relations are {shown(given)}.",
+            "Expected a list of sentences (concept, relation, parent).",
+            f"Write for example [('poodle', {IS_A!r}, 'dog')].",
+        )
+    made = []
+    for said in given:
+        one = said if isinstance(said, Relation) else Relation(*triple(said))
+        for name in (one.concept, one.parent):
+            check_name(name, "concept")
+        made.append(one)
+    return made
+
+
+def listed_names(names: Any) -> list[Any]:
+    """Return names of concepts that a user gave; one name by itself is a list of one, not of its letters.
+
+    Raises:
+        HierarchyError: They are no list.
+    """
+    if isinstance(names, str):
+        return [names]
+    if not isinstance(names, Iterable):
+        raise HierarchyError(
+            f"The names of concepts are {shown(names)}.", "Expected a list of names.", "Put a name into a list."
+        )
+    return list(names)
+
+
 def triple(said: Any) -> tuple[str, str, str]:
     """Check that a sentence has three words."""
     if not isinstance(said, (tuple, list)) or len(said) != 3:
         raise HierarchyError(
-            f"{str(said)[:60]!r} is no relation.",
+            f"{shown(said)} is no relation.",
             "Three names were expected: concept, relation, parent.",
             f"Write for example ('poodle', {IS_A!r}, 'dog').",
         )

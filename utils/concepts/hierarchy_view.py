@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from utils.concepts.hierarchy import ConceptHierarchy
 from utils.concepts.hierarchy_layout import HEIGHT, MOST_SHOWN, Box, Layout, Line, layered_layout
+from utils.concepts.hierarchy_order import HierarchyError
 from utils.concepts.hierarchy_page import SCRIPT, STYLE
 from utils.concepts.hierarchy_parts import IS_A, RELATIONS, REQUIRES
 from utils.growth.lineage_view import DARK
-from utils.runtime.files import write_atomic
+from utils.runtime.files import saving, write_atomic
 from utils.runtime.optional import require
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def save_hierarchy_html(hierarchy: ConceptHierarchy, path: str | Path) -> Path:
     """Write the interactive picture as a page that needs nothing else, and return its path.
 
     Raises:
-        OSError: The file cannot be written.
+        HierarchyError: It is too large, or the file cannot be written.
     """
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -85,8 +86,9 @@ def save_hierarchy_html(hierarchy: ConceptHierarchy, path: str | Path) -> Path:
         ".seedbed-hierarchy .scroll{max-height:none}</style></head>"
         f"<body>{hierarchy_html(hierarchy)}</body></html>"
     )
-    write_atomic(Path(path), page)
-    return Path(path)
+    with saving(path, "the picture", HierarchyError) as file:
+        write_atomic(file, page)
+    return file
 
 
 def colour_numbers(hierarchy: ConceptHierarchy) -> dict[str, int]:
@@ -257,11 +259,11 @@ def save_hierarchy_figure(hierarchy: ConceptHierarchy, path: str | Path, dark: b
     """Write the drawing as a PNG and return its path.
 
     Raises:
-        HierarchyError: It is empty or too large.
+        HierarchyError: It is empty or too large, or the file cannot be written.
         MissingPackageError: matplotlib is not installed.
-        OSError: The file cannot be written.
     """
     figure, picture = hierarchy_figure(hierarchy, dark), io.BytesIO()
     figure.savefig(picture, format="png", dpi=144, facecolor=figure.get_facecolor())
-    write_atomic(Path(path), picture.getvalue())
-    return Path(path)
+    with saving(path, "the picture", HierarchyError) as file:
+        write_atomic(file, picture.getvalue())
+    return file

@@ -235,6 +235,20 @@ class ConceptPackage:
             "provenance": asdict(self.provenance),
         }
 
+    def _repr_html_(self) -> str:
+        """Show what it holds and where it is from, and how the direction was judged."""
+        from utils.concepts.concept_view import told_html
+
+        known = self.provenance
+        told = {
+            "concept": self.name, "teacher": known.model, "layer": f"{known.side} of {known.layer}",
+            "positions": known.pool, "direction": f"{known.method}, {self.direction.verdict}",
+            "held-out AUROC": f"{self.direction.auroc:.3f}", "exemplars with it": known.positive,
+            "exemplars without": known.negative, "content": self.content.said, "anchors": len(self.anchors),
+            "traced layers": ", ".join(self.traces), "licence": known.licence, "made": known.date or "not stated",
+        }  # fmt: skip
+        return told_html(f"Concept {self.name!r} of {known.model}", told, self.direction.reasons)
+
     def __str__(self) -> str:
         known = self.provenance
         return "\n".join([

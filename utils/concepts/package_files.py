@@ -13,14 +13,24 @@ from typing import Any
 
 from torch import Tensor
 
+from utils.concepts.checks import check_kind
 from utils.concepts.content import Content
 from utils.concepts.direction import ConceptDirection
 from utils.concepts.package import MOST_BYTES, ConceptPackage, PackageError, Provenance
 from utils.runtime.errors import DataError
-from utils.runtime.files import sha256_bytes, tag_nonfinite, untag_nonfinite, write_atomic
+from utils.runtime.files import (
+    checked_path,
+    own_hash,
+    saving,
+    sha256_bytes,
+    tag_nonfinite,
+    untag_nonfinite,
+    write_atomic,
+    write_json,
+)
 from utils.training.weights import write_tensors
 
-FORMAT = 1
+FORMAT = 2
 """Layout of the folder."""
 MANIFEST = "concept.json"
 INPUT, TRACE = "input:", "trace:"
@@ -29,16 +39,54 @@ MOST_FILE = 3 * MOST_BYTES
 """Bytes of a file that is read at all."""
 
 
-def save_package(package: ConceptPackage, directory: str | Path) -> Path:
-    """Write a package into a folder; a package that is there already is replaced as a whole.
+def save_package(package: ConceptPackage, directory: str | Path, replace: bool = False) -> Path:
+    """Write a package into a folder; one of the same concept and teacher that is there is replaced as a whole.
+
+    Args:
+        package: The package.
+        directory: The folder, made where there is none.
+        replace: Replace a package of another concept or teacher as well, or one that cannot be read.
 
     Returns:
         The folder.
 
     Raises:
-        OSError: The files cannot be written; what was there is still there.
+        PackageError: It is no package, another one is there, or the files cannot be written; what was there is still
+            there.
     """
-    directory = Path(directory)
+    check_kind(package, ConceptPackage, "package", "Make one with extract_concept.", PackageError)
+    with saving(directory, "the concept package", PackageError, folder=True) as folder:
+        if not replace:
+            _check_present(package, folder)
+        _write(package, folder)
+    return folder
+
+
+def _check_present(package: ConceptPackage, directory: Path) -> None:
+    """Refuse a folder that holds another package, or one that cannot be read."""
+    if not (directory / MANIFEST).exists():
+        return
+    try:
+        body = _manifest(directory)
+        there = str(body["name"]), body["provenance"]["weights_sha256"], f"of a {body['provenance']['model']}"
+    except (PackageError, KeyError, TypeError) as error:
+        why = error.found if isinstance(error, PackageError) else f"It says no {error}."
+        raise PackageError(
+            f"{directory} holds a concept package that cannot be told apart from this one. {why}",
+            "Expected a folder without a package, or with one of the same concept and teacher.",
+            "Save into another folder, or write replace=True.",
+        ) from error
+    if there[:2] != (package.name, package.provenance.weights_sha256):
+        raise PackageError(
+            f"{directory} holds the package of the concept {there[0][:60]!r} {there[2][:60]} with the weights "
+            f"{str(there[1])[:16]}..., and this one is of {package.name!r} of a {package.provenance.model} with "
+            f"{package.provenance.weights_sha256[:16]}...",
+            "Expected a folder without a package, or with one of the same concept and teacher.",
+            "Save into another folder, or write replace=True.",
+        )
+
+
+def _write(package: ConceptPackage, directory: Path) -> None:
     stream = io.BytesIO()
     write_tensors({name: value.contiguous() for name, value in _tensors(package).items()}, {}, stream)
     content = stream.getvalue()
@@ -60,11 +108,9 @@ def save_package(package: ConceptPackage, directory: str | Path) -> Path:
     old = _old_file(directory)
     write_atomic(directory / _file_name(digest), content)
     # The manifest comes last: until then a reader sees the old package, from then on the new one.
-    whole = json.dumps(body | {"sha256": _digest(body)}, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(directory / MANIFEST, whole + "\n")
+    write_json(directory / MANIFEST, body | {"sha256": own_hash(body)})
     if old is not None and old != _file_name(digest):
         (directory / old).unlink(missing_ok=True)
-    return directory
 
 
 def package_sha256(directory: str | Path) -> str:
@@ -73,7 +119,7 @@ def package_sha256(directory: str | Path) -> str:
     Raises:
         PackageError: There is none, or it is damaged.
     """
-    return str(_manifest(Path(directory))["sha256"])
+    return str(_manifest(checked_path(directory, "the concept package", PackageError))["sha256"])
 
 
 def load_package(directory: str | Path, sha256: str | None = None) -> ConceptPackage:
@@ -86,9 +132,9 @@ def load_package(directory: str | Path, sha256: str | None = None) -> ConceptPac
     Raises:
         PackageError: It is missing, of another version, damaged or changed, or not the one that was expected.
     """
-    directory = Path(directory)
+    directory = checked_path(directory, "the concept package", PackageError)
     body = _manifest(directory)
-    if sha256 is not None and body["sha256"] != sha256:
+    if sha256 is not None and not (isinstance(sha256, str) and body["sha256"] == sha256):
         raise PackageError(
             f"The package in {directory} has the SHA-256 {body['sha256'][:16]}...",
             f"Expected {str(sha256)[:16]}...",
@@ -152,7 +198,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
             f"Expected a folder with {MANIFEST}, as save_package writes it.",
             "Check the path.",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(directory, f"{type(error).__name__}: {error}") from error
     if not isinstance(body, dict) or "format" not in body:
         raise _damaged(directory, f"{MANIFEST} does not say its format")
@@ -163,7 +209,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
             "Make the package anew with this version, or read it with the version that made it.",
         )
     told = body.get("sha256")
-    if told != (found := _digest({name: value for name, value in body.items() if name != "sha256"})):
+    if told != (found := own_hash(body)):
         raise _damaged(directory, f"{MANIFEST} has the SHA-256 {found[:16]}... and says {str(told)[:16]}...")
     return body
 
@@ -210,10 +256,6 @@ def _is_own(entry: Any) -> bool:
 
 def _file_name(digest: str) -> str:
     return f"concept-{digest[:16]}.safetensors"
-
-
-def _digest(body: Any) -> str:
-    return sha256_bytes(json.dumps(body, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
 
 
 def _damaged(directory: Path, why: str) -> PackageError:

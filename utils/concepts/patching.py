@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import as_table, layer_named, pooled_rows, real_positions
+from utils.adapters.activations import as_table, layer_named, pooled_rows
 from utils.adapters.capture import first_tensor, unfused_attention
+from utils.concepts.layer_reading import counted_positions
 from utils.runtime.errors import AdapterError
 
 Change = Callable[[Tensor], Tensor]
@@ -83,6 +84,9 @@ def pooled_answers(adapter: ModelAdapter, inputs: Mapping[str, Tensor], pool: st
         adapter: The model.
         inputs: By name.
         pool: ``"last"`` or ``"mean"`` of the real positions of a causal language model; elsewhere it is the mean.
+
+    Raises:
+        DataError: A mask hides positions, and does not fit those of the logits.
     """
     placed = {name: value.to(adapter.device) for name, value in inputs.items()}
     logits = adapter.logits(placed)
@@ -91,7 +95,7 @@ def pooled_answers(adapter: ModelAdapter, inputs: Mapping[str, Tensor], pool: st
         is_text = adapter.modality == "tokens"
         table, _ = as_table(logits, content, "the model", logits.ndim - 1 if is_text else None)
         how = pool if adapter.task.value == "causal_lm" else "mean"
-        logits, _, _ = pooled_rows(table, real_positions(placed, table), how)
+        logits, _, _ = pooled_rows(table, counted_positions(placed, table, "the model"), how)
     return (logits if logits.ndim == 2 else logits[:, None]).float().cpu()
 
 
@@ -99,7 +103,11 @@ def answers(
     adapter: ModelAdapter, batches: Iterable[Mapping[str, Tensor]], layer: str = "", change: Change | None = None, *,
     pool: str = "last", side: str = "output", flat: bool = False, channels: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the pooled logits of all samples, with a layer changed or as it is; the caller preserves the model."""
+    """Return the pooled logits of all samples, with a layer changed or as it is; the caller preserves the model.
+
+    Raises:
+        DataError: A mask hides positions, and does not fit those of the logits.
+    """
     rows = []
     for inputs in batches:
         if change is None:

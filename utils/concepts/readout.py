@@ -73,6 +73,19 @@ class ConceptReadout:
         named = {name: getattr(self, name) for name in ("layer", "side", "pool", "bias", "channels")}
         return {"model": self.adapter.name, **named, "vector": self.vector.tolist()}
 
+    def __str__(self) -> str:
+        return f"Reads a concept off the {self.side} of `{self.layer}` of {self.adapter.name}"
+
+    def _repr_html_(self) -> str:
+        """Show where it reads."""
+        from utils.concepts.concept_view import told_html
+
+        return told_html(
+            str(self),
+            {"positions": self.pool, "width": len(self.vector), "length of the vector": f"{self.vector.norm():.3g}",
+             "bias": f"{self.bias:.3g}"},
+        )  # fmt: skip
+
 
 def fit_readout(features: Tensor, targets: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
     """Return the vector and the bias whose sigmoid is closest to targets, which may be soft.

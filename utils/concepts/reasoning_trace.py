@@ -13,6 +13,7 @@ from torch import Tensor
 from utils.adapters import ModelAdapter
 from utils.adapters.activations import run_given
 from utils.concepts.attention_flow import attention_flow
+from utils.concepts.checks import check_count, with_tensors
 from utils.concepts.logit_lens import LensReading, logit_lens
 from utils.concepts.reasoning_steps import split_steps
 from utils.concepts.trace_parts import (
@@ -24,17 +25,20 @@ from utils.concepts.trace_parts import (
     StepMemory,
     TracedToken,
 )
-from utils.memory.key_reader import adapter_of, tokenizer_of
+from utils.memory.key_reader import adapter_of, check_tokenizer, tokenizer_of
 from utils.memory.memory_generation import generate_with_memory
 from utils.memory.nearest_neighbour_head import NearestNeighbourHead
 from utils.runtime.errors import AdapterError, ConfigError, DataError
 from utils.runtime.isolation import preserved
+from utils.runtime.settings import shown
 from utils.training.batch_inputs import model_inputs
 from utils.training.generation import generate, ids_of_prompt
 
 GUESSES = 3
 """Likeliest answers of each layer that are kept."""
 STEP_MEMORIES = 3
+HOTTEST = 1_000_000
+"""Temperature from which on nothing but chance would draw, as in `utils.training.generation`."""
 TEXT = ("causal_lm", "masked_lm", "seq2seq")
 CLASSES = ("text_classification", "image_classification", "audio_classification", "tabular_classification")
 """Tasks whose answers are chosen from a list, so that a layer's logits mean something."""
@@ -79,14 +83,23 @@ def record_trace(
             "Expected a NearestNeighbourHead of this model.",
             "Make one with utils.memory.datastore.build_datastore, or leave it out.",
         )
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
-        raise ConfigError(f"tokens is {tokens!r}.", "Expected a whole number from 0 on.", "0 looks at the prompt.")
+    check_tokenizer(tokenizer, "encode", "decode")
+    check_count("tokens", tokens, 0)
+    check_count("top_k", top_k, 1, optional=True)
+    check_count("seed", seed, 0)
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < HOTTEST:
+        raise ConfigError(
+            f"temperature is {shown(temperature)}.",
+            f"Expected a number from 0 to below {HOTTEST:,}.",
+            "0 takes the likeliest token; usual values are 0.5 to 1.",
+        )
     if adapter.task.value not in (*TEXT, *CLASSES):
         raise AdapterError(
             f"{adapter.name} is for {adapter.task.value} ({adapter.task.reason}).",
             "Expected a model whose answer is a token or a class: other answers have no likeliest one to read off.",
             "Look at its layers with `utils.adapters.activations.representations` instead.",
         )
+    prompt_or_inputs = with_tensors(prompt_or_inputs)
     is_sample = isinstance(prompt_or_inputs, Mapping) or (
         isinstance(prompt_or_inputs, Tensor) and prompt_or_inputs.dim() > 1
     )

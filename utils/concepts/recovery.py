@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import as_table, real_positions
+from utils.adapters.activations import as_table, run_given
 from utils.adapters.objectives import IGNORED, REAL_VALUED
 from utils.concepts.autoencoder import AutoencoderFit
+from utils.concepts.checks import as_tensor
 from utils.concepts.examples import BATCH_SIZE, example_batches
 from utils.concepts.features import check_layer
+from utils.concepts.layer_reading import counted_positions, on_device
 from utils.concepts.patching import changed
 from utils.memory.key_reader import adapter_of
 from utils.runtime.errors import DataError
@@ -93,16 +95,20 @@ def recovery(
 
     Raises:
         ConfigError: The autoencoder was not fitted on a layer.
-        DataError: There is no example, or the labels do not match.
+        DataError: There is no example, the labels do not match, or a mask hides positions and does not fit the logits.
         AdapterError: The model cannot be called, or the layer makes nothing of each sample.
     """
     check_layer(fit)
     adapter = adapter_of(model)
     made = example_batches(model, examples, tokenizer, batch_size)
-    if labels is not None and (labels.shape != (len(made),) or labels.is_floating_point()):
+    labels = as_tensor(labels)
+    if labels is not None and not _are_classes(labels, len(made)):
+        kind = f"of the shape {tuple(labels.shape)}, {labels.dtype}" if isinstance(labels, Tensor) else (
+            f"a {type(labels).__name__}"
+        )  # fmt: skip
         raise DataError(
-            f"There are {len(made)} examples and labels of the shape {tuple(labels.shape)}, {labels.dtype}.",
-            f"Expected ({len(made)},) classes as whole numbers.",
+            f"There are {len(made)} examples, and the labels are {kind}.".replace("torch.", ""),
+            f"Expected a tensor ({len(made)},) of classes as whole numbers from 0.",
             "Give one class for each example.",
         )
     module = SparseOnDevice(fit, adapter)
@@ -111,6 +117,8 @@ def recovery(
     where: dict[str, Any] = {"side": fit.side, "flat": fit.pool == "flat", "channels": channels}
     with preserved(adapter.module, 0, "recovery"), torch.no_grad():
         adapter.module.eval()
+        # What the model does not run on is told by its first two samples.
+        run_given(adapter, on_device(adapter, {name: value[:2] for name, value in made.batches[0].items()}))
         for batch in made.batches:
             inputs = {name: value.to(adapter.device) for name, value in batch.items()}
             size = len(inputs[adapter.main_input])
@@ -148,6 +156,11 @@ class SparseOnDevice:
         return self.module.mean.to(rows.dtype).expand_as(rows)
 
 
+def _are_classes(labels: Any, count: int) -> bool:
+    """Return whether labels are one class for each example; negative ones stand for none, as `IGNORED` does."""
+    return isinstance(labels, Tensor) and labels.shape == (count,) and not labels.is_floating_point()
+
+
 def _answers(
     adapter: ModelAdapter, inputs: Mapping[str, Tensor], labels: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +173,7 @@ def _answers(
     content = inputs[adapter.main_input]
     is_text = adapter.modality == "tokens"
     table, _ = as_table(logits, content, "the model", logits.ndim - 1 if is_text else None)
-    real = real_positions(inputs, table)
+    real = counted_positions(inputs, table, "the model")
     targets = None
     if adapter.task.value == "causal_lm" and content.shape == table.shape[:2]:
         following = torch.full_like(content, IGNORED)
@@ -182,10 +195,11 @@ def _compared(parts: Mapping[str, Tensor], targets: Tensor | None, real_valued: 
         sums[f"agreement{suffix}"] = float((logs[name].argmax(1) == logs[""].argmax(1)).sum())
         sums[f"divergence{suffix}"] = float((logs[""].exp() * (logs[""] - logs[name])).sum())
     if targets is not None:
-        if bool((targets >= kept.shape[1]).any()):
+        wrong = (targets >= kept.shape[1]) | ((targets < 0) & (targets != IGNORED))
+        if bool(wrong.any()):
             raise DataError(
-                f"A label is {int(targets.max())}.",
-                f"Expected below {kept.shape[1]}, the number of the model's classes.",
+                f"A label is {int(targets[wrong][0])}.",
+                f"Expected from 0 to {kept.shape[1] - 1}, the model's classes, or {IGNORED} for no label.",
                 "Correct the labels.",
             )
         for name in parts:

@@ -7,6 +7,7 @@ beside Student's; they are taken further out to make up for it (Hesterberg, The 
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,7 @@ class Resamples:
     Attributes:
         samples: int16 ``(draws, n)``: how often each test sample is in a draw.
         students: float64 ``(draws, s)``: the share of each student in a draw.
+        chance: float64 ``(draws,)``: a standard normal number for each draw, see `single`.
     """
 
     def __init__(self, clusters: Sequence[str], strata: Tensor, students: int, draws: int, seed: int) -> None:
@@ -52,10 +54,23 @@ class Resamples:
             counts[:, own] = _counts(len(own), draws, generator)
         self.samples = counts[:, members]
         self.students = _counts(students, draws, generator).double() / students
+        self.chance = torch.randn(draws, generator=generator, dtype=torch.float64)
 
     def over_students(self, values: Tensor) -> Tensor:
         """Return the mean over the students of each draw ``(draws,)`` of values ``(students, draws)``."""
         return (self.students * values.T).sum(1)
+
+    def single(self, values: Sequence[float], drawn: Tensor) -> Tensor:
+        """Return draws of one more thing of a kind, where there are draws of the mean of some.
+
+        It is as far from the mean as they are, by a normal distribution: a predictive interval. `interval` takes the
+        percentiles of few students further out, so the spread is that of those measured, as in the bootstrap.
+
+        Args:
+            values: The things, one for each student.
+            drawn: ``(draws,)``: their mean on each draw.
+        """
+        return drawn + statistics.pstdev(values) * self.chance
 
     def means(self, values: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return the mean of each draw over its samples and its students: ``(draws,)``.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from utils.adapters.activations import representations
+from utils.concepts.checks import check_choice, checked_names, fitted_table
 from utils.concepts.examples import BATCH_SIZE, example_batches
 from utils.memory.key_reader import adapter_of
 from utils.runtime.errors import ConfigError, DataError
@@ -84,6 +85,50 @@ class Similarity:
         return shown_html(partial(similarity_figure, self), str(self))
 
 
+class SimilarityTable(list[list[Similarity]]):
+    """Similarities of layers of two models: a list of rows, which shows itself as a table."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all as plain values, see `Similarity.to_dict`."""
+        return {"rows": [[found.to_dict() for found in row] for row in self]}
+
+    def table(self) -> list[dict[str, str]]:
+        """Return a row of text for each layer of the first model, whose name is under the empty one."""
+        names = [found.layers[1] for found in self[0]] if self else []
+        if len(set(names)) < len(names):
+            names = [f"{number}: {name}" for number, name in enumerate(names, 1)]
+        said = [[f"{found.calibrated:.3f}{'*' * found.significant}" for found in row] for row in self]
+        return [
+            {"": row[0].layers[0], **dict(zip(names, own, strict=True))} for row, own in zip(self, said, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        lines = []
+        for row in self.table():
+            first = row.pop("")
+            lines.append(f"{first}: " + ", ".join(f"{name} {said}" for name, said in row.items()))
+        return "\n".join([self.headline, *lines])
+
+    __str__ = __repr__
+
+    @property
+    def headline(self) -> str:
+        """What the numbers are."""
+        if not self:
+            return "There are no similarities."
+        found = self[0][0]
+        return (
+            f"{found.measure} of {found.samples} samples, calibrated: 0 is what chance reaches one time in twenty, "
+            "1 is alike; * where p is at most 0.05"
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the table."""
+        from utils.concepts.concept_view import similarity_html
+
+        return similarity_html(self)
+
+
 def similarity(
     first: Tensor, second: Tensor, measure: str = "cka", *, permutations: int = PERMUTATIONS, neighbours: int = 10,
     seed: int = 0,
@@ -107,8 +152,7 @@ def similarity(
         DataError: The samples do not match, are too few, not finite, or all equal.
         ConfigError: No such measure, fewer than 19 permutations, or neighbours beyond half of the samples.
     """
-    if measure not in MEASURES:
-        raise ConfigError(f"The measure is {measure!r}.", f"Expected one of {', '.join(MEASURES)}.", "Choose one.")
+    check_choice("measure", measure, MEASURES)
     if isinstance(permutations, bool) or not isinstance(permutations, int) or permutations < 19:
         raise ConfigError(
             f"There are {permutations!r} permutations.", "Expected 19 at least, for a p value of 0.05.", "Take more."
@@ -139,7 +183,7 @@ def model_similarity(
     second_layers: Sequence[str | None] = (None,), measure: str = "cka", pool: str = "auto", tokenizer: Any = None,
     second_tokenizer: Any = None, permutations: int = PERMUTATIONS, neighbours: int = 10, seed: int = 0,
     batch_size: int = BATCH_SIZE,
-) -> list[list[Similarity]]:  # fmt: skip
+) -> SimilarityTable:  # fmt: skip
     """Compare layers of two models on the same samples, every layer of the one with every layer of the other.
 
     The p values and calibrated scores of several pairs are corrected for their number: unrelated models have one
@@ -162,23 +206,22 @@ def model_similarity(
         batch_size: Samples that go through a model at a time.
 
     Returns:
-        A row for each of `layers`, with an entry for each of `second_layers`.
+        A list with a row for each of `layers`, each with an entry for each of `second_layers`.
 
     Raises:
         ConfigError: No such layer, pool or measure, or examples of no known kind.
         DataError: The samples do not match, are too few, not finite, or all equal.
         AdapterError: A model cannot be called, or a layer makes nothing of each sample.
     """
-    if pool == "positions":
+    check_choice("measure", measure, MEASURES)
+    if isinstance(pool, str) and pool == "positions":
         raise ConfigError(
             "The pool is 'positions'.",
             "Expected one row for each sample: several rows of one are no independent samples.",
             'Choose pool="mean", pool="last" or pool="flat".',
         )
-    if isinstance(layers, str) or isinstance(second_layers, str) or not layers or not second_layers:
-        raise ConfigError(
-            f"The layers are {layers!r} and {second_layers!r}.", "Expected lists of names.", "Put a name into a list."
-        )
+    check_choice("pool", pool, ("auto", "mean", "last", "flat"))
+    layers, second_layers = checked_names(layers, "layers"), checked_names(second_layers, "second_layers")
     tables = []
     for model, given, names, own in (
         (first, examples, layers, tokenizer),
@@ -195,7 +238,7 @@ def model_similarity(
             found = similarity(values, other, measure, permutations=permutations, neighbours=neighbours, seed=seed)
             row.append(replace(found, layers=(name, other_name)))
         rows.append(row)
-    return together(rows)
+    return SimilarityTable(together(rows))
 
 
 def together(rows: Sequence[Sequence[Similarity]]) -> list[list[Similarity]]:
@@ -256,20 +299,7 @@ def _checked(first: Tensor, second: Tensor) -> list[Tensor]:
     """Return both sides in float64 on the CPU, centred and of unit size."""
     sides = []
     for name, values in (("first", first), ("second", second)):
-        if not isinstance(values, Tensor) or values.ndim != 2 or not values.shape[1]:
-            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise DataError(
-                f"The {name} representation has the shape {shape}.",
-                "Expected (samples, width).",
-                "Give a row for each sample.",
-            )
-        rows = values.detach().double().cpu()
-        if not bool(torch.isfinite(rows).all()):
-            raise DataError(
-                f"The {name} representation holds values that are not finite.",
-                "Expected numbers.",
-                "Look for the layer where they begin: `utils.validate(model)` names it.",
-            )
+        rows = fitted_table(values, f"vectors of the {name} representation").double()
         if bool((rows == rows[:1]).all()) and len(rows) > 1:
             raise DataError(
                 f"All samples are equal in the {name} representation.",

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from utils.memory.memory_generation import UsedMemory
 from utils.runtime.errors import CheckpointError
-from utils.runtime.files import null_nonfinite, write_json
+from utils.runtime.files import checked_path, null_nonfinite, own_hash, saving, write_json
+from utils.runtime.settings import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT, VERSION = "seedbed reasoning trace", 1
+FORMAT, VERSION = "seedbed reasoning trace", 2
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,9 @@ class ReasoningTrace:
             )
         if values.get("version") != VERSION:
             raise CheckpointError(
-                f"The trace is of version {values.get('version')!r}.",
-                f"Expected version {VERSION}.",
-                "Read it with the Seedbed that wrote it, or a later one.",
+                f"The trace is of version {shown(values.get('version'))}.",
+                f"Expected version {VERSION}; files of version 1 carry no hash, so that no change is noticed.",
+                "Read it with the Seedbed that wrote it, or record it again.",
             )
         try:
             trace = _read(values)
@@ -169,30 +170,41 @@ class ReasoningTrace:
         return trace
 
     def save(self, path: str | Path) -> Path:
-        """Write the trace as JSON, atomically, and return the path.
+        """Write the trace as JSON with a hash of its content, atomically, and return the path.
 
         Raises:
-            OSError: The file cannot be written.
+            CheckpointError: The file cannot be written; what was there is still there.
         """
-        write_json(Path(path), null_nonfinite(self.to_dict()))
-        return Path(path)
+        values = null_nonfinite(self.to_dict())
+        with saving(path, "the trace") as file:
+            write_json(file, values | {"sha256": own_hash(values)})
+        return file
 
     @classmethod
     def load(cls, path: str | Path) -> "ReasoningTrace":
         """Read a trace that `save` wrote.
 
         Raises:
-            CheckpointError: There is none, or it is damaged, of another format or a later version.
+            CheckpointError: There is none, or it is damaged, changed, of another format or another version.
         """
+        file = checked_path(path, "the trace")
         try:
-            values = json.loads(Path(path).read_bytes())
+            values = json.loads(file.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} cannot be read as a trace ({type(error).__name__}: {error}).",
                 "Expected a JSON file that `ReasoningTrace.save` wrote.",
                 "Give another copy, or record it again.",
             ) from error
-        return cls.from_dict(values)
+        trace = cls.from_dict(values)
+        if values.get("sha256") != own_hash(values):
+            why = "was changed after it was written: its hash is another" if "sha256" in values else "carries no hash"
+            raise CheckpointError(
+                f"{path} {why}.",
+                "Expected a JSON file that `ReasoningTrace.save` wrote, unchanged.",
+                "Give another copy, or record it again.",
+            )
+        return trace
 
     def figure(self, dark: bool = False) -> "Figure":
         """Return `utils.concepts.trace_view.trace_figure`."""
@@ -205,7 +217,7 @@ class ReasoningTrace:
 
         Raises:
             MissingPackageError: matplotlib is not installed.
-            OSError: The file cannot be written.
+            CheckpointError: The file cannot be written.
         """
         from utils.concepts.trace_view import save_trace_figure
 

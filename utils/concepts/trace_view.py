@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.concepts.concept_view import figure_png
+from utils.concepts.concept_view import HEADLINE, figure_png
 from utils.concepts.trace_parts import ReasoningTrace
 from utils.continual.matrix_view import page_html, picture_html, table_html
 from utils.growth.lineage_view import DARK
-from utils.runtime.files import write_atomic
+from utils.runtime.files import saving, write_atomic
 from utils.runtime.optional import require
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ SCROLL = "overflow-x:auto;max-width:100%"
 """Style of the table of steps: what does not fit is scrolled to."""
 WRAP = "white-space:normal;overflow-wrap:anywhere;min-width:14em;max-width:40em"
 """Style of a step's text in it."""
+TITLE = 14
+"""Characters per inch that surely fit at the size of a panel's title."""
+BESIDE = 1.2
+"""Inches of the names left of a panel, over which its title does not reach."""
 COLUMN, ROW = 0.62, 0.3
 """Inches of a cell of the lens."""
 BLUE, ORANGE = "#4878b0", "#d1662c"
@@ -70,7 +74,8 @@ def trace_figure(trace: ReasoningTrace, dark: bool = False) -> "Figure":
         axis = panels[-1, 0].add_axes((0, 0, 1, 1))
         axis.set_axis_off()
         axis.text(0.01, 0.95, "\n".join(wrapped), fontsize=7.5, va="top", alpha=0.8)
-        figure.suptitle(_headline(trace), x=0.01, ha="left", fontsize=11, fontweight="bold")
+        headline = "\n".join(_wrapped([_headline(trace)], int(width * HEADLINE)))
+        figure.suptitle(headline, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 
@@ -79,10 +84,12 @@ def save_trace_figure(trace: ReasoningTrace, path: str | Path) -> Path:
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        OSError: The file cannot be written.
+        CheckpointError: The file cannot be written.
     """
-    write_atomic(Path(path), figure_png(partial(trace_figure, trace)))
-    return Path(path)
+    picture = figure_png(partial(trace_figure, trace))
+    with saving(path, "the picture") as file:
+        write_atomic(file, picture)
+    return file
 
 
 def trace_html(trace: ReasoningTrace) -> str:
@@ -174,7 +181,7 @@ def _draw_lens(axis: "Axes", trace: ReasoningTrace, places: list[int], targets: 
     if any(token.memory_share is not None for token in trace.tokens):
         kind += ", which memories had a part in"
     mark = "" if lens.faithful else " (not faithful, see below)"
-    axis.set_title(f"Logit lens: {kind}{mark}", loc="left", fontsize=9)
+    _entitle(axis, f"Logit lens: {kind}{mark}")
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
 
@@ -193,7 +200,7 @@ def _draw_shares(axis: "Axes", trace: ReasoningTrace, places: list[int], targets
     axis.set_xlim(-0.5, len(tokens) - 0.5)
     axis.set_xticks(range(len(tokens)), [_short(_visible(t.text), LABEL) for t in tokens], fontsize=7, rotation=45)
     what = "written" if trace.steps else "read"
-    axis.set_title(f"Probability of each token that was {what}", loc="left", fontsize=9)
+    _entitle(axis, f"Probability of each token that was {what}")
     axis.set_ylabel("probability", fontsize=8)
 
 
@@ -221,7 +228,14 @@ def _draw_flow(axis: "Axes", trace: ReasoningTrace, places: list[int], targets: 
     axis.set_xlabel("came from", fontsize=8)
     axis.set_ylabel("read at", fontsize=8)
     part = f", in part: {len(flow.unseen)} blocks unseen" if flow.unseen else ""
-    axis.set_title(f"Attention flow (rollout of {len(flow.modules)} attentions{part})", loc="left", fontsize=9)
+    _entitle(axis, f"Attention flow (rollout of {len(flow.modules)} attentions{part})")
+
+
+def _entitle(axis: "Axes", title: str) -> None:
+    """Put a title over a panel, on as many lines as its width asks for."""
+    panel: Any = axis.figure
+    inches = panel.bbox.width / panel.dpi - BESIDE
+    axis.set_title("\n".join(_wrapped([title], int(inches * TITLE))), loc="left", fontsize=9)
 
 
 def _headline(trace: ReasoningTrace) -> str:

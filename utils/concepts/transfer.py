@@ -28,6 +28,7 @@ from utils.concepts.transfer_config import TransferConfig
 from utils.memory.key_reader import adapter_of, tokenizer_of
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.seeding import derive_seed, isolated_streams
+from utils.runtime.settings import settings_of
 
 LOGGED = 20
 """Rows of a history, about."""
@@ -79,6 +80,12 @@ class Transfer:
             f"took part. {self.changed:.2%} of the answers on {self.measured_on} samples of its own changed.{kept}"
         )
 
+    def _repr_html_(self) -> str:
+        """Show what was learned and kept."""
+        from utils.concepts.concept_view import transfer_html
+
+        return transfer_html(self)
+
 
 def transfer_concept(
     package: ConceptPackage, student: Any, config: TransferConfig | None = None, *, retention: Any = None,
@@ -106,7 +113,7 @@ def transfer_concept(
         AdapterError: The student cannot be called.
     """
     check_package(package)
-    config = config or TransferConfig()
+    config = settings_of(TransferConfig, config)
     given = adapter_of(student)
     layer, side = config.layer, config.side
     if layer is None:
@@ -223,6 +230,7 @@ class _Lesson:
         optimizer = torch.optim.AdamW(
             [*self.parameters.values(), vector, bias], lr=config.learning_rate, weight_decay=0.0
         )
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / config.steps, max(1, config.steps - 1))
         targets = self.targets.to(device)
         anchors = self.package.anchors
         exemplars = _Turns(torch.arange(len(self.targets)), config.batch_size, generator)
@@ -256,6 +264,7 @@ class _Lesson:
                 total.backward()
                 nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
                 optimizer.step()
+                schedule.step()
                 if step % max(1, config.steps // LOGGED) == 0 or step in (1, config.steps):
                     history.append({"step": step, **{name: float(value.detach()) for name, value in losses.items()}})
         return history

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from utils.concepts.checks import SIDES, check_choice
 from utils.runtime.errors import ConfigError
-from utils.runtime.settings import check_names
+from utils.runtime.settings import check_names, check_ranges, shown
 from utils.training.config import LARGEST, MOST
 
 RANGES: dict[str, tuple[float, float, bool, bool]] = {
@@ -26,15 +27,15 @@ RANGES: dict[str, tuple[float, float, bool, bool]] = {
 class TransferConfig:
     """How a student learns a concept package; checked when it is made."""
 
-    steps: int = 200
+    steps: int = 400
     """Steps of training; 0 only reads the concept off the student as it is."""
     batch_size: int = 64
     """Exemplars in each step, and as many of the student's own samples."""
     learning_rate: float = 1e-3
-    """Of AdamW, without weight decay."""
+    """Of AdamW, without weight decay; it falls on a straight line to nothing, so that the last steps settle."""
     alignment: float = 0.1
     """Weight of how unlike the student's relations between exemplars are to the teacher's."""
-    retention: float = 1.0
+    retention: float = 4.0
     """Weight of how far the student's outputs on its own data move from what they were."""
     temperature: float = 2.0
     """Softness of the outputs that are kept."""
@@ -59,25 +60,14 @@ class TransferConfig:
         Raises:
             ConfigError: A value is out of range.
         """
-        for name, allowed in (("side", ("output", "input")), ("pool", ("auto", "mean", "last", "flat"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"TransferConfig.{name} is {getattr(self, name)!r}.", f"Expected one of {', '.join(allowed)}."
-                )
+        for name, allowed in (("side", SIDES), ("pool", ("auto", "mean", "last", "flat"))):
+            check_choice(f"TransferConfig.{name}", getattr(self, name), allowed)
         if self.layer is not None and not isinstance(self.layer, str):
-            raise ConfigError(f"TransferConfig.layer is {self.layer!r}.", "Expected the name of a layer, or None.")
-        for name, (least, most, whole, above) in RANGES.items():
-            value = getattr(self, name)
-            optional = name in ("budget", "channels")
-            if optional and value is None:
-                continue
-            number = isinstance(value, (int,) if whole else (int, float)) and not isinstance(value, bool)
-            if not number or not (least < value if above else least <= value) or not value <= most:
-                kind = "a whole number" if whole else "a number"
-                bound = f"{'above' if above else 'from'} {least:g}{f' to {most:g}' if most < MOST else ''}"
-                raise ConfigError(
-                    f"TransferConfig.{name} is {value!r}.", f"Expected {kind} {bound}{' or None' if optional else ''}."
-                )
+            raise ConfigError(
+                f"TransferConfig.layer is {shown(self.layer)}.", "Expected the name of a layer, or None.",
+                "Leave it out to read what the layer that makes the logits reads.",
+            )  # fmt: skip
+        check_ranges(self, RANGES)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as a dict that JSON can hold."""

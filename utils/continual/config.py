@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from utils.runtime.errors import ConfigError
-from utils.runtime.settings import check_names
+from utils.runtime.settings import Range, check_names, check_ranges
 from utils.training.config import LARGEST, MOST
 
 SPLITS = ("labels", "permutation", "parts")
@@ -14,6 +14,22 @@ SETTINGS = ("class", "task", "domain")
 """What a model is told when it answers (van de Ven & Tolias, arXiv:1904.07734): nothing, the task, or nothing and
 every task has the same outputs."""
 POLICIES = ("balanced", "reservoir", "priority")
+RANGES: dict[str, Range] = {
+    "tasks": (1, LARGEST, True, False),
+    "samples_per_task": (1, LARGEST, True, False),
+    "buffer": (1, LARGEST, True, False),
+    "replayed": (1, LARGEST, True, False),
+    "fisher_samples": (1, LARGEST, True, False),
+    "column_width": (1, LARGEST, True, False),
+    "label_weight": (0, MOST, False, False),
+    "logit_weight": (0, MOST, False, False),
+    "penalty": (0, MOST, False, False),
+    "buffer_mb": (0, MOST, False, True),
+    "temperature": (0, MOST, False, True),
+    "kept_share": (0, 1, False, True),
+    "blur": (0, 1, False, False),
+}
+"""Of each number, see `utils.runtime.settings.check_ranges`."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +90,7 @@ class ContinualConfig:
         for name in ("shuffle_classes", "boundaries", "restart_schedule"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"ContinualConfig.{name} is {getattr(self, name)!r}.", "Expected true or false.")
-        for name in ("tasks", "samples_per_task", "buffer", "replayed", "fisher_samples",
-                     "column_width"):  # fmt: skip
-            self._check(name, 1, LARGEST, whole=True)
-        for name in ("label_weight", "logit_weight", "penalty"):
-            self._check(name, 0, MOST)
-        for name in ("buffer_mb", "temperature"):
-            self._check(name, 0, MOST, above=True)
-        self._check("kept_share", 0, 1, above=True)
-        self._check("blur", 0, 1)
+        check_ranges(self, RANGES)
         if not isinstance(self.method, str) or not self.method:
             raise ConfigError(f"ContinualConfig.method is {self.method!r}.", "Expected a name, or several joined by +.")
         if self.split == "permutation" and self.setting == "class":
@@ -102,20 +110,6 @@ class ContinualConfig:
                 "ContinualConfig.boundaries is False and setting is 'task'.",
                 "Expected class or domain: where nobody says that the task changes, nobody says which one it is.",
                 "Set boundaries=True, or another setting.",
-            )
-
-    def _check(self, name: str, least: float, most: float, whole: bool = False, above: bool = False) -> None:
-        """Check a number; None is one of no limit or of the method's own choice."""
-        value = getattr(self, name)
-        optional = type(self).__dataclass_fields__[name].default is None
-        if optional and value is None:
-            return
-        number = isinstance(value, (int,) if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not (least < value if above else least <= value) or not value <= most:
-            kind = "a whole number" if whole else "a number"
-            bound = f"above {least:g}" if above else f"from {least:g}"
-            raise ConfigError(
-                f"ContinualConfig.{name} is {value!r}.", f"Expected {kind} {bound}{' or None' if optional else ''}."
             )
 
     def to_dict(self) -> dict[str, Any]:

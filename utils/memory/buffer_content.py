@@ -105,6 +105,8 @@ def restored(state: Mapping[str, Any], rule: Replacement, directory: Path | None
         Exception: Of any kind that a state which does not hold together gives rise to.
     """
     capacity, places, samples = int(state["capacity"]), state["slots"].numpy().copy(), state["fields"]
+    if not isinstance(samples, Mapping):
+        raise TypeError("the fields are no dict")
     if not samples:
         return Content(0, {}, Ledger(0), rule)
     if any(len(field) != len(places) for field in samples.values()):

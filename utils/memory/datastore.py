@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from utils.adapters.objectives import IGNORED
-from utils.memory.key_reader import KeyReader, checked_windows, tokenizer_fingerprint, tokenizer_of
+from utils.memory.key_reader import (
+    KeyReader,
+    check_tokenizer,
+    checked_windows,
+    tokenizer_fingerprint,
+    tokenizer_of,
+)
+from utils.runtime.arguments import LARGEST, flag, instance_of, one_of, whole
 from utils.runtime.errors import AdapterError, ConfigError, DataError
 from utils.runtime.resources import format_bytes
 from utils.runtime.seeding import derive_seed
@@ -122,7 +129,12 @@ class Datastore:
         return sum(t.nbytes for t in (self.keys, self.values, self.windows, self.positions, self.source))
 
     def shuffled(self, seed: int = 0) -> "Datastore":
-        """Return the same keys with the values dealt out at random: what is left is how often each token occurs."""
+        """Return the same keys with the values dealt out at random: what is left is how often each token occurs.
+
+        Raises:
+            ConfigError: The seed is no whole number.
+        """
+        seed = whole(seed, "The seed", -LARGEST, "0 is usual.")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(derive_seed(seed, "shuffled values")))
         return replace(self, values=self.values[order])
 
@@ -133,14 +145,20 @@ class Datastore:
             row: Number of the memory.
             tokenizer: Reads the ids; without one they are shown as numbers.
             before: Tokens of context.
+
+        Raises:
+            ConfigError: There is no memory of that number, or `before` is no whole number from 0 on.
         """
+        row = whole(row, "The number of the memory", 0, "Take one of `Lookup.rows`.", most=len(self) - 1)
+        before = whole(before, "before", 0, "8 is usual.")
+        check_tokenizer(tokenizer, "encode", "decode")
         window, position = int(self.windows[row]), int(self.positions[row])
         ids = self.source[window, max(0, position + 1 - before) : position + 1].tolist() if len(self.source) else []
         after = [int(self.values[row])]
         if tokenizer is None:
             return " ".join(map(str, ids)), str(after[0])
-        whole, head = tokenizer.decode([*ids, *after]), tokenizer.decode(ids)
-        return (head, whole[len(head) :]) if whole.startswith(head) else (head, tokenizer.decode(after))
+        both, head = tokenizer.decode([*ids, *after]), tokenizer.decode(ids)
+        return (head, both[len(head) :]) if both.startswith(head) else (head, tokenizer.decode(after))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what describes the datastore, as plain values."""
@@ -187,13 +205,14 @@ def build_datastore(
         DataError: The text does not fit the model, or holds nothing to remember.
         AdapterError: The layer gives no vector for every position, or one that is not finite.
     """
-    if scaling not in SCALINGS:
-        raise ConfigError(f"The scaling is {scaling!r}.", f"Expected one of {', '.join(SCALINGS)}.", "Choose one.")
+    one_of(scaling, "The scaling", SCALINGS, '"whiten" is usual for the keys of a language model.')
     for name, bound in (("max_keys", max_keys), ("max_bytes", max_bytes)):
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
-            raise ConfigError(
-                f"{name} is {bound!r}.", "Expected a whole number above 0, or None.", "Give another bound."
-            )
+        if bound is not None:
+            whole(bound, name, 1, "Give another bound, or None to keep every position.")
+    flag(keep_source, "keep_source", "True keeps the text, to show memories by.")
+    seed = whole(seed, "The seed of the sample", -LARGEST, "0 is usual.")
+    used = tokenizer_of(model, tokenizer)
+    fingerprint = tokenizer_fingerprint(used)
     reader = KeyReader(model, layer, side)
     kept = _Reservoir(max_keys, max_bytes, seed)
     source: list[Tensor] = []
@@ -222,13 +241,12 @@ def build_datastore(
         for part in keys.split(PIECE):
             part.copy_(made(part))
     length = source[0].shape[1] if source else 0
-    used = tokenizer_of(model, tokenizer)
     return Datastore(
         keys=keys, values=about[:, 0].contiguous(), windows=about[:, 1].contiguous(),
         positions=about[:, 2].contiguous(),
         source=torch.cat(source) if source else torch.zeros(0, length, dtype=torch.int32),
         scaling=made, layer=reader.layer, side=reader.side, seen=kept.seen,
-        model=weights_sha256(reader.adapter.module), tokenizer=tokenizer_fingerprint(used),
+        model=weights_sha256(reader.adapter.module), tokenizer=fingerprint,
     )  # fmt: skip
 
 
@@ -245,9 +263,20 @@ def _pairs(
             "Expected labels only beside one tensor of ids.",
             "Give pairs of ids and labels instead.",
         )
+    instance_of(
+        batches, Iterable, "The text to remember", "Expected token ids (texts, tokens), or several such tensors.",
+        "Give, for example, what pack_causal returns: build_datastore(model, ids, labels).", error=DataError,
+    )  # fmt: skip
     length = None
     for batch in batches:
-        ids, follows = checked_windows(reader.adapter, *(batch if isinstance(batch, tuple) else (batch, None)))
+        pair = batch if isinstance(batch, tuple) else (batch, None)
+        if len(pair) != 2:
+            raise DataError(
+                f"A batch is a tuple of {len(pair)}.",
+                "Expected token ids (texts, tokens), or a pair of ids and labels.",
+                "Give pairs as pack_causal returns them.",
+            )
+        ids, follows = checked_windows(reader.adapter, *pair)
         if length not in (None, ids.shape[1]):
             raise DataError(
                 f"A batch holds windows of {ids.shape[1]} tokens, and an earlier one of {length}.",

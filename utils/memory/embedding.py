@@ -18,8 +18,9 @@ from utils.adapters.activations import default_layer, layer_named, representatio
 from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.roles import may_be_labels, role_of
 from utils.adapters.spec import ModelSource
-from utils.memory.key_reader import tokenizer_fingerprint
+from utils.memory.key_reader import SIDES, tokenizer_fingerprint
 from utils.memory.vector_checks import as_vectors
+from utils.runtime.arguments import LARGEST, described, instance_of, one_of, whole
 from utils.runtime.errors import AdapterError, ConfigError, DataError
 from utils.tokenization import TextTokenizer
 from utils.training.run import Run
@@ -51,14 +52,22 @@ class Embedder:
         """Remember the weights.
 
         Raises:
-            ConfigError: There is no fingerprint.
+            ConfigError: There is no fingerprint or description, or nothing to call.
         """
+        if not callable(self.encode):
+            raise ConfigError(
+                f"The function of the embedder is {described(self.encode)}.",
+                "Expected a function from items to vectors.",
+                "Give one, such as the method `encode` of a model.",
+            )
         if not isinstance(self.fingerprint, str) or not self.fingerprint.strip():
             raise ConfigError(
-                f"The fingerprint of the embedder is {self.fingerprint!r}.",
+                f"The fingerprint of the embedder is {described(self.fingerprint)}.",
                 "Expected a text that names what makes its vectors.",
                 'Give, for example, fingerprint="name of the model, version 3".',
             )
+        action = "Say in a few words what it is."
+        instance_of(self.description, str, "The description of the embedder", "Expected a text.", action)
         if self.module is not None:
             self._stamp[:] = [_stamp(self.module)]
             object.__setattr__(self, "weights", self.weights or weights_sha256(self.module))
@@ -112,19 +121,26 @@ def function_embedder(function: Callable[[Any], Any], fingerprint: str | None = 
     """
     owner = getattr(function, "__self__", None)
     module = owner if isinstance(owner, nn.Module) else None
-    if not callable(function) or (module is None and fingerprint is None):
+    if not callable(function):
+        own = callable(getattr(function, "encode", None))
         raise ConfigError(
-            f"The embedder is {'a function' if callable(function) else f'of the type {type(function).__name__}'}, "
-            "and nothing says what its vectors are made by.",
+            f"The embedder is of the type {type(function).__name__}{', which has a method `encode`' * own}.",
             "Expected a model, a run, a method of a model, or a function with a fingerprint.",
-            'Use function_embedder(function, fingerprint="name of the model, version 3").',
+            f'Use function_embedder({"m.encode" if own else "function"}, fingerprint="name of the model, version 3") '
+            f"of utils.memory.embedding{', where m is that object' * own}.",
+        )
+    if fingerprint is None and module is None:
+        raise ConfigError(
+            "The embedder is a function, and nothing says what its vectors are made by.",
+            "Expected a fingerprint, which names that: vectors of two embedders cannot be compared.",
+            'Use function_embedder(function, fingerprint="name of the model, version 3") of utils.memory.embedding.',
         )
     name = getattr(function, "__name__", type(function).__name__)
     if fingerprint is None and module is not None:
         weights = weights_sha256(module)
         digest = hashlib.sha256(f"{name}\n{weights}".encode()).hexdigest()
         return Embedder(function, digest, f"{name} of {type(module).__name__}", module, weights)
-    return Embedder(function, str(fingerprint), f"{name}: {fingerprint}")
+    return Embedder(function, "" if fingerprint is None else fingerprint, f"{name}: {fingerprint}")
 
 
 def model_embedder(
@@ -162,11 +178,16 @@ def model_embedder(
     adapter = model if isinstance(model, ModelAdapter) else ModelAdapter(model)
     if adapter.failure is not None:
         raise AdapterError(adapter.failure)
-    if pool not in POOLS or not isinstance(batch_size, int) or batch_size < 1:
+    one_of(pool, "The pool of the embedder", POOLS, 'Leave it out for "auto", which makes one vector of a sample.')
+    one_of(side, "The side", SIDES, "Choose one of them, or leave it out.")
+    batch_size = whole(batch_size, "The batch_size of the embedder", 1, "32 is usual; fewer take less memory.")
+    if channels is not None:
+        channels = whole(channels, "The axis of channels", -LARGEST, "1 is usual for images; leave it out otherwise.")
+    if tokenizer is not None and not isinstance(tokenizer, TextTokenizer) and not callable(tokenizer):
         raise ConfigError(
-            f"The embedder has the pool {pool!r} and the batch size {batch_size!r}.",
-            f"Expected one of {', '.join(POOLS)}, which make one vector of a sample, and a whole number from 1 on.",
-            "Give others.",
+            f"The tokenizer of the embedder is {described(tokenizer)}.",
+            "Expected a TextTokenizer, or a function from texts to ids.",
+            "Give a run, which brings its own, or the tokenizer that the model was trained with.",
         )
     if layer is None:
         layer, side, _ = default_layer(adapter)
@@ -225,7 +246,7 @@ class _Reading:
         given = {
             name: torch.as_tensor(value)
             for name, value in items.items()
-            if name in names and isinstance(value, (Tensor, np.ndarray)) and not may_be_labels(name)
+            if name in names and _is_numeric(value) and not may_be_labels(name)
         }
         rows = {len(value) if value.ndim else -1 for value in given.values()}
         if self.adapter.main_input not in given or len(rows) != 1 or not min(rows, default=0) > 0:
@@ -248,7 +269,17 @@ class _Reading:
             return [ids.astype(np.int64) for ids in self.tokenizer.encode(texts)]
         encoded: Any = self.tokenizer(texts)
         ids = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "input_ids") else encoded
-        return [np.asarray(row, dtype=np.int64).reshape(-1) for row in ids]
+        try:
+            rows = [np.asarray(row, dtype=np.int64).reshape(-1) for row in ids]
+        except (TypeError, ValueError, OverflowError):
+            rows = []
+        if len(rows) != len(texts):
+            raise ConfigError(
+                f"The tokenizer makes of {len(texts)} texts what is {described(ids)}.",
+                "Expected a list of ids for each text.",
+                "Give a TextTokenizer, or a function from a list of texts to a list of ids each.",
+            )
+        return rows
 
     def _texts(self, texts: list[str]) -> Tensor:
         """Return the vectors of texts; those of equal length are run together, so that none depends on others."""
@@ -337,6 +368,11 @@ class _Reading:
         # A mask that fits has hidden the padding already; a layer without positions has one row for all.
         table = table[:, :size] if positions > size and positions == padded else table
         return table[:, -1] if self.pool == "last" else table.mean(1)
+
+
+def _is_numeric(value: Any) -> bool:
+    """Tell whether a value is a tensor, or an array that can be one."""
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
 
 
 def _stamp(module: nn.Module) -> tuple[tuple[int, int], ...]:

@@ -1,9 +1,13 @@
 """Whole numbers and priorities that come with samples, checked."""
 
+import operator
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from utils.runtime.arguments import described
 from utils.runtime.errors import DataError
 
 
@@ -30,10 +34,32 @@ def whole_numbers(values: Tensor | None, rows: int, name: str, action: str) -> n
         or values.shape != (rows,)
     ):
         raise DataError(
-            f"The {name} are {_shown(values)}.", f"Expected a tensor of whole numbers of the shape [{rows}].", action
+            f"The {name} are {_told(values)}.", f"Expected a tensor of whole numbers of the shape [{rows}].", action
         )
     numbers: np.ndarray = values.detach().to("cpu", torch.int64).numpy().copy()
     return numbers
+
+
+def listed_groups(groups: Any, name: str) -> np.ndarray:
+    """Return groups that a user chose, int64 ``[n]``.
+
+    Args:
+        groups: Whole numbers.
+        name: Of the argument, for the message.
+
+    Raises:
+        DataError: They are none.
+    """
+    try:
+        if isinstance(groups, (str, bytes)):
+            raise TypeError
+        return np.array([operator.index(group) for group in groups], dtype=np.int64)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(
+            f"{name} is {described(groups)}.",
+            "Expected several whole numbers, the groups of samples.",
+            "Give, for example, [0, 3]; `EpisodicBuffer.counts` names the groups that there are.",
+        ) from None
 
 
 def checked_priorities(values: Tensor | None, rows: int, needed: bool) -> np.ndarray:
@@ -59,13 +85,11 @@ def checked_priorities(values: Tensor | None, rows: int, needed: bool) -> np.nda
             return priorities
         bad = ", with entries that are negative or not finite"
     raise DataError(
-        f"The priorities of {rows} samples are {_shown(values)}{bad}.",
+        f"The priorities of {rows} samples are {_told(values)}{bad}.",
         "Expected a tensor with one finite number, at least 0, for each sample.",
         "Give, for example, the loss of each sample.",
     )
 
 
-def _shown(values: object) -> str:
-    if not isinstance(values, Tensor):
-        return "missing" if values is None else f"of the type {type(values).__name__}"
-    return f"a tensor of the type {str(values.dtype).removeprefix('torch.')} and the shape {list(values.shape)}"
+def _told(values: object) -> str:
+    return "missing" if values is None else described(values)

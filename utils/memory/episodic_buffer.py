@@ -7,7 +7,7 @@ drawn for rehearsal is a function of a number, the seed and the content, so that
 """
 
 import math
-import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from torch import Tensor
 from utils.memory.buffer_content import NOT_KEPT, Content, restored
 from utils.memory.buffer_view import buffer_table, summary
 from utils.memory.counter_stream import CounterStream, drawn
-from utils.memory.entries import checked_priorities, whole_numbers
+from utils.memory.entries import checked_priorities, listed_groups, whole_numbers
 from utils.memory.ledger import FREE, Ledger
 from utils.memory.replacement import RULES
 from utils.memory.sample_storage import RESERVED, Layout, allocated, checked, checked_samples
+from utils.runtime.arguments import LARGEST, described, instance_of, is_whole, one_of, whole
 from utils.runtime.errors import CheckpointError, ConfigError, DataError
+from utils.runtime.files import checked_path
 from utils.runtime.seeding import derive_seed
+from utils.runtime.settings import shown
 
 SLOTS = "Give slots that `add` or `sample` returned, before anything else was added or removed."
 
@@ -67,29 +70,26 @@ class EpisodicBuffer:
                 one is refused.
 
         Raises:
-            ConfigError: No bound, a bound below 1, or an unknown policy.
+            ConfigError: No bound, a bound below 1, an unknown policy, or another argument of a wrong kind.
         """
-        for name, bound in (("capacity", capacity), ("max_bytes", max_bytes)):
-            if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool) or bound < 1):
-                raise ConfigError(
-                    f"The {name} of the buffer is {bound!r}.",
-                    "Expected a whole number, at least 1.",
-                    f"Give another {name}, or leave it out and give the other bound.",
-                )
+        action = "Give another number, or leave it out and give the other bound."
+        if capacity is not None:
+            capacity = whole(capacity, "The capacity of the buffer", 1, action)
+        if max_bytes is not None:
+            max_bytes = whole(max_bytes, "The max_bytes of the buffer", 1, action)
         if capacity is None and max_bytes is None:
             raise ConfigError(
                 "The buffer has neither a capacity nor max_bytes.",
                 "Expected a bound, or it would grow with the stream.",
                 "Give the most samples as capacity, the most bytes as max_bytes, or both.",
             )
-        if policy not in RULES:
-            raise ConfigError(
-                f"The policy of the buffer is {policy!r}.",
-                f"Expected one of {', '.join(RULES)}.",
-                "Choose one of them.",
-            )
+        one_of(policy, "The policy of the buffer", RULES, 'Choose one of them, or leave it out for "reservoir".')
+        seed = whole(seed, "The seed of the buffer", -LARGEST, "0 is usual.")
+        instance_of(
+            source, str, "The source of the buffer's samples", "Expected a text.", "Give one, such as a fingerprint."
+        )
         self.max_bytes, self.policy, self.seed, self.source = max_bytes, policy, seed, source
-        self.directory = None if directory is None else Path(directory)
+        self.directory = None if directory is None else checked_path(directory, "the buffer's samples", ConfigError)
         self.seen = 0
         """Samples given to `add` so far."""
         self._most = capacity
@@ -181,7 +181,9 @@ class EpisodicBuffer:
         rows = next(iter(fields.values())).shape[0]
         kinds = self._groups(groups, rows)
         weights = checked_priorities(priorities, rows, self.policy == "priority")
-        moment = operator.index(time)
+        moment = whole(
+            time, "The time-stamp", -LARGEST, "Give the number of the step, or leave it out.", error=DataError
+        )
         slots = np.full(rows, NOT_KEPT, dtype=np.int64)
         if not rows:
             return torch.from_numpy(slots)
@@ -228,19 +230,20 @@ class EpisodicBuffer:
             The fields, each [count, ...], in the order drawn, and ``slots``, int64 [count].
 
         Raises:
-            DataError: There is nothing to draw from.
+            DataError: There is nothing to draw from, or an argument is of a wrong kind.
         """
+        count = whole(count, "The number of samples to draw", 1, "Draw one or more.", error=DataError)
+        draw = whole(draw, "The number of the draw", -LARGEST, "Give that of the step.", error=DataError)
         ledger = self._content.ledger
         places = ledger.occupied
-        for wanted, keep in ((groups, True), (without, False)):
+        for name, wanted, keep in (("groups", groups, True), ("without", without, False)):
             if wanted is not None:
-                present = [int(group) for group in wanted]
-                inside = np.isin(ledger.groups[places], np.array(present, dtype=np.int64))
+                inside = np.isin(ledger.groups[places], listed_groups(wanted, name))
                 places = places[inside if keep else ~inside]
-        if count < 1 or not len(places):
+        if not len(places):
             raise DataError(
-                f"{count} samples were to be drawn, and {len(places)} of the {len(self)} in the buffer fit.",
-                "Expected to draw at least one, from at least one.",
+                f"{count} samples were to be drawn, and none of the {len(self)} in the buffer fits.",
+                "Expected one at least.",
                 "Add samples first, or draw from other groups.",
             )
         weights = ledger.columns["priorities"][places] if self.policy == "priority" else None
@@ -269,6 +272,12 @@ class EpisodicBuffer:
         """
         layouts = self.layouts
         places, rows = self._places(slots)
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise DataError(
+                f"The values are {described(values)}.",
+                "Expected a dict of tensors by name, a row for each slot.",
+                'Give, for example, {"logits": logits}.',
+            )
         picked = torch.from_numpy(rows)
         fields = {
             name: checked(value, name, len(slots), layouts.get(name)).index_select(0, picked.to(value.device)).cpu()
@@ -340,24 +349,23 @@ class EpisodicBuffer:
             DataError: No such field, no dimension to pad, a smaller size, a fill that the type does not hold, or bytes
                 for less than a sample or than the groups. The buffer is as it was.
         """
-        layout = self.layouts.get(name)
+        layout = self.layouts.get(name) if isinstance(name, str) else None
         if layout is None or not layout.shape:
             raise DataError(
-                f"The buffer has no field {name!r} with a dimension to widen.",
+                f"The buffer has no field {shown(name)} with a dimension to widen.",
                 f"Expected one of {sorted(name for name, layout in self.layouts.items() if layout.shape)}.",
                 "Give the name under which it was added.",
             )
         present = layout.shape[-1]
-        if size < present:
+        action = "Give the new size of the last dimension, not the difference: stored entries are never cut."
+        size = whole(
+            size, f"The new size of the field {name!r}, which is {present} wide,", present, action, error=DataError
+        )
+        number = isinstance(fill, (int, float)) and abs(fill) <= sys.float_info.max
+        kept = torch.tensor(fill if number else math.nan, dtype=torch.float64).to(layout.dtype).double().item()
+        if not number or not math.isfinite(kept) or (not layout.dtype.is_floating_point and kept != fill):
             raise DataError(
-                f"The field {name!r} is to be made {size} wide, and is {present} wide.",
-                "Expected at least the present size: stored entries are never cut.",
-                "Give the new size of the last dimension, not the difference.",
-            )
-        kept = torch.tensor(fill, dtype=torch.float64).to(layout.dtype).double().item()
-        if not math.isfinite(kept) or (not layout.dtype.is_floating_point and kept != fill):
-            raise DataError(
-                f"The field {name!r} is to be filled with {fill!r}.",
+                f"The field {name!r} is to be filled with {described(fill)}.",
                 f"Expected a finite value that {str(layout.dtype).removeprefix('torch.')} holds.",
                 "Fill with zeros, and store how many entries are real as a field of its own.",
             )
@@ -384,8 +392,10 @@ class EpisodicBuffer:
             DataError: There is no room in the directory; the buffer is as it was.
         """
         try:
+            if not isinstance(state, Mapping) or not isinstance(state["source"], str):
+                raise TypeError("it is no dict with the source of the samples as a text")
             settings, source = dict(state["settings"]), state["source"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise _torn(error) from error
         if settings != self._settings():
             raise CheckpointError(
@@ -401,11 +411,11 @@ class EpisodicBuffer:
             )
         try:
             content = restored(state, RULES[self.policy](), self.directory)
-            seen = int(state["seen"])
             fitting = self._fitting(content.layouts) if content.fields else 0
-            if content.capacity > fitting or len(content.ledger.occupied) > seen:
+            seen = state["seen"]
+            if content.capacity > fitting or not is_whole(seen, len(content.ledger.occupied)):
                 raise ValueError("there is more in it than there may be")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
             raise _torn(error) from error
         self._content, self.seen = content, seen
 

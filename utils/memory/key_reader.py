@@ -14,12 +14,15 @@ from torch import Tensor
 from utils.adapters import ModelAdapter
 from utils.adapters.activations import Place, captured, default_layer, layer_named
 from utils.adapters.objectives import IGNORED
+from utils.runtime.arguments import described, one_of
 from utils.runtime.errors import AdapterError, ConfigError, DataError
 from utils.runtime.files import sha256_bytes
 from utils.runtime.isolation import preserved
 from utils.training.batch_inputs import model_inputs
 
 SIDES = ("input", "output")
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Types that token ids may have."""
 
 
 class KeyReader:
@@ -48,8 +51,8 @@ class KeyReader:
                 "Expected a model that predicts the next token.",
                 "Use a model of another kind with LongTermMemory, by its representations.",
             )
-        if side is not None and side not in SIDES:
-            raise ConfigError(f"The side is {side!r}.", "Expected input or output.", "Choose one of them.")
+        if side is not None:
+            one_of(side, "The side", SIDES, "Choose one of them, or leave it out.")
         if layer is None:
             self.layer, natural, self.reason = default_layer(self.adapter)
         else:
@@ -130,8 +133,32 @@ def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
     return tokenizer if tokenizer is not None else getattr(getattr(model, "data", None), "tokenizer", None)
 
 
+def check_tokenizer(tokenizer: Any, *methods: str) -> None:
+    """Check that a tokenizer, where there is one, can do what it is asked for.
+
+    Args:
+        tokenizer: What was given; None passes.
+        methods: Names of what it must be able to do.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    missing = [name for name in methods if tokenizer is not None and not callable(getattr(tokenizer, name, None))]
+    if missing:
+        raise ConfigError(
+            f"The tokenizer is {described(tokenizer)}, without {', '.join(f'`{name}`' for name in missing)}.",
+            "Expected a TextTokenizer of utils.tokenization.",
+            "Give the one that made the ids, such as run.data.tokenizer, or None.",
+        )
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """Return the SHA-256 of a tokenizer's file; None without a tokenizer."""
+    """Return the SHA-256 of a tokenizer's file; None without a tokenizer.
+
+    Raises:
+        ConfigError: It is no tokenizer.
+    """
+    check_tokenizer(tokenizer, "to_json")
     return None if tokenizer is None else sha256_bytes(tokenizer.to_json().encode("utf-8"))
 
 
@@ -148,15 +175,15 @@ def checked_windows(adapter: ModelAdapter, ids: Tensor, labels: Tensor | None) -
         DataError: Shapes, types or ids that do not fit, or nothing to predict.
     """
     for name, tensor in (("ids", ids), ("labels", labels)):
-        if tensor is None:
+        if name == "labels" and tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.is_floating_point() or not tensor.numel():
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            kind = f" of type {tensor.dtype}" if isinstance(tensor, Tensor) else ""
+        fits = isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.numel() and tensor.dtype in WHOLE
+        if not fits:
             raise DataError(
-                f"The {name} are {found}{kind}.", "Expected whole numbers of shape (texts, tokens), at least one.",
+                f"The {name} are {described(tensor)}.",
+                "Expected whole numbers of shape (texts, tokens), at least one, as a tensor.",
                 "Give token ids, such as the windows that pack_causal makes.",
-            )  # fmt: skip
+            )
     ids = ids.detach().cpu().long()
     if labels is None:
         labels = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)), 1)

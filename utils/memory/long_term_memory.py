@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,15 @@ from utils.memory.recall import NEIGHBOURS, Recall, measured
 from utils.memory.search_result import MemoryRecords, SearchResult
 from utils.memory.vector_checks import BLOCK, METRICS, as_ids, as_metadata, as_vectors, checked, compared, lengths
 from utils.memory.vector_index import IndexConfig, VectorIndex, make_index, restored_index
+from utils.runtime.arguments import flag, is_whole, one_of, whole
 from utils.runtime.errors import CheckpointError, ConfigError, DataError
+from utils.runtime.files import checked_path
+from utils.runtime.settings import settings_of
 
 PART = 100_000
 """Vectors that are normalised at a time, so that there is no second copy of a million."""
+WIDEST = 2**31 - 1
+"""Of vectors: FAISS counts in 32 bits."""
 UNIT = 1e-3
 """By how much the norm of a saved vector may miss 1 under cosine."""
 
@@ -50,7 +55,7 @@ class LongTermMemory:
         dimension: int | None = None,
         metric: str = "cosine",
         embedder: Any = None,
-        config: IndexConfig | None = None,
+        config: IndexConfig | Mapping[str, Any] | None = None,
     ) -> None:
         """Start empty.
 
@@ -59,29 +64,18 @@ class LongTermMemory:
             metric: ``"cosine"`` similarity, or ``"l2"`` for squared Euclidean distance.
             embedder: Makes vectors of items: an `Embedder`, a run, a model of any kind, or a method of one such as
                 ``encode``; None where vectors are given.
-            config: How it searches.
+            config: How it searches, as settings or as their names and values.
 
         Raises:
-            ConfigError: A dimension below 1, an unknown metric, or an embedder that cannot be told from others.
+            ConfigError: A dimension below 1, an unknown metric, an embedder that cannot be told from others, or no
+                settings.
             MissingPackageError: The settings ask for FAISS, and it cannot be imported.
         """
-        if dimension is not None and (not isinstance(dimension, int) or isinstance(dimension, bool) or dimension < 1):
-            raise ConfigError(
-                f"The dimension of the memory is {dimension!r}.",
-                "Expected a whole number, at least 1.",
-                "Leave it out to have it taken from the first vectors.",
-            )
-        if metric not in METRICS:
-            raise ConfigError(
-                f"The metric of the memory is {metric!r}.", f"Expected one of {', '.join(METRICS)}.", "Choose one."
-            )
-        if not isinstance(config, (IndexConfig, type(None))):
-            raise ConfigError(
-                f"The config of the memory is of the type {type(config).__name__}.",
-                "Expected an IndexConfig.",
-                'Give, for example, IndexConfig(backend="torch").',
-            )
-        self.metric, self.config = metric, config or IndexConfig()
+        if dimension is not None:
+            action = "Leave it out to have it taken from the first vectors."
+            dimension = whole(dimension, "The dimension of the memory", 1, action, most=WIDEST)
+        one_of(metric, "The metric of the memory", METRICS, 'Leave it out for "cosine".')
+        self.metric, self.config = metric, settings_of(IndexConfig, config)
         self.embedder: Embedder | None = None if embedder is None else as_embedder(embedder)
         self.embedded_by: dict[str, str] | None = None if self.embedder is None else self.embedder.to_dict()
         """What the vectors were made with; None where they were given."""
@@ -98,8 +92,8 @@ class LongTermMemory:
 
     def __contains__(self, key: object) -> bool:
         """Return whether an id is there."""
-        whole = isinstance(key, (int, np.integer)) and not isinstance(key, bool)
-        return whole and bool(self._store.present(np.array([key]))[0])
+        number = int(key) if isinstance(key, np.integer) else key
+        return is_whole(number, 0) and bool(self._store.present(np.array([number], dtype=np.int64))[0])
 
     @property
     def domains(self) -> dict[str, int]:
@@ -218,22 +212,20 @@ class LongTermMemory:
             DataError: Queries that are no vectors of this memory, or conditions that cannot be asked.
             ConfigError: `k` is no whole number from 1 on.
         """
-        if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
-            raise ConfigError(
-                f"{k!r} memories are asked for.", "Expected a whole number k, at least 1.", "Ask for one or more."
-            )
+        k = whole(k, "The number k of memories to find", 1, "Ask for one or more.")
+        flag(with_metadata, "with_metadata", "False leaves the metadata out.")
         with self._lock:
             self._check_step()
             table = self._vectors(queries, vectors, "queries")
             allowed = self._store.selected(domain, where)
             candidates = len(self._store) if allowed is None else len(allowed)
-            found = min(int(k), candidates)
+            found = min(k, candidates)
             if found and len(table):
                 scores, ids = self._index.search(table, found, allowed)
             else:
                 scores = np.empty((len(table), found), dtype=np.float32)
                 ids = np.empty((len(table), found), dtype=np.int64)
-            exact, recall, method = self._index.answered(int(k), allowed is not None)
+            exact, recall, method = self._index.answered(k, allowed is not None)
             entries = None
             if with_metadata:
                 held = self._store.entries
@@ -244,7 +236,7 @@ class LongTermMemory:
         for array in (ids, scores):
             array.setflags(write=False)
         return SearchResult(
-            ids, scores, int(k), candidates, self.metric, method, exact, recall, domains, entries,
+            ids, scores, k, candidates, self.metric, method, exact, recall, domains, entries,
         )  # fmt: skip
 
     def get(self, ids: Any) -> MemoryRecords:
@@ -292,7 +284,9 @@ class LongTermMemory:
             entries = None if metadata is None else as_metadata(metadata, len(keys))
             if table is not None and len(table) != len(keys):
                 raise DataError(
-                    f"There are {len(table)} vectors for {len(keys)} ids.", "Expected one for each.", "Give as many."
+                    f"There are {len(table)} vectors for {len(keys)} ids.",
+                    "Expected one for each.",
+                    "Give as many, in the order of the ids.",
                 )
             code = None if domain is None else self._store.code(domain)
             if table is not None and len(keys):
@@ -343,10 +337,13 @@ class LongTermMemory:
             overwrite: Replace what is there even when another writer has saved it.
 
         Raises:
-            CheckpointError: Another writer has saved or is saving there, or the files cannot be written.
+            ConfigError: `overwrite` is neither True nor False.
+            CheckpointError: Another writer has saved or is saving there, something else is there, or the files cannot
+                be written.
             DataError: The memory is empty and has no dimension yet, or index and metadata are out of step.
         """
-        place = Path(directory)
+        place = checked_path(directory, "the long-term memory")
+        flag(overwrite, "overwrite", "True replaces another memory that was saved there.")
         with self._lock:
             self._check_step()
             if self.dimension is None:
@@ -378,7 +375,9 @@ class LongTermMemory:
         return place
 
     @classmethod
-    def load(cls, directory: str | Path, embedder: Any = None, config: IndexConfig | None = None) -> LongTermMemory:
+    def load(
+        cls, directory: str | Path, embedder: Any = None, config: IndexConfig | Mapping[str, Any] | None = None
+    ) -> LongTermMemory:
         """Read a memory that `save` wrote, after checking every file against its hash.
 
         Args:
@@ -387,13 +386,16 @@ class LongTermMemory:
             config: How it searches; as it was saved by default.
 
         Raises:
+            ConfigError: The embedder or the settings are none.
             CheckpointError: A file is missing, torn, changed or does not fit the others, or the embedder is another.
             MissingPackageError: The settings ask for FAISS, and it cannot be imported.
         """
-        saved = read_memory(Path(directory))
+        place = checked_path(directory, "the long-term memory")
+        own = None if config is None else settings_of(IndexConfig, config)
+        saved = read_memory(place)
         manifest = saved.manifest
         try:
-            memory = cls(manifest["dimension"], manifest["metric"], None, config or IndexConfig(**manifest["config"]))
+            memory = cls(manifest["dimension"], manifest["metric"], None, own or IndexConfig(**manifest["config"]))
         except (TypeError, ConfigError) as error:
             raise _unfit(directory, f"its settings make no memory ({error})") from error
         made_by, memory.embedder = manifest["embedder"], None if embedder is None else as_embedder(embedder)
@@ -407,7 +409,7 @@ class LongTermMemory:
             )
         memory.embedded_by = made_by
         memory._fill(saved, directory)
-        memory._known[Path(directory).resolve()] = manifest["sha256"]
+        memory._known[place.resolve()] = manifest["sha256"]
         return memory
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from utils.memory.episodic_buffer import EpisodicBuffer
 from utils.memory.long_term_memory import LongTermMemory
+from utils.memory.sample_storage import DTYPES
+from utils.runtime.arguments import described, instance_of, whole
 from utils.runtime.errors import ConfigError, DataError
+from utils.runtime.files import checked_path
 
 ARRIVAL, DIGEST, FIELDS = "arrival", "sample_sha256", "fields"
 """Keys of the metadata: the sample's number in its stream, its hash, and its tensors."""
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
-    torch.float16, torch.bfloat16, torch.float32, torch.float64,
-)}  # fmt: skip
+TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -85,21 +85,35 @@ def consolidate(
         directory: Where the memory is saved before the buffer lets go.
 
     Raises:
-        ConfigError: `min_rehearsals` below 1.
+        ConfigError: `min_rehearsals` below 1, or an argument of a wrong kind.
         DataError: Samples of which the memory cannot make vectors, or a field to keep that does not exist. Memory and
             buffer are as they were.
         CheckpointError: The memory cannot be saved. Memory and buffer are as they were.
     """
-    if not isinstance(min_rehearsals, int) or isinstance(min_rehearsals, bool) or min_rehearsals < 1:
+    instance_of(
+        buffer, EpisodicBuffer, "The buffer", "Expected an EpisodicBuffer.", "Give the one to move samples from."
+    )
+    _check_memory(memory)
+    action = "Give how often a sample must have been drawn."
+    min_rehearsals = whole(min_rehearsals, "The number of rehearsals", 1, action)
+    if inputs is not None and not callable(inputs):
         raise ConfigError(
-            f"Samples are to move after {min_rehearsals!r} rehearsals.",
-            "Expected a whole number, at least 1.",
-            "Give how often a sample must have been drawn.",
+            f"inputs is {described(inputs)}.",
+            "Expected a function from the fields of samples to the items of the memory, or None.",
+            'Give, for example, lambda samples: samples["pixel_values"].',
         )
-    names = set(buffer.layouts) if keep is None else set(keep)
+    several = isinstance(keep, Iterable) and not isinstance(keep, (str, bytes, Tensor))
+    if keep is not None and not several:
+        raise ConfigError(
+            f"keep is {described(keep)}.",
+            "Expected several names of fields, or None for all.",
+            'Give, say, ["labels"].',
+        )
+    place = None if directory is None else checked_path(directory, "the long-term memory")
+    names = set(buffer.layouts) if keep is None else set(map(str, keep))
     if unknown := sorted(names - set(buffer.layouts)):
         raise DataError(
-            f"The buffer has no field {', '.join(unknown)}.",
+            f"The buffer has no field {', '.join(unknown)[:200]}.",
             f"Expected some of {', '.join(sorted(buffer.layouts)) or 'none: it is empty'}.",
             "Give names of its fields.",
         )
@@ -117,7 +131,7 @@ def consolidate(
             entry[DIGEST] = digests[row]
         ids = memory.add(samples if inputs is None else inputs(samples), entries, domain=domain)
     # Where nothing moves there is nothing to keep safe.
-    place = directory if len(slots) else None
+    place = place if len(slots) else None
     try:
         if place is not None:
             memory.save(place)
@@ -133,8 +147,10 @@ def recalled(memory: LongTermMemory, ids: Any) -> dict[str, Tensor]:
     """Return the samples behind consolidated memories, bit for bit, each field ``[n, ...]``.
 
     Raises:
+        ConfigError: It is no memory.
         DataError: Ids that are not there, that no consolidation has made, or whose samples have unlike fields.
     """
+    _check_memory(memory)
     entries = memory.get(ids).metadata
     fields = [entry.get(FIELDS) for entry in entries]
     if not entries or any(not isinstance(field, dict) or field.keys() != (fields[0] or {}).keys() for field in fields):
@@ -154,6 +170,12 @@ def recalled(memory: LongTermMemory, ids: Any) -> dict[str, Tensor]:
             "Expected fields of one shape, as `consolidate` wrote them.",
             "Recall memories of one buffer at a time.",
         ) from error
+
+
+def _check_memory(memory: Any) -> None:
+    instance_of(
+        memory, LongTermMemory, "The memory", "Expected a LongTermMemory.", "Make one with the embedder of the samples."
+    )
 
 
 def _stored(memory: LongTermMemory) -> set[tuple[int, str]]:
@@ -206,4 +228,4 @@ def _plain(values: Tensor) -> dict[str, Any]:
 def _tensor(plain: Mapping[str, Any]) -> Tensor:
     # A bytearray can be written to, as torch asks for.
     raw = np.frombuffer(bytearray(base64.b64decode(plain["base64"])), dtype=np.uint8)
-    return torch.from_numpy(raw).view(DTYPES[plain["dtype"]]).reshape(plain["shape"])
+    return torch.from_numpy(raw).view(TYPES[plain["dtype"]]).reshape(plain["shape"])

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from utils.memory.datastore import Datastore
-from utils.memory.nearest_neighbour_head import NearestNeighbourHead
-from utils.memory.neighbour_mixture import Lookup, NeighbourConfig, fit_gate, mixed, window_hashes
+from utils.memory.key_reader import WHOLE
+from utils.memory.nearest_neighbour_head import NearestNeighbourHead, check_head
+from utils.memory.neighbour_mixture import Lookup, NeighbourConfig, check_lookup, fit_gate, mixed, window_hashes
+from utils.runtime.arguments import LARGEST, described, whole
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.resources import format_bytes
 from utils.runtime.seeding import derive_seed
@@ -30,6 +32,8 @@ FEW = 20
 CHOICES = ("auto", True, False)
 """Whether a gate is fitted: where it helps texts that it was not fitted on, always, or never."""
 LEAST_SCALE = 1e-6
+MOST_RESAMPLES = 1_000_000
+"""A bootstrap takes memory for each."""
 
 
 @dataclass(frozen=True)
@@ -184,11 +188,13 @@ def choose_settings(
         seed: Of the halves that gates are compared on.
 
     Raises:
-        ConfigError: `gate` is something else.
+        ConfigError: `lookup` is none, or `gate` or `seed` is out of range.
         DataError: `groups` does not fit the windows.
     """
-    if gate not in CHOICES:
-        raise ConfigError(f"gate is {gate!r}.", "Expected auto, True or False.", "Choose one of them.")
+    check_lookup(lookup, "The lookup")
+    _check_gate(gate)
+    seed = whole(seed, "The seed", -LARGEST, "0 is usual.")
+    where, number = _grouped(lookup, groups)
     count = lookup.distances.shape[1]
     best, tried = (float("inf"), NeighbourConfig(min(NEIGHBOURS[0], count), 1.0, 0.0)), 0
     scale = max(float(lookup.distances.mean()), LEAST_SCALE)
@@ -205,7 +211,6 @@ def choose_settings(
     loss, config = best
     base, gate_ratio = float(-lookup.model.double().mean()), None
     if gate and config.weight > 0:
-        where, number = _grouped(lookup, groups)
         if number > 1:
             side = torch.from_numpy(np.random.default_rng(derive_seed(seed, "halves")).permutation(number) % 2)[where]
             unseen = torch.empty(len(side))
@@ -250,12 +255,21 @@ def evaluate_memory(
         notes: What else to say about the numbers.
 
     Raises:
-        ConfigError: A setting is out of range.
+        ConfigError: A setting is out of range, or head or lookups are something else, or of another memory.
         DataError: The test split has fewer than two documents, `groups` does not fit, or memory, development and test
             split share windows: what was remembered or chosen on would be measured on.
     """
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 100:
-        raise ConfigError(f"resamples is {resamples!r}.", "Expected a whole number, at least 100.", "5000 is usual.")
+    resamples = whole(resamples, "resamples", 100, "5000 is usual.", most=MOST_RESAMPLES)
+    seed = whole(seed, "The seed", -LARGEST, "0 is usual.")
+    _check_gate(gate)
+    if isinstance(notes, str) or not isinstance(notes, Sequence) or not all(isinstance(note, str) for note in notes):
+        raise ConfigError(
+            f"The notes are {described(notes)}.", "Expected a list of texts.", 'Give, for example, ["a first try"].'
+        )
+    check_head(head)
+    for name, lookup in (("development", development), ("test", test)):
+        check_lookup(lookup, f"The {name} split")
+        _check_same(head.datastore, lookup, name)
     where, number = _grouped(test, groups)
     if number < 2:
         raise DataError(
@@ -322,17 +336,46 @@ def choose_memory(
         The name of the best, and the best settings of each.
 
     Raises:
-        ConfigError: There is no memory to choose from.
+        ConfigError: There is no memory to choose from, or a setting is out of range.
         DataError: A memory holds windows of the development split.
     """
-    if not heads:
-        raise ConfigError("There is no memory to choose from.", "Expected one at least.", "Give heads by name.")
+    if not isinstance(heads, Mapping) or not heads:
+        raise ConfigError(
+            "There is no memory to choose from."
+            if isinstance(heads, Mapping)
+            else f"The heads are {described(heads)}.",
+            "Expected one head at least, under its name.",
+            'Give, for example, {"plain": head, "whitened": other}.',
+        )
+    for head in heads.values():
+        check_head(head)
     choices = {}
     for name, head in heads.items():
         lookup = head.lookup(ids, labels, max(NEIGHBOURS))
         _check_apart(head.datastore, {"development split": lookup})
         choices[name] = choose_settings(lookup, groups, gate, seed)
     return min(choices, key=lambda name: choices[name].ratio), choices
+
+
+def _check_gate(gate: Any) -> None:
+    if not isinstance(gate, bool) and (not isinstance(gate, str) or gate not in CHOICES):
+        raise ConfigError(
+            f"gate is {described(gate)}.",
+            "Expected auto, True or False.",
+            '"auto" fits one where it helps texts that it has not seen.',
+        )
+
+
+def _check_same(datastore: Datastore, lookup: Lookup, name: str) -> None:
+    """Refuse what was found in another memory."""
+    rows = lookup.rows
+    known = int(rows.max()) < len(datastore) and torch.equal(datastore.values.long()[rows], lookup.values)
+    if not known:
+        raise ConfigError(
+            f"What was found for the {name} split is of another memory than the head's.",
+            "Expected the tokens of this one.",
+            "Look the text up again with this head: head.lookup(ids).",
+        )
 
 
 def _check_apart(datastore: Datastore, splits: Mapping[str, Lookup]) -> None:
@@ -366,10 +409,13 @@ def _grouped(lookup: Lookup, groups: Sequence[int] | Tensor | None) -> tuple[Ten
     """Return the group of each place, from 0 on, and how many groups there are."""
     windows = lookup.windows
     if groups is not None:
-        given = torch.as_tensor(groups).reshape(-1)
-        if given.is_floating_point() or len(given) <= int(windows.max()):
+        try:
+            given = torch.as_tensor(groups).reshape(-1).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            given = torch.empty(0)
+        if given.dtype not in WHOLE or len(given) <= int(windows.max()):
             raise DataError(
-                f"There are {len(given)} groups of type {given.dtype}, and windows up to number {int(windows.max())}.",
+                f"The groups are {described(groups)}, and there are windows up to number {int(windows.max())}.",
                 "Expected a whole number for each window.",
                 "Give the number of each window's document.",
             )

@@ -13,20 +13,24 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from utils.memory.saved_folder import MANIFEST, SavedKind, delete_earlier
 from utils.runtime.errors import CheckpointError
-from utils.runtime.files import sha256_bytes, sha256_file, sync_file, write_json
+from utils.runtime.files import saving, sync_file
 
-FORMAT, VERSION = "seedbed long-term memory", 1
-MANIFEST, LOCK = "manifest.json", ".lock"
+LOCK = ".lock"
 NAMES = re.compile(r"(vectors-(\d+)\.safetensors|metadata-(\d+)\.jsonl)", re.ASCII)
 """Whole names of the files that a save makes; no other file is ever deleted."""
+KIND = SavedKind(
+    "seedbed long-term memory", 1, "long-term memory", "`LongTermMemory.save`",
+    re.compile(rf"{NAMES.pattern}|{re.escape(LOCK)}", re.ASCII),
+)  # fmt: skip
 KINDS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 """Types of safetensors that are used."""
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -74,32 +78,11 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a directory; None where there is none.
 
     Raises:
-        CheckpointError: It is damaged, changed by hand, of another kind or of a later version.
+        CheckpointError: It is damaged, changed by hand, of another kind or of another version.
     """
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is no manifest of a long-term memory.",
-            f"Expected a file of the format {FORMAT!r}.",
-            "Give the directory that `LongTermMemory.save` wrote.",
-        )
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"The memory in {directory} is of version {manifest.get('version')!r}.",
-            f"Expected version {VERSION}.",
-            "Load it with the Seedbed that wrote it, or a later one.",
-        )
-    if manifest.get("sha256") != own_hash(manifest):
-        raise _damaged(path, "was changed after it was written: its hash is another")
-    for name, kind in FIELDS.items():
-        if not isinstance(manifest.get(name), kind) or isinstance(manifest[name], bool):
-            raise _damaged(path, f"says nothing usable about {name!r}")
+    manifest = KIND.read(directory)
+    if manifest is not None:
+        _check_fields(directory, manifest)
     return manifest
 
 
@@ -121,26 +104,19 @@ def write_memory(
         vectors: Yields those of all memories piece by piece, so that there is no second copy of them.
         metadata: By id.
         known: Hash of the manifest that the memory was loaded from or saved to here; None for neither.
-        overwrite: Replace what is there whatever it is.
+        overwrite: Replace another memory, or a damaged one.
 
     Raises:
-        CheckpointError: Another process is saving here, another memory is here, or files of such names that no save is
-            known to have made, or the files cannot be written. What was here is untouched.
+        CheckpointError: Another process is saving here, another memory is here, or files of something else, or the
+            files cannot be written. What was here is untouched.
     """
-    try:
+    with saving(directory, "the long-term memory", folder=True):
         directory.mkdir(parents=True, exist_ok=True)
         # Every save leaves the file of the lock, those that were killed too.
-        if not overwrite and not any((directory / name).exists() for name in (MANIFEST, LOCK)):
-            _check_foreign(directory)
+        KIND.check_place(directory, overwrite, leftovers=(directory / LOCK).exists())
         with _locked(directory):
             generation = _next_generation(directory, known, overwrite)
             return _written(directory, generation, about, arrays, vectors, metadata)
-    except OSError as error:
-        raise CheckpointError(
-            f"The memory cannot be saved in {directory}: {error}.",
-            "Expected a directory that can be written, with room for all vectors.",
-            "Make room or save elsewhere; what was saved there before is untouched.",
-        ) from error
 
 
 def read_memory(directory: Path) -> SavedMemory:
@@ -150,13 +126,8 @@ def read_memory(directory: Path) -> SavedMemory:
         CheckpointError: There is none, or a file of it is missing, torn, changed or does not fit the others.
     """
     while True:
-        manifest = read_manifest(directory)
-        if manifest is None:
-            raise CheckpointError(
-                f"There is no long-term memory in {directory}.",
-                f"Expected a directory with a {MANIFEST}.",
-                "Give the directory that `LongTermMemory.save` wrote.",
-            )
+        manifest = KIND.present(directory)
+        _check_fields(directory, manifest)
         try:
             return _opened(directory, manifest)
         except CheckpointError:
@@ -166,28 +137,16 @@ def read_memory(directory: Path) -> SavedMemory:
 
 
 def _opened(directory: Path, manifest: dict[str, Any]) -> SavedMemory:
-    paths = {}
-    for role in ("vectors", "metadata"):
-        entry = manifest["files"].get(role)
-        if not isinstance(entry, dict) or Path(str(entry.get("name"))).name != entry.get("name"):
-            raise _damaged(directory / MANIFEST, f"names no file for the {role}")
-        paths[role] = directory / entry["name"]
-        if not paths[role].is_file():
-            raise _damaged(paths[role], "is missing")
-        size = paths[role].stat().st_size
-        if size != entry.get("bytes"):
-            raise _damaged(paths[role], f"is torn: it has {size:,} bytes of {entry.get('bytes')!r}")
-        if sha256_file(paths[role]) != entry.get("sha256"):
-            raise _damaged(paths[role], "was changed after it was written: its hash is another")
+    paths = {role: KIND.file(directory, manifest["files"].get(role), role) for role in ("vectors", "metadata")}
     tensors = _tensors(paths["vectors"])
     count, width = manifest["count"], manifest["dimension"]
     for name, shape in {"ids": (count,), "domains": (count,), "vectors": (count, width)}.items():
         if name not in tensors or tensors[name].shape != shape:
-            raise _damaged(paths["vectors"], f"holds no {name} of the shape {list(shape)}, as the manifest says")
+            raise KIND.damaged(paths["vectors"], f"holds no {name} of the shape {list(shape)}, as the manifest says")
     metadata = _metadata(paths["metadata"])
     described = np.array(list(metadata), dtype=np.int64)
     if len(described) != manifest["described"] or not np.isin(described, tensors["ids"].rows()).all():
-        raise _damaged(paths["metadata"], "is out of step with the vectors: it is about other memories")
+        raise KIND.damaged(paths["metadata"], "is out of step with the vectors: it is about other memories")
     return SavedMemory(manifest, tensors, metadata)
 
 
@@ -214,27 +173,17 @@ def _written(
         for name in names.values():
             (directory / name).unlink(missing_ok=True)
         raise
-    manifest = {"format": FORMAT, "version": VERSION, "generation": generation, **about, "files": files}
-    manifest["sha256"] = own_hash(manifest)
     # From here on the files stay, whatever happens: the manifest may name them already.
-    write_json(directory / MANIFEST, manifest)
-    for path in directory.iterdir():
-        # Such a file that the manifest does not name is of an earlier save, or of one that was killed.
-        if NAMES.fullmatch(path.name) and path.name not in names.values():
-            with suppress(OSError):
-                path.unlink()
-    return str(manifest["sha256"])
+    digest = KIND.write(directory, {"generation": generation, **about, "files": files})
+    delete_earlier(directory, NAMES, names.values())
+    return digest
 
 
-def _check_foreign(directory: Path) -> None:
-    """Refuse files that a save would take for those of an earlier one."""
-    for path in directory.iterdir():
-        if NAMES.fullmatch(path.name):
-            raise CheckpointError(
-                f"{directory} holds no memory, but a file named {path.name}, which a save would delete.",
-                "Expected an empty directory, or one that holds a memory.",
-                "Save elsewhere, move that file, or delete it with overwrite=True.",
-            )
+def _check_fields(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest that does not say all of `FIELDS`."""
+    for name, kind in FIELDS.items():
+        if not isinstance(manifest.get(name), kind) or isinstance(manifest[name], bool):
+            raise KIND.damaged(directory / MANIFEST, f"says nothing usable about {name!r}")
 
 
 def _next_generation(directory: Path, known: str | None, overwrite: bool) -> int:
@@ -335,7 +284,7 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"{name} lies outside of the file")
             tensors[name] = StoredTensor(path, dtype, shape, 8 + length + start)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"is no safetensors file of a memory ({type(error).__name__}: {error})") from error
+        raise KIND.damaged(path, f"is no safetensors file of a memory ({type(error).__name__}: {error})") from error
     return tensors
 
 
@@ -349,19 +298,5 @@ def _metadata(path: Path) -> dict[int, dict[str, Any]]:
                     raise ValueError(f"a line is none of a memory's metadata: {line[:80]!r}")
                 found[entry["id"]] = entry["metadata"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, f"cannot be read ({type(error).__name__}: {error})") from error
+        raise KIND.damaged(path, f"cannot be read ({type(error).__name__}: {error})") from error
     return found
-
-
-def own_hash(manifest: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of what a manifest says, its entry ``sha256`` aside, which holds this hash."""
-    said = {name: value for name, value in manifest.items() if name != "sha256"}
-    return sha256_bytes(json.dumps(said, sort_keys=True, ensure_ascii=True).encode())
-
-
-def _damaged(path: Path, how: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} {how}.",
-        "Expected the files of a long-term memory as they were saved.",
-        "Load another copy; nothing was read from this one.",
-    )

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from utils.adapters import ModelAdapter
-from utils.memory.nearest_neighbour_head import Mixture, NearestNeighbourHead
+from utils.memory.key_reader import check_tokenizer
+from utils.memory.nearest_neighbour_head import Mixture, NearestNeighbourHead, check_head
+from utils.runtime.arguments import LARGEST, flag, whole
 from utils.runtime.errors import ConfigError
 from utils.training.generation import NextTokens, check_drawing, draw, ids_of_prompt
 
@@ -83,6 +85,10 @@ class GeneratedWithMemory:
     """The ids that it was given."""
     tokens: tuple[RememberedToken, ...]
     """Each new token with its memories."""
+    cached: bool
+    """Whether the model's cache was used."""
+    how: str
+    """How each token was computed, in words."""
     seconds: float
     """Time taken."""
 
@@ -129,6 +135,7 @@ def generate_with_memory(
     tokenizer: Any = None,
     stop_at_end: bool = True,
     memories: int = 3,
+    use_cache: bool = True,
 ) -> GeneratedWithMemory:
     """Let a model go on from a prompt with a memory; the model and the random streams are left as they were.
 
@@ -143,20 +150,19 @@ def generate_with_memory(
         tokenizer: A `TextTokenizer`; None takes the head's.
         stop_at_end: Stop when the document is ended.
         memories: How many memories of each token are told.
+        use_cache: Use the model's cache if it has one.
 
     Raises:
         ConfigError: A setting is out of range, or the head has another model.
         DataError: The prompt cannot be read: text without a tokenizer, unknown ids, or nothing.
     """
     check_drawing(tokens, temperature, top_k)
-    if isinstance(memories, bool) or not isinstance(memories, int) or memories < 0:
-        raise ConfigError(f"memories is {memories!r}.", "Expected a whole number from 0 on.", "3 is usual.")
-    if not isinstance(head, NearestNeighbourHead):
-        raise ConfigError(
-            f"The head is a {type(head).__name__}.",
-            "Expected a NearestNeighbourHead: a model with its memory.",
-            "Make one with utils.memory.datastore.build_datastore, or write without a memory by utils.generate.",
-        )
+    memories = whole(memories, "memories", 0, "3 is usual.")
+    seed = whole(seed, "The seed", -LARGEST, "0 is usual.")
+    flag(stop_at_end, "stop_at_end", "True stops when the document is ended.")
+    flag(use_cache, "use_cache", "False computes every token from the whole window.")
+    check_head(head)
+    check_tokenizer(tokenizer, "encode", "decode")
     adapter: ModelAdapter = head.adapter
     held = getattr(model, "adapter", model)
     module = getattr(held, "module", held)
@@ -171,13 +177,13 @@ def generate_with_memory(
     end = tokenizer.eos_id if tokenizer is not None and stop_at_end else None
     generator = torch.Generator().manual_seed(seed)
     known = adapter.readable_ids() if tokenizer is None else min(adapter.readable_ids(), tokenizer.vocab_size)
-    steps = NextTokens(adapter, list(ids), use_cache=False)
+    steps = NextTokens(adapter, list(ids), use_cache)
     written: list[RememberedToken] = []
     started = time.perf_counter()
     with head.reader.reading() as read:
         for logits in steps.logits(tokens):
             vectors = read.held_vectors()
-            # The window is filled up behind where the text is shorter.
+            # A window is filled up behind where the text is shorter; a cached step holds its own token alone.
             last = vectors[0, min(len(steps.ids), vectors.shape[1]) - 1]
             mixture = head.mixture(last[None], logits[None])
             token = draw(mixture.log_probabilities[0, :known], temperature, top_k, generator)
@@ -193,6 +199,8 @@ def generate_with_memory(
         ids=tuple(new),
         prompt_ids=tuple(ids),
         tokens=tuple(written),
+        cached=steps.cached,
+        how=steps.how,
         seconds=time.perf_counter() - started,
     )
 

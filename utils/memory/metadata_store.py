@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from utils.memory.vector_checks import LAST_ID
+from utils.runtime.arguments import described
 from utils.runtime.errors import DataError
+from utils.runtime.settings import shown
 
 Where = Mapping[str, Any] | Callable[[Mapping[str, Any]], Any]
 """Keys and the values that they must have, or a function of a memory's metadata that says whether it fits."""
@@ -74,7 +76,7 @@ class MetadataStore:
         """
         if not isinstance(domain, str) or not domain.strip():
             raise DataError(
-                f"The domain is {domain!r}.", "Expected a name.", 'Give a text, or leave it out for "default".'
+                f"The domain is {described(domain)}.", "Expected a name.", 'Give a text, or leave it out for "default".'
             )
         if domain not in self.names:
             self.names.append(domain)
@@ -174,7 +176,7 @@ class MetadataStore:
             return None if len(found) == self._count else found
         if not isinstance(where, Mapping) or not all(isinstance(key, str) for key in where):
             raise DataError(
-                f"The condition is {where!r}.",
+                f"The condition is {shown(where)}.",
                 "Expected a mapping from keys of the metadata to the values that they must have, or a function.",
                 'Give, for example, {"label": 3}, or lambda metadata: metadata.get("year", 0) > 2020.',
             )

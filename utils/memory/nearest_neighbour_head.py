@@ -3,6 +3,7 @@
 The memory is a `Datastore` that the same model made; `utils.memory.neighbour_mixture` has the equations.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,8 +18,10 @@ from utils.memory.exact_search import BLOCK, nearest
 from utils.memory.key_reader import KeyReader, checked_windows, tokenizer_fingerprint, tokenizer_of
 from utils.memory.neighbour_mixture import Lookup, NeighbourConfig, mixed, window_hashes
 from utils.memory.vector_index import FaissIndex, IndexConfig, make_index
+from utils.runtime.arguments import described, instance_of, whole
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.resources import format_bytes
+from utils.runtime.settings import settings_of
 from utils.training.weights import weights_sha256
 
 
@@ -49,9 +52,9 @@ class NearestNeighbourHead:
         self,
         model: Any,
         datastore: Datastore,
-        config: NeighbourConfig | None = None,
+        config: NeighbourConfig | Mapping[str, Any] | None = None,
         *,
-        index: IndexConfig | None = None,
+        index: IndexConfig | Mapping[str, Any] | None = None,
         tokenizer: Any = None,
     ) -> None:
         """Join a model with its memory.
@@ -59,23 +62,22 @@ class NearestNeighbourHead:
         Args:
             model: A run, a loaded model, an adapter or a module: the one that made the datastore.
             datastore: Its memory.
-            config: How it answers; see `utils.memory.memory_evaluation.choose_settings`.
+            config: How it answers, as settings or as their names and values; see
+                `utils.memory.memory_evaluation.choose_settings`.
             index: How neighbours are searched; None takes FAISS where it is installed, otherwise an exact search in
                 torch.
             tokenizer: Shows memories as text; None takes a run's.
 
         Raises:
-            ConfigError: The datastore is none, or another model's, or another tokenizer's.
+            ConfigError: The datastore is none, or another model's, or another tokenizer's, or settings are none.
             DataError: It holds tokens that the model does not know.
         """
-        if not isinstance(datastore, Datastore):
-            raise ConfigError(
-                f"The datastore is {datastore!r}.",
-                "Expected what build_datastore or load_datastore returns.",
-                "Load it first, or build it.",
-            )
-        self.datastore, self.config = datastore, config or NeighbourConfig()
-        self.index_config = index or IndexConfig()
+        instance_of(
+            datastore, Datastore, "The datastore", "Expected what build_datastore or load_datastore returns.",
+            "Load it first, or build it.",
+        )  # fmt: skip
+        self.datastore, self.config = datastore, settings_of(NeighbourConfig, config)
+        self.index_config = settings_of(IndexConfig, index)
         self.reader = KeyReader(model, datastore.layer, datastore.side)
         self.tokenizer = tokenizer_of(model, tokenizer)
         made_by = weights_sha256(self.reader.adapter.module)
@@ -86,9 +88,10 @@ class NearestNeighbourHead:
                 "Expected the model whose vectors are the keys, with the same weights.",
                 "Build the datastore anew with this model.",
             )
-        if int(datastore.values.max()) >= self.adapter.readable_ids():
+        self._largest = int(datastore.values.max())
+        if self._largest >= self.adapter.readable_ids():
             raise DataError(
-                f"The datastore holds the token {int(datastore.values.max())}.",
+                f"The datastore holds the token {self._largest}.",
                 f"Expected ids from 0 to {self.adapter.readable_ids() - 1}.",
                 "Build it anew with this model.",
             )
@@ -127,11 +130,15 @@ class NearestNeighbourHead:
             f"k={about.neighbours}, T={about.temperature:g}, lambda={share})"
         )
 
-    def with_config(self, config: NeighbourConfig) -> "NearestNeighbourHead":
-        """Return a head with the same model, memory and index, and other settings."""
+    def with_config(self, config: NeighbourConfig | Mapping[str, Any]) -> "NearestNeighbourHead":
+        """Return a head with the same model, memory and index, and other settings.
+
+        Raises:
+            ConfigError: They are no settings.
+        """
         other = object.__new__(NearestNeighbourHead)
         other.__dict__.update(self.__dict__)
-        other.config = config
+        other.config = settings_of(NeighbourConfig, config)
         return other
 
     @cached_property
@@ -155,8 +162,11 @@ class NearestNeighbourHead:
             Squared distances, ascending, and numbers of memories, both ``(n, count)``.
 
         Raises:
-            DataError: A vector holds a number that is not finite.
+            ConfigError: `count` is no whole number from 1 on.
+            DataError: The vectors are of another shape or type, or one holds a number that is not finite.
         """
+        count = min(checked_count(count), len(self.datastore))
+        self._check_rows(vectors, "vectors", self.datastore.keys.shape[1])
         queries = self.datastore.scaling(vectors.float().cpu()).contiguous()
         if not bool(torch.isfinite(queries).all()):
             raise DataError(
@@ -164,7 +174,6 @@ class NearestNeighbourHead:
                 "Expected finite vectors, or no distance could be measured.",
                 "Look for NaN in the weights.",
             )
-        count = min(count, len(self.datastore))
         if self._index is not None:
             distances, rows = self._index.search(queries.numpy(), count, None)
         else:
@@ -185,10 +194,11 @@ class NearestNeighbourHead:
             neighbours: How many to look up; None takes the head's own.
 
         Raises:
+            ConfigError: `neighbours` is no whole number from 1 on.
             DataError: The text does not fit the model, or holds nothing to predict.
         """
         ids, labels = checked_windows(self.adapter, ids, labels)
-        count = neighbours or self.config.neighbours
+        count = self.config.neighbours if neighbours is None else checked_count(neighbours)
         hashes = window_hashes(ids)
         parts: list[tuple[Tensor, ...]] = []
         with self.reader.reading() as read:
@@ -216,7 +226,18 @@ class NearestNeighbourHead:
         Args:
             vectors: What the layer gave there, ``(n, width)``.
             logits: The model's logits, ``(n, vocabulary)``.
+
+        Raises:
+            DataError: They are of another shape or type, or not finite.
         """
+        self._check_rows(logits, "logits", None)
+        self._check_rows(vectors, "vectors", self.datastore.keys.shape[1])
+        if len(vectors) != len(logits) or logits.shape[1] <= self._largest:
+            raise DataError(
+                f"There are logits {list(logits.shape)} for {len(vectors)} vectors.",
+                f"Expected as many, of a vocabulary that holds the memory's token {self._largest}.",
+                "Give what the model made of the same places.",
+            )
         model = logits.detach().float().cpu().log_softmax(-1)
         distances, rows = self.neighbours(vectors, self.config.neighbours)
         values = self.datastore.values.long()[rows]
@@ -234,6 +255,9 @@ class NearestNeighbourHead:
 
         Args:
             ids: Token ids ``(n, length)``.
+
+        Raises:
+            DataError: The text does not fit the model.
         """
         ids, _ = checked_windows(self.adapter, ids, ids)
         with self.reader.reading() as read:
@@ -243,3 +267,35 @@ class NearestNeighbourHead:
                 mixture = self.mixture(vectors.flatten(0, 1), logits.flatten(0, 1))
                 parts.append(mixture.log_probabilities.unflatten(0, tuple(part.shape)))
         return torch.cat(parts)
+
+    def _check_rows(self, values: Any, name: str, width: int | None) -> None:
+        """Refuse what is no table of real numbers, of a width where that is known."""
+        fits = isinstance(values, Tensor) and values.is_floating_point() and values.dim() == 2
+        if not fits or width not in (None, values.shape[1]):
+            shape = f"(places, {'vocabulary' if width is None else width})"
+            raise DataError(
+                f"The {name} are {described(values)}.",
+                f"Expected a tensor of floating-point numbers of the shape {shape}.",
+                f"Give what the model makes of token ids, or use `lookup`, which reads it off {self.reader.layer}.",
+            )
+
+
+def checked_count(count: Any) -> int:
+    """Return how many neighbours are asked for.
+
+    Raises:
+        ConfigError: It is no whole number from 1 on.
+    """
+    return whole(count, "The number of neighbours", 1, "Leave it out to take the head's own.")
+
+
+def check_head(head: Any) -> None:
+    """Check that something is a model with its memory.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    instance_of(
+        head, NearestNeighbourHead, "The head", "Expected a NearestNeighbourHead: a model with its memory.",
+        "Make one: NearestNeighbourHead(model, build_datastore(model, ids, labels)).",
+    )  # fmt: skip

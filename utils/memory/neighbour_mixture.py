@@ -13,7 +13,7 @@ with squared Euclidean distance d. Where a gate is given, lambda follows from ea
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from utils.runtime.arguments import described, instance_of, is_finite, is_whole
 from utils.runtime.errors import ConfigError
-from utils.runtime.settings import check_names
+from utils.runtime.settings import settings_of, shown
 
 FEATURES = (
     "log distance of the nearest", "distance of the nearest", "log mean distance",
@@ -57,12 +58,13 @@ class Gate:
             ConfigError: There are more or fewer, or one that is not finite, or a deviation of 0.
         """
         for name in ("means", "deviations", "coefficients"):
-            values = tuple(getattr(self, name))
+            given = getattr(self, name)
+            values = tuple(given) if isinstance(given, (list, tuple)) else ()
             object.__setattr__(self, name, values)
-            fits = len(values) == len(FEATURES) and all(map(_finite, values)) and _finite(self.bias)
+            fits = len(values) == len(FEATURES) and all(map(is_finite, values)) and is_finite(self.bias)
             if not fits or (name == "deviations" and min(values) <= 0):
                 raise ConfigError(
-                    f"The {name} of the gate are {values!r}.",
+                    f"The {name} of the gate are {shown(given)}, and its bias is {described(self.bias)}.",
                     f"Expected {len(FEATURES)} finite numbers, deviations above 0, and a finite bias.",
                     "Have the gate fitted by choose_settings.",
                 )
@@ -93,19 +95,24 @@ class NeighbourConfig:
             ConfigError: One of them is out of its range.
         """
         if isinstance(self.gate, Mapping):
-            check_names(Gate, self.gate)
-            object.__setattr__(self, "gate", Gate(**self.gate))
-        whole = isinstance(self.neighbours, int) and not isinstance(self.neighbours, bool)
+            missing = [field.name for field in fields(Gate) if field.name not in self.gate]
+            if missing:
+                raise ConfigError(
+                    f"The gate of the NeighbourConfig has no {', '.join(missing)}.",
+                    f"Expected all of {', '.join(field.name for field in fields(Gate))}.",
+                    "Take a gate from `NeighbourConfig.to_dict`, or None.",
+                )
+            object.__setattr__(self, "gate", settings_of(Gate, self.gate))
         rules = {
-            "neighbours": (whole and self.neighbours >= 1, "a whole number above 0"),
-            "temperature": (_finite(self.temperature) and self.temperature > 0, "a number above 0"),
-            "weight": (_finite(self.weight) and 0 <= self.weight < 1, "a number from 0 to below 1"),
+            "neighbours": (is_whole(self.neighbours, 1), "a whole number above 0"),
+            "temperature": (is_finite(self.temperature) and self.temperature > 0, "a number above 0"),
+            "weight": (is_finite(self.weight) and 0 <= self.weight < 1, "a number from 0 to below 1"),
             "gate": (self.gate is None or isinstance(self.gate, Gate), "a Gate or None"),
         }
         for name, (fits, expected) in rules.items():
             if not fits:
                 raise ConfigError(
-                    f"NeighbourConfig.{name} is {getattr(self, name)!r}.",
+                    f"NeighbourConfig.{name} is {described(getattr(self, name))}.",
                     f"Expected {expected}.",
                     "Have it found by choose_settings, or give another value.",
                 )
@@ -119,10 +126,9 @@ class NeighbourConfig:
         """Make settings from a dict.
 
         Raises:
-            ConfigError: A name is unknown or a value is invalid.
+            ConfigError: It is no mapping, a name is unknown or a value is invalid.
         """
-        check_names(cls, settings)
-        return cls(**settings)
+        return settings_of(cls, settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +197,20 @@ class Lookup:
         return mixed(self.model, self.memory(config), self.weight_logits(config))
 
 
+def check_lookup(lookup: Any, name: str) -> None:
+    """Check that something is a lookup.
+
+    Args:
+        lookup: What was given.
+        name: What it is, as the beginning of a sentence.
+
+    Raises:
+        ConfigError: It is something else, such as token ids.
+    """
+    action = "Give head.lookup(ids), or head.lookup(ids, labels)."
+    instance_of(lookup, Lookup, name, "Expected what a head finds in a text.", action)
+
+
 def mixed(model: Tensor, memory: Tensor, weight_logits: Tensor) -> Tensor:
     """Return the log of the mixture.
 
@@ -219,7 +239,12 @@ def fit_gate(lookup: Lookup, config: NeighbourConfig) -> Gate:
     Args:
         lookup: Places of a development split.
         config: Neighbours and temperature, and the weight to start from.
+
+    Raises:
+        ConfigError: One of them is something else.
     """
+    check_lookup(lookup, "The lookup")
+    config = settings_of(NeighbourConfig, config)
     features = lookup.features(config).double()
     means, deviations = features.mean(0), features.std(0).clamp_min(1e-6)
     scaled = (features - means) / deviations
@@ -241,7 +266,3 @@ def fit_gate(lookup: Lookup, config: NeighbourConfig) -> Gate:
         optimizer.step(closure)
     found = point.detach()
     return Gate(tuple(means.tolist()), tuple(deviations.tolist()), tuple(found[:-1].tolist()), float(found[-1]))
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from utils.runtime.errors import ConfigError, DataError
+from utils.runtime.arguments import flag, whole
+from utils.runtime.errors import DataError
 
 SHORTEST = 16
 """Characters from which a line counts: shorter ones, such as ``return None``, are a language's own words."""
@@ -59,10 +60,8 @@ def without_repeated_lines(
         ConfigError: `shortest` is below 1.
         DataError: The splits are no lists of documents under names.
     """
-    if isinstance(shortest, bool) or not isinstance(shortest, int) or shortest < 1:
-        raise ConfigError(
-            f"shortest is {shortest!r}.", "Expected a whole number above 0.", "1 compares every line that is not empty."
-        )
+    shortest = whole(shortest, "shortest", 1, "1 compares every line that is not empty.")
+    flag(within, "within", "True also takes out lines that occurred in the same split.")
     if not isinstance(splits, Mapping) or not all(map(_are_documents, splits.values())):
         kinds = [splits] if not isinstance(splits, Mapping) else list(splits.values())
         raise DataError(

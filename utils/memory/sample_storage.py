@@ -147,12 +147,19 @@ def allocated(layout: Layout, capacity: int, directory: Path | None) -> Tensor:
             allows that, so that it is gone with the process, however that ends.
 
     Raises:
-        DataError: There is no room in the directory, or it cannot be written.
+        DataError: There is no room in memory or in the directory, or that cannot be written.
     """
     shape = (capacity, *layout.shape)
     size = capacity * layout.bytes
     if directory is None or not size:
-        return torch.empty(shape, dtype=layout.dtype)
+        try:
+            return torch.empty(shape, dtype=layout.dtype)
+        except RuntimeError as error:
+            raise DataError(
+                f"There is no memory for {capacity:,} samples of {layout.bytes:,} bytes.",
+                "Expected room for all samples that the buffer may hold, whose places are taken at once.",
+                "Lower the capacity or max_bytes, or give the buffer a directory.",
+            ) from error
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(suffix=".samples", dir=directory)

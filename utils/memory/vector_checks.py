@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.runtime.errors import DataError
+from utils.runtime.settings import shown
 
 METRICS = ("cosine", "l2")
 """Cosine similarity (nearer is higher), or squared Euclidean distance (nearer is lower)."""
@@ -153,10 +154,12 @@ def as_ids(values: Any, rows: int | None = None) -> np.ndarray:
     Raises:
         DataError: No whole numbers from 0 to `LAST_ID`, another number of them, or one given twice.
     """
-    given = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
     try:
+        given = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+        if isinstance(given, (str, bytes, Mapping)):
+            raise TypeError
         array = np.atleast_1d(np.asarray(given if isinstance(given, (np.ndarray, int)) else list(given)))
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         array = np.empty((1, 1), dtype=object)
     if not array.size and array.ndim == 1:
         array = array.astype(np.int64)
@@ -285,7 +288,7 @@ def _no_vectors(what: str, found: str) -> DataError:
 
 def _no_ids(values: Any) -> DataError:
     return DataError(
-        f"The ids are {str(values)[:100]} of the type {type(values).__name__}.",
+        f"The ids are {shown(values, 100)} of the type {type(values).__name__}.",
         "Expected whole numbers from 0 to 2^63 - 2, in one dimension.",
         "Keep names of your own in the metadata, or leave the ids out to have them chosen.",
     )

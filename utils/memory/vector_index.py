@@ -16,6 +16,7 @@ import numpy as np
 from utils.memory.exact_search import TorchIndex
 from utils.memory.recall import NEIGHBOURS, Recall, chosen_probes
 from utils.memory.vector_checks import BLOCK
+from utils.runtime.arguments import described, is_finite, is_whole
 from utils.runtime.errors import CheckpointError, ConfigError
 from utils.runtime.optional import require
 from utils.runtime.seeding import derive_seed
@@ -47,18 +48,24 @@ class IndexConfig:
             ConfigError: One of them is out of its range.
         """
         ranges = {
-            "backend": (self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
-            "exact_up_to": (_whole(self.exact_up_to) and self.exact_up_to >= 1, "a whole number, at least 1"),
-            "target_recall": (
-                isinstance(self.target_recall, float) and 0 < self.target_recall <= 1,
-                "a number above 0, at most 1.0",
+            "backend": (
+                isinstance(self.backend, str) and self.backend in BACKENDS,
+                f"one of {', '.join(BACKENDS)}",
+                '"auto" takes FAISS where it is installed.',
             ),
-            "seed": (_whole(self.seed), "a whole number"),
-        }
-        for name, (fits, expected) in ranges.items():
+            "exact_up_to": (
+                is_whole(self.exact_up_to, 1), "a whole number, at least 1", "100_000 is exact where that is fast.",
+            ),
+            "target_recall": (
+                is_finite(self.target_recall) and 0 < self.target_recall <= 1, "a number above 0, at most 1",
+                "0.95 is usual.",
+            ),
+            "seed": (is_whole(self.seed), "a whole number", "0 is usual."),
+        }  # fmt: skip
+        for name, (fits, expected, action) in ranges.items():
             if not fits:
                 raise ConfigError(
-                    f"The {name} of the index is {getattr(self, name)!r}.", f"Expected {expected}.", "Give another one."
+                    f"The {name} of the index is {described(getattr(self, name))}.", f"Expected {expected}.", action
                 )
 
 
@@ -346,10 +353,6 @@ class FaissIndex:
         codes = self._faiss.rev_swig_ptr(self._index.invlists.get_codes(number), size * 4 * self._dimension)
         vectors: np.ndarray = codes.view(np.float32).reshape(size, self._dimension)
         return vectors
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 VectorIndex = TorchIndex | FaissIndex

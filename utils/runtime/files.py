@@ -4,8 +4,13 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from utils.runtime.errors import CheckpointError, SeedbedError
+from utils.runtime.settings import shown
 
 TAG = "__float__"
 SPELLED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -14,6 +19,28 @@ SPELLED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def sha256_bytes(data: bytes) -> str:
     """Return the SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def own_hash(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a JSON file says, its entry ``sha256`` aside, which holds this hash.
+
+    It notices damage and changes by hand; it is no signature, because whoever changes a file on purpose can hash it
+    anew.
+
+    Raises:
+        CheckpointError: It is nested more deeply than JSON is written.
+    """
+    said = {name: value for name, value in content.items() if name != "sha256"}
+    try:
+        written = json.dumps(said, sort_keys=True, ensure_ascii=True)
+    except RecursionError:
+        # What was read may be a little deeper than what can be written.
+        raise CheckpointError(
+            "A JSON file is nested too deeply to be hashed.",
+            "Expected a file that Seedbed wrote.",
+            "Give another copy; nothing was read from this one.",
+        ) from None
+    return sha256_bytes(written.encode())
 
 
 def sha256_file(path: Path) -> str:
@@ -65,6 +92,53 @@ def write_json(path: Path, value: Any) -> None:
         TypeError: JSON cannot hold a value of its type.
     """
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def checked_path(path: Any, what: str, error: type[SeedbedError] = CheckpointError) -> Path:
+    """Return a path that a user gave.
+
+    Args:
+        path: A text or a path.
+        what: What is kept there, such as "the concept package".
+        error: Raised if it is none.
+
+    Raises:
+        SeedbedError: It is no path.
+    """
+    said = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(said, str) or not said.strip() or "\0" in said:
+        raise error(
+            f"The path of {what} is {shown(path)}.",
+            "Expected a path: a text that names a file or a folder, or a pathlib.Path.",
+            "Give one, such as 'kept/first'.",
+        )
+    return Path(said)
+
+
+@contextmanager
+def saving(path: Any, what: str, error: type[SeedbedError] = CheckpointError, folder: bool = False) -> Iterator[Path]:
+    """Yield a checked path to write to, and turn what the system refuses meanwhile into an error a user can act on.
+
+    Args:
+        path: A text or a path.
+        what: What is saved, such as "the concept package".
+        error: Raised if it cannot be.
+        folder: Whether it goes into a folder of this name, instead of a file.
+
+    Raises:
+        SeedbedError: It is no path, below an ordinary file, not writable, or the disk is full.
+    """
+    place = checked_path(path, what, error)
+    try:
+        if not folder and (not place.name or place.is_dir()):
+            raise IsADirectoryError(f"{place} is a folder")
+        yield place
+    except OSError as failure:
+        raise error(
+            f"{what[:1].upper()}{what[1:]} cannot be saved as {place} ({type(failure).__name__}: {failure}).",
+            f"Expected a {'folder' if folder else 'file'} that can be written, below folders and not below a file.",
+            "Choose another path, or make room; what was saved there before is untouched.",
+        ) from failure
 
 
 def null_nonfinite(value: Any) -> Any:

@@ -17,6 +17,7 @@ from utils.adapters import ModelAdapter
 from utils.adapters.capture import tensor_at
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.isolation import preserved
+from utils.runtime.settings import shown
 from utils.training.batch_inputs import model_inputs
 
 CACHE_ARGUMENTS = ("past_key_values", "use_cache")
@@ -92,6 +93,7 @@ def generate(
         raise ConfigError(
             f"{adapter.name} is no causal language model but for {adapter.task.value} ({adapter.task.reason}).",
             "Expected a model that predicts the next token.",
+            "Give a causal language model.",
         )
     ids = ids_of_prompt(adapter, prompt, tokenizer)
     end = tokenizer.eos_id if tokenizer is not None and stop_at_end else None
@@ -240,7 +242,11 @@ def ids_of_prompt(adapter: ModelAdapter, prompt: str | Iterable[int], tokenizer:
     known = adapter.readable_ids()
     wrong = [number for number in ids if not 0 <= number < known]
     if wrong:
-        raise DataError(f"The prompt holds the id {wrong[0]}.", f"Expected ids from 0 to {known - 1}.")
+        raise DataError(
+            f"The prompt holds the id {wrong[0]}.",
+            f"Expected ids from 0 to {known - 1}.",
+            "Use the tokenizer that the model was trained with.",
+        )
     return ids
 
 
@@ -251,10 +257,14 @@ def check_drawing(tokens: int, temperature: float, top_k: int | None) -> None:
         ConfigError: One is out of range.
     """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ConfigError(f"tokens is {tokens!r}.", "Expected a whole number above 0.")
+        raise ConfigError(f"tokens is {shown(tokens)}.", "Expected a whole number above 0.", "100 is usual.")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < 1e6:
         raise ConfigError(
-            f"temperature is {temperature!r}.", "Expected a number from 0 on; 0 takes the likeliest token."
+            f"temperature is {shown(temperature)}.",
+            "Expected a number from 0 on.",
+            "0.8 is usual; 0 takes the likeliest token.",
         )
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ConfigError(f"top_k is {top_k!r}.", "Expected a whole number above 0, or None.")
+        raise ConfigError(
+            f"top_k is {shown(top_k)}.", "Expected a whole number above 0, or None.", "None draws from all tokens."
+        )
