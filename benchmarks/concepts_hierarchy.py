@@ -2,8 +2,13 @@
 
 Rules: on random graphs with both relations every invariant of a hierarchy is checked against a slow, plain reading of
 its definition. Discovery: hierarchies are planted (a concept is there in a share of the samples that have all its
-parents), labels are flipped, and the relations found are compared with those planted, as F1. The controls have shuffled
+parents), labels are flipped, and the relations found are compared with those planted. The controls have shuffled
 columns, or overlaps without any inclusion.
+
+Judged, and the reason for exit status 1: the mean F1 of every row up to 5 % flipped, those with overlaps up to 0.95 at
+6,000 samples included; no relation in shuffled columns, nor in overlaps without inclusion. Not judged: more than 5 %,
+and overlaps whose outsiders have a concept at one rate where the noise must be estimated: they are distributed just as
+inclusions whose labels are flipped at that rate, so nothing but a known noise tells the two apart.
 """
 
 import argparse
@@ -12,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,9 +37,11 @@ RAREST = 0.03
 SHARES = (0.3, 0.75)
 """Of the samples with all parents, the share that has the concept: lowest and highest."""
 NEAR = (0.3, 0.95)
-"""The same where siblings all but include one another, which takes many more samples to tell apart."""
+"""The same where siblings all but include one another."""
 TARGET = 0.9
 """Mean F1 of every row up to 5 % flipped."""
+SIZES = (20_000, 60_000)
+"""Other numbers of samples for which near overlaps are shown."""
 
 
 def ancestry(parents: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -138,30 +146,61 @@ def flipped(labels: Tensor, rate: float, seed: int, varied: bool = False) -> Ten
     return labels ^ (torch.rand(labels.shape, generator=dice) < rates)
 
 
-def f1(values: Tensor, edges: set[tuple[int, int]], noise: float | None = None) -> float:
-    """Return the F1 score of the relations found, with the noise estimated or given."""
+@dataclass(frozen=True)
+class Score:
+    """What was found in one data set."""
+
+    f1: float
+    precision: float
+    recall: float
+    untrue: int
+    """Relations found that are no inclusions at all, not even by way of others."""
+    undecided: int
+    """Pairs."""
+
+
+def score(values: Tensor, edges: set[tuple[int, int]], noise: float | None = None) -> Score:
+    """Compare the relations found, with the noise estimated or given, with those planted."""
     names = [str(number) for number in range(values.shape[1])]
-    found = {
-        (int(one.concept), int(one.parent))
-        for one in discover_hierarchy(values, names, noise=noise, controls=0).evidence
-    }
-    return 2 * len(found & edges) / max(1, len(found) + len(edges))
+    result = discover_hierarchy(values, names, noise=noise, controls=0)
+    found = {(int(one.concept), int(one.parent)) for one in result.evidence}
+    parents: dict[str, set[str]] = {name: set() for name in names}
+    for concept, parent in edges:
+        parents[str(concept)].add(str(parent))
+    above, hits = ancestry(parents), len(found & edges)
+    return Score(
+        f1=2 * hits / max(1, len(found) + len(edges)),
+        precision=hits / max(1, len(found)),
+        recall=hits / max(1, len(edges)),
+        untrue=sum(str(parent) not in above[str(concept)] for concept, parent in found),
+        undecided=len(result.undecided),
+    )
 
 
-def overlapping(seed: int, rate: float) -> Tensor:
-    """Return labels of 30 concepts that overlap by up to two thirds and never include one another."""
+def overlapping(seed: int, rate: float, most: float = 0.65, outside: float = 0.1) -> Tensor:
+    """Return labels of 30 concepts that overlap without including one another.
+
+    Args:
+        seed: Of the samples.
+        rate: Of flips.
+        most: Of the samples of a hidden group, the highest share that has a concept; the lowest is 0.3.
+        outside: Share of the other samples that have it.
+    """
     dice = torch.Generator().manual_seed(seed)
     groups = (torch.rand(SAMPLES, 6, generator=dice) < 0.4)[:, torch.arange(30) % 6]
-    inside = torch.rand(SAMPLES, 30, generator=dice) < 0.3 + 0.35 * torch.rand(30, generator=dice)
-    outside = torch.rand(SAMPLES, 30, generator=dice) < 0.1
-    return flipped(torch.where(groups, inside, outside), rate, seed)
+    inside = torch.rand(SAMPLES, 30, generator=dice) < 0.3 + (most - 0.3) * torch.rand(30, generator=dice)
+    others = torch.rand(SAMPLES, 30, generator=dice) < outside
+    return flipped(torch.where(groups, inside, others), rate, seed)
 
 
-def row(name: str, scores: Sequence[float], missed: list[str] | None = None) -> None:
+def row(name: str, scores: Sequence[Score], missed: list[str] | None = None) -> None:
     """Print a row of the table of discovery; note it in `missed` if it has to reach the target and does not."""
-    if missed is not None and statistics.mean(scores) < TARGET:
-        missed.append(f"F1 {statistics.mean(scores):.3f} of {TARGET} with {name}")
-    print(f"| {name} | {statistics.mean(scores):.3f} | {min(scores):.3f} | {len(scores)} |", flush=True)
+    mean = {part: statistics.mean(getattr(one, part) for one in scores) for part in asdict(scores[0])}
+    if missed is not None and mean["f1"] < TARGET:
+        missed.append(f"F1 {mean['f1']:.3f} of {TARGET} with {name}")
+    shown = [f"{mean['f1']:.3f}", f"{min(one.f1 for one in scores):.3f}", f"{mean['precision']:.3f}"]
+    shown += [f"{mean['recall']:.3f}", f"{mean['untrue']:.1f}", f"{mean['undecided']:.1f}", str(len(scores))]
+    print(f"| {name} | {' | '.join(shown)} |", flush=True)
 
 
 def speed() -> None:
@@ -198,38 +237,58 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--graphs", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="the first seed of discovery")
     given = parser.parse_args()
     failures = [broken for seed in range(given.graphs) if (broken := broken_rules(seed))]
     print(f"{given.graphs} random hierarchies: {len(failures)} break a rule{f': {failures[:3]}' if failures else ''}")
     missed = [f"{len(failures)} random hierarchies break a rule"] if failures else []
     speed()
     print(f"\n{CONCEPTS} concepts, {SAMPLES:,} samples, every concept in at least {RAREST:.0%} of them\n")
-    print("| labels | F1, mean | F1, least | seeds |\n|---|---|---|---|")
-    seeds = range(given.seeds)
+    print("| labels | F1, mean | F1, least | precision | recall | untrue | undecided | seeds |")
+    print("|---|---|---|---|---|---|---|---|")
+    seeds = range(given.first, given.first + given.seeds)
     for rate in (0.0, 0.01, 0.05, 0.1):
         for name, several in (("one parent", 0.0), ("half with 2 or 3 parents", 0.5)):
-            row(f"{name}, {rate:.0%} flipped", [f1(flipped(planted(s, several)[0], rate, s), planted(s, several)[1])
+            row(f"{name}, {rate:.0%} flipped", [score(flipped(planted(s, several)[0], rate, s), planted(s, several)[1])
                                                for s in seeds], missed if rate <= 0.05 else None)  # fmt: skip
-    for rate in (0.0, 0.01, 0.05, 0.1):
-        near = [(flipped(labels, rate, s), edges) for s in seeds for labels, edges in [planted(s, shares=NEAR)]]
-        name = f"half with 2 or 3 parents, overlaps up to {NEAR[1]}, {rate:.0%} flipped"
-        row(name, [f1(*one) for one in near], missed if rate <= 0.05 else None)
-        row(f"{name}, noise given", [f1(*one, noise=rate) for one in near])
+    cases = [(rate, SAMPLES) for rate in (0.0, 0.01, 0.05, 0.1)] + [(0.05, size) for size in SIZES]
+    for rate, size in cases:
+        name = f"half with 2 or 3 parents, overlaps up to {NEAR[1]}, {rate:.0%} flipped, {size:,} samples"
+        judged = missed if rate <= 0.05 else None
+        scores: dict[float | None, list[Score]] = {None: [], rate: []}
+        for s in seeds:
+            labels, edges = planted(s, samples=size, shares=NEAR)
+            for noise, some in scores.items():
+                some.append(score(flipped(labels, rate, s), edges, noise))
+        row(name, scores[None], judged)
+        row(f"{name}, noise given", scores[rate], judged)
     row("half with 2 or 3 parents, 2.5 % to 7.5 % flipped",
-        [f1(flipped(planted(s)[0], 0.05, s, varied=True), planted(s)[1]) for s in seeds], missed)  # fmt: skip
+        [score(flipped(planted(s)[0], 0.05, s, varied=True), planted(s)[1]) for s in seeds], missed)  # fmt: skip
     for apart in (3.0, 4.0):
-        noise = [torch.randn(SAMPLES, CONCEPTS, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        scores = [f1(planted(s)[0] * apart + noise[s], planted(s)[1]) for s in seeds]
-        row(f"the same as activations, {apart:.0f} standard deviations apart", scores, missed)
+        noisy = [torch.randn(SAMPLES, CONCEPTS, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        scored = [score(planted(s)[0] * apart + one, planted(s)[1]) for s, one in zip(seeds, noisy, strict=True)]
+        row(f"the same as activations, {apart:.0f} standard deviations apart", scored, missed)
     shuffled = [sum(discover_hierarchy(flipped(planted(s)[0], 0.05, s), controls=20, seed=s).controls) for s in seeds]
     print(
         f"\nRelations found in shuffled columns: {sum(shuffled)} in {20 * len(shuffled)} copies of {len(shuffled)} data"
     )
     missed += [f"{sum(shuffled)} relations in shuffled columns"] if sum(shuffled) else []
-    for rate in (0.0, 0.05):
-        false = [len(discover_hierarchy(overlapping(s, rate), controls=0).evidence) for s in seeds]
-        print(f"Relations found in overlaps without inclusion, {rate:.0%} flipped: {sum(false)} in {len(false)} data")
-        missed += [f"{sum(false)} relations in overlaps, {rate:.0%} flipped"] if sum(false) else []
+    print("\n| overlaps without inclusion | flipped | noise | relations found | undecided | data |")
+    print("|---|---|---|---|---|---|")
+    for most, outside, told in ((0.65, 0.1, False), (0.95, 0.0, False), (0.95, 0.0, True), (0.95, 0.1, True),
+                                (0.95, 0.1, False)):  # fmt: skip
+        for rate in (0.0, 0.05):
+            results = [
+                discover_hierarchy(overlapping(s, rate, most, outside), noise=rate if told else None, controls=0)
+                for s in seeds
+            ]
+            false, unsure = (sum(len(getattr(one, part)) for one in results) for part in ("evidence", "undecided"))
+            counts = told or not (most > 0.65 and outside)
+            name = f"up to {most}, {outside:.0%} outside{'' if counts else ' (not judged)'}"
+            source = "given" if told else "estimated"
+            print(f"| {name} | {rate:.0%} | {source} | {false} | {unsure} | {len(results)} |", flush=True)
+            if false and counts:
+                missed.append(f"{false} relations in overlaps {name}, {rate:.0%} flipped")
     print(f"\ntargets: {'missed: ' + '; '.join(missed) if missed else 'met'}")
     return 1 if missed else 0
 

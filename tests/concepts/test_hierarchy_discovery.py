@@ -151,7 +151,7 @@ def test_rare_concepts_are_called_undecided():
     labels = sample(600)
     discovered = discover_hierarchy(flip(labels, 0.1), NAMES, noise=0.1, inclusion=0.95, controls=0)
     assert discovered.undecided
-    assert all(one.coefficient <= 0.95 and one.high >= 1 for one in discovered.undecided)
+    assert all(one.chance > 0.05 and one.samples_needed != 600 for one in discovered.undecided)
     assert "Undecided" in str(discovered)
 
 
@@ -204,11 +204,32 @@ def test_values_are_checked(values, said):
         ({"names": ["a"] * 8}, "8 names, 1 of them"),
         ({"names": [*NAMES[:7], 3]}, "name of a concept is a int"),
         ({"inclusion": 1.0}, "inclusion is 1.0"),
+        ({"names": "abcdefgh"}, "names are a str"),
+        ({"names": 8}, "names are a int"),
         ({"inclusion": 0}, "inclusion is 0"),
-        ({"significance": 0}, "significance 0"),
-        ({"controls": -1}, "controls -1"),
+        ({"inclusion": "a"}, "inclusion is 'a'. A number above 0 and below 1"),
+        ({"inclusion": None}, "inclusion is None"),
+        ({"inclusion": True}, "inclusion is True"),
+        ({"inclusion": math.nan}, "inclusion is nan"),
+        ({"inclusion": [0.8]}, r"inclusion is \[0.8\]"),
+        ({"significance": 0}, "significance is 0. A finite number above 0"),
+        ({"significance": math.inf}, "significance is inf"),
+        ({"significance": "6"}, "significance is '6'"),
+        ({"controls": -1}, "controls is -1. A whole number from 0"),
+        ({"controls": 2.5}, "controls is 2.5"),
+        ({"controls": 10_001}, "controls is 10001"),
+        ({"controls": "20"}, "controls is '20'"),
+        ({"seed": 1.5}, "seed is 1.5. A whole number"),
+        ({"seed": None}, "seed is None"),
         ({"relation": "is"}, "no relation 'is'"),
-        ({"noise": "some"}, "The noise is some"),
+        ({"relation": 3}, "no relation 3"),
+        ({"relation": ["is-a"]}, r"no relation \['is-a'\]"),
+        ({"noise": "some"}, "The noise is 'some'"),
+        ({"noise": "0.05"}, "The noise is '0.05'"),
+        ({"noise": True}, "The noise is True"),
+        ({"noise": {"a": 0.1}}, "The noise is {'a': 0.1}"),
+        ({"noise": 0.05j}, "The noise is 0.05j"),
+        ({"noise": (0.05, None)}, "The noise is"),
         ({"noise": [0.1, 0.1, 0.1]}, "Expected a share, 8 of them"),
         ({"noise": 0.3}, "labelled in .* false alarms are 30.00%"),
         ({"noise": -0.1}, "-10.00%"),
@@ -216,8 +237,23 @@ def test_values_are_checked(values, said):
     ],
 )
 def test_settings_are_checked(settings, said):
-    with pytest.raises(HierarchyError, match=said):
+    with pytest.raises(HierarchyError, match=said) as caught:
         discover_hierarchy(sample(200), **settings)
+    assert caught.value.found and caught.value.expected and caught.value.action, "three sentences"
+
+
+def test_settings_are_checked_before_anything_is_found():
+    """Also where no pair is there to be judged by them, and whatever type a whole number or a real one has."""
+    with pytest.raises(HierarchyError, match="no relation 'is'"):
+        discover_hierarchy(torch.ones(40, 3), relation="is")
+    values, float32, int64 = sample(200), torch.tensor(0.8).numpy()[()], torch.tensor(1).numpy()[()]
+    assert discover_hierarchy(values, inclusion=float32, controls=int64, seed=int64).controls == (0,)
+
+
+def test_sparse_tensors_are_read():
+    values = flip(sample(1000), 0.02)
+    whole = discover_hierarchy(values, NAMES, controls=0)
+    assert discover_hierarchy(values.float().to_sparse(), NAMES, controls=0).to_dict() == whole.to_dict()
 
 
 def test_a_noise_for_activations_is_refused():

@@ -2,19 +2,22 @@
 
 That most samples with c have p too proves little: p may be common, or c's labels wrong. What is tested is the
 noise-corrected coefficient of homogeneity (see `hierarchy_noise`): 1 where c is included in p, 0 where the two are
-independent, whatever their frequencies and the noise. All inclusions together make a partial order, whose transitive
-reduction has every direct parent, be there one or several.
+independent, whatever their frequencies and the noise. How well it is known is in `hierarchy_inclusion`. All inclusions
+together make a partial order, whose transitive reduction has every direct parent, be there one or several.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils.concepts.hierarchy import ConceptHierarchy
+from utils.concepts.hierarchy_inclusion import SIDE, Search
 from utils.concepts.hierarchy_noise import (
     SMALLEST_GAP,
     FlipRates,
@@ -22,19 +25,15 @@ from utils.concepts.hierarchy_noise import (
     flip_rates,
     level_errors,
     moments,
-    spread_of_product,
     two_levels,
 )
 from utils.concepts.hierarchy_order import HierarchyError
-from utils.concepts.hierarchy_parts import IS_A, Relation, check_name
+from utils.concepts.hierarchy_parts import IS_A, RELATIONS, Relation, check_name
 from utils.runtime.errors import DataError
 from utils.runtime.seeding import derive_seed
+from utils.runtime.settings import shown
 
-SIDE = 1.96
-"""Standard errors on each side of a 95 % interval."""
-REFUTED = 3.0
-"""Standard errors below 1 from which a coefficient rules an inclusion out; one true inclusion in 740 is lost by it."""
-FEWEST_SAMPLES, MOST_CONCEPTS = 30, 4096
+FEWEST_SAMPLES, MOST_CONCEPTS, MOST_CONTROLS = 30, 4096, 10_000
 SPARSE = 0.2
 """Share of exact zeros in non-negative activations from which "not zero" means that the concept is there."""
 Noise = float | Sequence[float] | tuple[Any, Any] | None
@@ -51,6 +50,8 @@ class Inclusion:
     low: float
     """Of its 95 % interval."""
     high: float
+    chance: float
+    """Probability that it is an inclusion, given how the coefficients of all pairs are spread."""
     z: float
     """Of the association, against independence."""
     together: float
@@ -58,6 +59,9 @@ class Inclusion:
     share: float
     """Share of all samples that have the concept, corrected for noise."""
     parent_share: float
+    samples_needed: int | None = None
+    """Of an undecided pair: samples that would decide it if the estimates stayed as they are, None if over a million
+    times as many."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -72,7 +76,9 @@ class DiscoveredHierarchy:
     evidence: tuple[Inclusion, ...]
     """One for every relation, strongest first."""
     undecided: tuple[Inclusion, ...]
-    """Pairs left out although an inclusion is possible within the error: more samples would decide."""
+    """Pairs left out because the data can neither tell that they are inclusions nor that they are not, or not which of
+    two includes the other; each says how many samples would decide. What follows from other relations is not among
+    them."""
     equivalent: tuple[tuple[str, str], ...]
     """Pairs included in each other, equally frequent within the error; no relation between them."""
     excluded: dict[str, str]
@@ -112,7 +118,12 @@ class DiscoveredHierarchy:
         if self.equivalent:
             lines.append("Equivalent: " + ", ".join(" = ".join(pair) for pair in self.equivalent) + ".")
         if self.undecided:
-            lines.append(f"Undecided for want of samples: {len(self.undecided)} pairs.")
+            count, one = len(self.undecided), min(self.undecided, key=lambda one: one.samples_needed or math.inf)
+            needed = f"{one.samples_needed:,}" if one.samples_needed else "far more"
+            lines.append(
+                f"Undecided for want of samples: {count} pair{'s' * (count != 1)}; the first to be decided would be "
+                f"{one.concept} and {one.parent} (coefficient {one.coefficient:.2f}), with about {needed} samples."
+            )
         lines += [f"{name}: {why}." for name, why in self.excluded.items()]
         return "\n".join(lines)
 
@@ -138,10 +149,10 @@ def discover_hierarchy(
 ) -> DiscoveredHierarchy:
     """Find which concepts are included in which, from labels or activations.
 
-    A concept gets a parent when both go together (z above `significance`), the parent is the more frequent one, and
-    the noise-corrected coefficient is above `inclusion` and less than three standard errors below 1, those of the
-    levels included; what follows from other relations is left out. An overlap that is nearer to an inclusion than the
-    samples can tell counts as one.
+    A concept gets a parent when both go together (z above `significance`), the parent is the more frequent one, the
+    noise-corrected coefficient is above `inclusion`, and the pair is an inclusion with a probability of at least two
+    thirds (see `hierarchy_inclusion`); what follows from other relations is left out. Pairs between that and 5 % are
+    undecided. Where the middle one of three is undecided, a relation may lead past it.
 
     Args:
         values: ``(samples, concepts)``: labels 0 and 1, or activations. Non-negative activations with many exact zeros
@@ -149,8 +160,10 @@ def discover_hierarchy(
         names: Of the concepts; None numbers them.
         relation: What an inclusion is called: ``"is-a"`` or ``"requires"``.
         noise: Share of labels that are flipped, for all concepts or one each, or a pair (false alarms, misses) of
-            these; None estimates it from the data, with misses and false alarms of a concept equally frequent.
-        inclusion: Coefficient from which a pair counts as an inclusion.
+            these; None estimates it from the data, with misses and false alarms of a concept equally frequent. Give it
+            where it is known: overlaps that are no inclusions, but whose concepts are as frequent everywhere outside
+            the group they share, are distributed as inclusions whose labels are flipped that often.
+        inclusion: Coefficient below which a pair is never called an inclusion.
         significance: Standard errors; 6 leaves no room for chance among millions of pairs.
         controls: Copies of the data with shuffled columns that are searched too.
         seed: Of the shuffling.
@@ -160,8 +173,8 @@ def discover_hierarchy(
         HierarchyError: Names, noise or bounds do not fit.
     """
     table = _table(values)
-    names = [f"concept {number}" for number in range(table.shape[1])] if names is None else list(names)
-    _check(table, names, inclusion, significance, controls)
+    names = _names(names, table.shape[1])
+    _check(relation, inclusion, significance, controls, seed)
     labels, read = _labels(table)
     if noise is not None and labels is None:
         raise HierarchyError(
@@ -189,15 +202,15 @@ def discover_hierarchy(
     if labels is None:
         unsure[:, kept] = level_errors(held, low[kept], high[kept])
     if labels is not None and len(kept) > 1:
-        known = _given(noise, len(names), [names[one] for one in kept], held, kept)
-        found = flip_rates(used[:, kept], held, significance) if known is None else None
+        rates = _given(noise, len(names), [names[one] for one in kept], held, kept)
+        found = flip_rates(used[:, kept], held, significance) if rates is None else None
         if found is not None:
             low[kept], high[kept], unsure[:, kept] = found.rates, 1 - found.rates, found.errors
             read += f"; the flip rate is {_said(found)}"
-        elif known is not None:
-            low[kept], high[kept] = known[0], 1 - known[1]
+        elif rates is not None:
+            low[kept], high[kept] = rates[0], 1 - rates[1]
             read += "; the noise was given"
-    search = _Search(held, low[kept], high[kept], unsure[:, kept], inclusion, significance)
+    search = Search(used[:, kept], held, low[kept], high[kept], unsure[:, kept], inclusion, significance)
     hierarchy = ConceptHierarchy()
     shares = dict(zip((names[one] for one in kept), search.share.tolist(), strict=True))
     for name in names:
@@ -208,9 +221,11 @@ def discover_hierarchy(
     pairs = {(names[kept[c]], names[kept[p]]): (p, c) for p, c in search.accepted.nonzero().tolist()}
     hierarchy.relate_all((concept, relation, parent) for concept, parent in pairs)
     hierarchy = hierarchy.reduced()
-    evidence = [search.inclusion(names, kept, *pairs[one.concept, one.parent]) for one in hierarchy.relations(relation)]
+    evidence = [_inclusion(search, names, kept, *pairs[one.concept, one.parent]) for one in hierarchy.relations()]
     hierarchy = _with_facts(hierarchy, relation, evidence)
-    open_pairs = [search.inclusion(names, kept, p, c) for p, c in search.open.nonzero().tolist()]
+    open_pairs = [_inclusion(search, names, kept, p, c) for p, c in search.open.nonzero().tolist()]
+    above = {name: set(hierarchy.ancestors(name, relation)) for name in {one.concept for one in open_pairs}}
+    open_pairs = [one for one in open_pairs if one.parent not in above[one.concept]]
     return DiscoveredHierarchy(
         hierarchy=hierarchy,
         evidence=tuple(sorted(evidence, key=lambda one: (-one.z, one.concept, one.parent))),
@@ -234,65 +249,27 @@ def discover_hierarchy(
     )
 
 
-class _Search:
-    """All pairs at once; rows are parents, columns concepts."""
-
-    def __init__(
-        self, held: Moments, low: Tensor, high: Tensor, unsure: Tensor, inclusion: float, significance: float
-    ) -> None:
-        """Take the levels ``(concepts,)`` and ``unsure``, the standard errors ``(2, concepts)`` of low and high."""
-        self.bound, self.significance = inclusion, significance
-        tiny = 1e-9
-        below, above = (held.mean - low).clamp(min=tiny), (high - held.mean).clamp(min=tiny)
-        self.share = (held.mean - low) / (high - low)
-        count = len(held.mean)
-        everyone = torch.arange(count)
-        parent, child = everyone.repeat_interleave(count), everyone.repeat(count)
-        product = below[child] * above[parent]
-        flat = held.covariance[parent, child] / product
-        error = spread_of_product(held, parent, child, above[parent], below[child], flat) / product
-        # A coefficient seen on few samples is never known better than by one of them.
-        error = torch.maximum(error, 1 / (held.count * self.share.clamp(min=1 / held.count))[child])
-        # What is not known of the levels; a common flip rate moves both of a pair's, so that the two add up.
-        moved = unsure[0][child] / below[child] + unsure[1][parent] / above[parent]
-        error = (error**2 + (flat * moved) ** 2).sqrt()
-        self.coefficient, self.error = flat.view(count, count), error.view(count, count)
-        self.z = held.association
-        scale = high - low
-        unit = held.covariance / (scale[:, None] * scale[None])
-        own = unit.diagonal()
-        apart = self.share[:, None] - self.share[None]
-        step = ((own[:, None] + own[None] - 2 * unit).clamp(min=0) / held.count).sqrt()
-        strong = (self.z > significance) & ~torch.eye(count, dtype=torch.bool)
-        possible = self.coefficient + REFUTED * self.error >= 1
-        inside = strong & possible & (self.coefficient > inclusion)
-        self.equivalent = inside & inside.T & (apart.abs() <= SIDE * step)
-        # Ties go to the earlier column, so that the order of frequencies is total and no cycle can come about.
-        order = torch.argsort(torch.argsort(self.share, descending=True, stable=True))
-        rarer = order[:, None] < order[None]
-        self.accepted = inside & rarer & ~self.equivalent
-        upper = self.coefficient + SIDE * self.error
-        self.open = strong & rarer & ~inside & (upper >= 1)
-
-    def inclusion(self, names: Sequence[str], kept: Sequence[int], parent: int, child: int) -> Inclusion:
-        """Return what is known about a pair."""
-        value, error = float(self.coefficient[parent, child]), float(self.error[parent, child])
-        share = float(self.share[parent])
-        return Inclusion(
-            concept=names[kept[child]],
-            parent=names[kept[parent]],
-            coefficient=value,
-            low=value - SIDE * error,
-            high=value + SIDE * error,
-            z=float(self.z[parent, child]),
-            together=min(1.0, max(0.0, share + value * (1 - share))),
-            share=float(self.share[child]),
-            parent_share=share,
-        )
+def _inclusion(search: Search, names: Sequence[str], kept: Sequence[int], parent: int, child: int) -> Inclusion:
+    """Return what is known about a pair."""
+    value, error = float(search.coefficient[parent, child]), float(search.error[parent, child])
+    share = float(search.share[parent])
+    return Inclusion(
+        concept=names[kept[child]],
+        parent=names[kept[parent]],
+        coefficient=value,
+        low=value - SIDE * error,
+        high=value + SIDE * error,
+        chance=float(search.chance[parent, child]),
+        z=float(search.z[parent, child]),
+        together=min(1.0, max(0.0, share + value * (1 - share))),
+        share=float(search.share[child]),
+        parent_share=share,
+        samples_needed=search.samples_needed(parent, child) if search.open[parent, child] else None,
+    )
 
 
 def _controls(
-    values: Tensor, low: Tensor, high: Tensor, unsure: Tensor, estimate: bool, search: _Search, count: int, seed: int
+    values: Tensor, low: Tensor, high: Tensor, unsure: Tensor, estimate: bool, search: Search, count: int, seed: int
 ) -> tuple[int, ...]:
     """Count the relations in copies whose columns were shuffled, searched as the data were."""
     found, columns = [], values.T
@@ -311,7 +288,7 @@ def _controls(
         if estimate:
             made = flip_rates(shuffled, held, search.significance)
             levels = (made.rates, 1 - made.rates, made.errors.expand(2, -1))
-        found.append(int(_Search(held, *levels, search.bound, search.significance).accepted.sum()))
+        found.append(int(Search(shuffled, held, *levels, search.bound, search.significance).accepted.sum()))
     return tuple(found)
 
 
@@ -341,7 +318,7 @@ def _said(found: FlipRates) -> str:
 def _table(values: Any) -> Tensor:
     """Return the values as a tensor on the CPU, checked."""
     try:
-        table = torch.as_tensor(values).detach().cpu()
+        table = torch.as_tensor(values).detach().to_dense().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"The values are a {type(values).__name__} ({error}).",
@@ -382,22 +359,47 @@ def _labels(table: Tensor) -> tuple[Tensor | None, str]:
     return None, "the values are activations"
 
 
-def _check(table: Tensor, names: list[str], inclusion: float, significance: float, controls: int) -> None:
-    """Check what goes with the table."""
+def _names(names: Any, count: int) -> list[str]:
+    """Return the names of the columns, checked."""
+    if names is None:
+        return [f"concept {number}" for number in range(count)]
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise HierarchyError(
+            f"The names are a {type(names).__name__}.",
+            f"A list of {count} names was expected.",
+            "Give one name for each column, or None to number them.",
+        )
+    names = list(names)
     for name in names:
         check_name(name, "concept")
-    if len(names) != table.shape[1] or len(set(names)) != len(names):
+    if len(names) != count or len(set(names)) != len(names):
         raise HierarchyError(
-            f"There are {len(names)} names, {len(set(names))} of them different, for {table.shape[1]} columns.",
+            f"There are {len(names)} names, {len(set(names))} of them different, for {count} columns.",
             "Every concept needs a name of its own.",
             "Give as many different names as there are columns.",
         )
-    if not 0 < inclusion < 1 or not significance > 0 or controls < 0:
+    return names
+
+
+def _check(relation: Any, inclusion: Any, significance: Any, controls: Any, seed: Any) -> None:
+    """Check the settings of the search."""
+    if not isinstance(relation, str) or relation not in RELATIONS:
         raise HierarchyError(
-            f"inclusion is {inclusion}, significance {significance}, controls {controls}.",
-            "Expected 0 < inclusion < 1, significance > 0 and controls >= 0.",
-            "0.8, 6 and 20 are the usual ones.",
+            f"There is no relation {shown(relation)}.",
+            f"There are {' and '.join(map(repr, RELATIONS))}.",
+            f"Leave relation out for {IS_A!r}.",
         )
+    for name, value, kind, fits, range_, usual in (
+        ("inclusion", inclusion, Real, lambda one: 0 < one < 1, "number above 0 and below 1", "0.8"),
+        ("significance", significance, Real, lambda one: 0 < one < math.inf, "finite number above 0", "6"),
+        ("controls", controls, Integral, lambda one: 0 <= one <= MOST_CONTROLS,
+         f"whole number from 0 to {MOST_CONTROLS:,}", "20"),
+        ("seed", seed, Integral, lambda one: True, "whole number", "0"),
+    ):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+            raise HierarchyError(
+                f"{name} is {shown(value)}.", f"A {range_} was expected.", f"Leave {name} out for {usual}."
+            )
 
 
 def _given(
@@ -406,6 +408,8 @@ def _given(
     """Return false alarms and misses of the concepts that are tested, checked; None if they are to be estimated."""
     if noise is None:
         return None
+    if isinstance(noise, (bool, str)):
+        raise _no_noise(noise, count)
     both = noise if isinstance(noise, tuple) and len(noise) == 2 else (noise, noise)
     rates = []
     for one in both:
@@ -413,11 +417,7 @@ def _given(
             given = torch.as_tensor(one, dtype=torch.float64).cpu()
             rates.append(given.expand(count)[list(kept)])
         except (TypeError, ValueError, RuntimeError):
-            raise HierarchyError(
-                f"The noise is {str(noise)[:80]}.",
-                f"Expected a share, {count} of them, or a pair (false alarms, misses) of these.",
-                "Give for example noise=0.05.",
-            ) from None
+            raise _no_noise(noise, count) from None
     alarms, misses = rates
     for name, alarm, miss, mean in zip(names, alarms.tolist(), misses.tolist(), held.mean.tolist(), strict=True):
         if not (0 <= alarm < mean < 1 - miss <= 1):
@@ -427,3 +427,12 @@ def _given(
                 "Give a smaller noise, or noise=None to estimate it.",
             )
     return alarms, misses
+
+
+def _no_noise(noise: Any, count: int) -> HierarchyError:
+    """Return the error for something that is no noise."""
+    return HierarchyError(
+        f"The noise is {shown(noise)}.",
+        f"Expected a share, {count} of them, or a pair (false alarms, misses) of these.",
+        "Give for example noise=0.05, or noise=None to estimate it.",
+    )

@@ -37,6 +37,8 @@ STARTS = (0.5, 0.15, 0.04)
 """Shares of the samples in which a concept may be present, from which the fit of its levels begins."""
 SETTLED, MOST_SAMPLES = 1e-6, 5_000
 """Nats per sample by which a fit that has ended still changes, and samples that it looks at."""
+RIDGE = 1e-3
+"""Added to the variances of labels, so that copies of a concept can be told apart in a regression."""
 SMALLEST_GAP = 2.0
 """Ashman's D from which two levels of an activation are told apart (Ashman, Bird and Zepf 1994)."""
 
@@ -210,7 +212,7 @@ def highest_rates(labels: Tensor) -> Tensor:
         held = labels[fitted]
         centred = held - held.mean(0)
         covariance = centred.T @ centred / len(held)
-        covariance = covariance + 1e-3 * torch.eye(len(covariance)).double()
+        covariance = covariance + RIDGE * torch.eye(len(covariance)).double()
         # Row by row of the inverse covariance: the regression of each concept on all others (Lauritzen 1996, 5.1).
         precision = torch.linalg.inv(covariance)
         weights = -precision / precision.diagonal()
