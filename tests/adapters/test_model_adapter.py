@@ -286,6 +286,8 @@ def test_not_a_module(small: Any) -> None:
         ModelAdapter(small.Scorer)
     with pytest.raises(AdapterError, match=r"A str was given.*for a link or a path, call utils\.load_model"):
         ModelAdapter("gpt2")
+    with pytest.raises(AdapterError, match=r"A ModelSpec was given as the config\..*spec="):
+        ModelAdapter(nn.Linear(2, 2), ModelSpec(task="tabular_classification"))
     with pytest.raises(AdapterError, match=r"A str was given as the config\..*json\.load"):
         ModelAdapter(small.Scorer(), "config.json")
 

@@ -157,6 +157,8 @@ def test_domains_have_colours_of_their_own_as_far_as_there_are():
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_drawing(tmp_path, dark):
     path = save_hierarchy_figure(lessons(), tmp_path / "h.png", dark)
+    with pytest.raises(HierarchyError, match="ends in .png"):
+        save_hierarchy_figure(lessons(), tmp_path / "h.docx")
     assert path.read_bytes().startswith(b"\x89PNG")
     figure = hierarchy_figure(lessons(), dark)
     said = [text.get_text() for text in figure.axes[0].texts]

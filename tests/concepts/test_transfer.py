@@ -211,3 +211,14 @@ def test_settings_are_checked(settings, said):
     with pytest.raises(ConfigError, match=said):
         TransferConfig.from_dict(settings)
     assert TransferConfig.from_dict(QUICK.to_dict()) == QUICK
+
+
+class HalfStudent(Student):
+    def forward(self, features):
+        return super().forward(features.half())
+
+
+def test_a_student_in_half_precision_is_not_trained(package):
+    half = ModelAdapter(HalfStudent().half(), spec=ModelSpec(task="tabular_classification", num_labels=2))
+    with pytest.raises(ConfigError, match="has weights of float16.*float32 or bfloat16"):
+        transfer_concept(package, half, QUICK)

@@ -153,10 +153,35 @@ def test_meaningless_packages_score_nothing_however_they_are_dealt(package):
         assert found.value.low <= 0 <= found.value.high, (seed, found.value)
 
 
+def test_junk_that_says_something_fails_the_verdict(package, monkeypatch):
+    """A baseline that leaks half of the package is none: the verdict has to notice."""
+    lessons = verification._lessons
+
+    def leaking(own, seed, baselines):
+        made = lessons(own, seed, baselines)
+        junk, kept = made["junk"][0], torch.arange(len(own)) % 2 == 0
+        targets = torch.where(kept, own.soft_targets, junk.soft_targets)
+        return made | {"junk": (replace(junk, soft_targets=targets), False)}
+
+    monkeypatch.setattr(verification, "_lessons", leaking)
+    found = verify_transfer(package, teacher(), wide_student(0), *TEST, config=READ)
+    assert found.junk.low > 0
+    assert any("not 0 as" in reason for reason in found.reasons)
+
+
 def test_the_concept_itself_is_no_other_task(package):
     held, labels = torch.cat(TEST), torch.arange(len(torch.cat(TEST))) < len(TEST[0])
-    with pytest.raises(DataError, match="part the test samples as the concept does"):
-        verify_transfer(package, teacher(), student(), *TEST, config=READ, other_task=(held, 3 * (~labels).long()))
+    nearly = 3 * (~labels).long()
+    nearly[:3] = 7
+    for inputs, others in (
+        (held, nearly),
+        (torch.cat([held, OTHER[:50]]), torch.cat([nearly, torch.zeros(50).long()])),
+    ):
+        with pytest.raises(DataError, match="part 99% of the test samples among its samples as the concept does"):
+            verify_transfer(package, teacher(), student(), *TEST, config=READ, other_task=(inputs, others))
+    finer = torch.arange(len(held)) % 2 + 2 * labels.long()
+    shown = unseen_tests(package, *TEST, None)
+    assert unseen_by(package, shown, None, (held, finer), None) is not None
 
 
 def test_without_a_teacher_that_knows_there_is_no_score():
@@ -217,9 +242,9 @@ def extract_grouped():
 
 
 def test_what_cannot_be_measured_is_refused(package):
-    with pytest.raises(ConfigError, match="There are 4 seeds. Expected 5"):
+    with pytest.raises(ConfigError, match="The number of seeds is 4. Expected a whole number, at least 5"):
         verify_transfer(package, teacher(), student(), *TEST, seeds=4)
-    with pytest.raises(ConfigError, match="There are 2 students"):
+    with pytest.raises(ConfigError, match="The number of students is 2"):
         verify_transfer(package, teacher(), [student(), student(1)], *TEST)
     with pytest.raises(ConfigError, match="The metric is 'luck'"):
         verify_transfer(package, teacher(), student(), *TEST, metric="luck")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,6 +240,13 @@ def test_choices_and_kinds(model, fit):
     refused(ConfigError, "The pool is 3", lambda: model_similarity(model, model, rows, pool=3))
     refused(ConfigError, "The side is 'left'", lambda: fit_layer_autoencoder(model, rows, "0", CONFIG, side="left"))
     refused(ConfigError, "The tokenizer is 5, without `encode`", lambda: example_batches(model, ["a"], tokenizer=5))
+    refused(
+        ConfigError,
+        "The tokenizer is 'bert', without `encode`",
+        lambda: find_direction(model, ["a"], ["b"], "0", tokenizer="bert"),
+    )
+    single = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])
+    refused(DataError, "does not encode 1 texts at once", lambda: example_batches(model, ["a"], tokenizer=single))
     sparse = "a tensor of the type float32, sparse_coo.*to_dense"
     refused(DataError, sparse, lambda: find_direction(model, rows.to_sparse(), rows, "0"))
     refused(DataError, sparse, lambda: read_content({"input": rows.to_sparse()}))

@@ -485,3 +485,19 @@ def test_gates_start_where_the_weight_is():
     config = NeighbourConfig(8, 1.0, 0.5)
     fitted = fit_gate(lookup, config)
     assert lookup.log_probability(NeighbourConfig(8, 1.0, 0.5, fitted)).mean() > lookup.log_probability(config).mean()
+
+
+def test_a_model_that_learned_since_is_not_answered_for(store):
+    model = make_gpt()
+    own = NearestNeighbourHead(model, store, index=TORCH)
+    text = apart(2, 9)
+    before = own.lookup(text)
+    first = next(model.module.parameters())
+    kept = first.detach().clone()
+    with torch.no_grad():
+        first.add_(1)
+    with pytest.raises(DataError, match="have changed since its memory was joined to it"):
+        own.lookup(text)
+    with torch.no_grad():
+        first.copy_(kept)
+    assert torch.equal(own.lookup(text).rows, before.rows)

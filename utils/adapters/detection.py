@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters.capture import first_tensor, observe
+from utils.adapters.spec import ModelSpec
 from utils.runtime.errors import AdapterError
 
 T = TypeVar("T")
@@ -124,6 +125,11 @@ def given_config(config: Any) -> dict[str, Any]:
             "Expected a dict, a dataclass or a transformers config.",
             "For a JSON file, pass what json.load returns.",
         )
+    if isinstance(config, ModelSpec):
+        raise AdapterError(
+            "A ModelSpec was given as the config.", "Expected the model's own settings, or nothing.",
+            "Give it by name: ModelAdapter(model, spec=...).",
+        )  # fmt: skip
     return config_dict(config)
 
 

@@ -214,9 +214,18 @@ def _text_batches(adapter: ModelAdapter, texts: list[str], tokenizer: Any, model
             "Expected a run, whose tokenizer is known, or a tokenizer.",
             "Pass tokenizer=..., or give token ids as a tensor.",
         )
+    try:
+        rows = [torch.as_tensor(encoded, dtype=torch.int64) for encoded in tokenizer.encode(texts)]
+    except (TypeError, ValueError, RuntimeError):
+        rows = []
+    if len(rows) != len(texts) or any(row.ndim != 1 for row in rows):
+        raise DataError(
+            f"The tokenizer does not encode {len(texts)} texts at once.",
+            "Expected one whose `encode` takes a list of texts and returns a list of ids for each.",
+            "Wrap it in an object with such a method: [own(text) for text in texts].",
+        )
     by_length: dict[int, list[tuple[int, Tensor]]] = {}
-    for number, encoded in enumerate(tokenizer.encode(texts)):
-        ids = torch.as_tensor(encoded, dtype=torch.int64)
+    for number, ids in enumerate(rows):
         length = adapter.legal_length(min(len(ids), adapter.max_length.value or len(ids)))
         if len(ids) < max(1, length):
             raise DataError(

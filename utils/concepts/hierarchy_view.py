@@ -259,9 +259,13 @@ def save_hierarchy_figure(hierarchy: ConceptHierarchy, path: str | Path, dark: b
     """Write the drawing as a PNG and return its path.
 
     Raises:
-        HierarchyError: It is empty or too large, or the file cannot be written.
+        HierarchyError: It is empty or too large, the name does not end in .png, or the file cannot be written.
         MissingPackageError: matplotlib is not installed.
     """
+    if Path(str(path)).suffix.lower() != ".png":
+        raise HierarchyError(
+            f"The picture is to be written to {path}.", "Expected a name that ends in .png.", "Name it so."
+        )
     figure, picture = hierarchy_figure(hierarchy, dark), io.BytesIO()
     figure.savefig(picture, format="png", dpi=144, facecolor=figure.get_facecolor())
     with saving(path, "the picture", HierarchyError) as file:

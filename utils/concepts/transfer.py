@@ -108,7 +108,8 @@ def transfer_concept(
         seed: Of the order of exemplars and of the samples set aside.
 
     Raises:
-        ConfigError: The package does not fit what the student takes, there is no such layer, or it cannot be copied.
+        ConfigError: The package does not fit what the student takes, there is no such layer, it cannot be copied, or
+            its weights are float16.
         DataError: Texts without a tokenizer, or other examples than the package has.
         AdapterError: The student cannot be called.
     """
@@ -185,6 +186,13 @@ class _Lesson:
         if config.alignment and config.steps and not labels_only:
             self.pairs = _aligned(package, learner, inputs, place)
         self.parameters = {name: p for name, p in learner.module.named_parameters() if p.requires_grad}
+        if config.steps and any(parameter.dtype == torch.float16 for parameter in self.parameters.values()):
+            raise ConfigError(
+                f"The {learner.name} has weights of float16.",
+                "Expected float32 or bfloat16: steps of training underflow and overflow in float16.",
+                "Convert the student with model.float() or model.bfloat16(), or read it as it is with "
+                "TransferConfig(steps=0).",
+            )
 
     def taught(self, generator: torch.Generator, seed: int) -> Transfer:
         """Train, keep within the budget, and fit the readout; the learner has its modes and gradients back."""

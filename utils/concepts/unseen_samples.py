@@ -1,5 +1,6 @@
 """The samples that a transfer is verified on: none of them is in the package, or learned from by a student."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from utils.runtime.isolation import preserved
 
 LEAST_TEST = 20
 """Different test samples on each side."""
+THE_CONCEPT = 0.95
+"""Share of samples with the label that is the most frequent on their side, from which a task is the concept itself."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class OtherTask:
                         piece = {name: value[start : start + 256] for name, value in batch.items()}
                         rows.append(answers(adapter.logits(on_device(adapter, piece)).float()).cpu())
             if (
-                len({row.shape[1:] for row in rows}) > 1
+                not all(row.ndim for row in rows)
+                or len({row.shape[1:] for row in rows}) > 1
                 or (found := batches.restored(torch.cat(rows))).shape != labels.shape
             ):
                 raise DataError(
@@ -220,16 +224,27 @@ def unseen_by(
     _refuse(
         len({*other.hashes} & (kept | trained)), "samples of the other task are among those the student learns from"
     )
-    sides = dict(zip(hashes, shown.labels.tolist(), strict=True))
-    if labels.ndim == 1 and sides.keys() >= {*other.hashes}:
-        pairs = {(sides[key], label) for key, label in zip(other.hashes, labels.tolist(), strict=True)}
-        if len(pairs) == len({label for _, label in pairs}) == len({side for side, _ in pairs}) == 2:
-            raise DataError(
-                "The labels of the other task part the test samples as the concept does.",
-                "Expected another task: what the student was for before it learned the concept.",
-                "Give the classes that the student was trained for, or leave other_task out.",
-            )
+    if labels.ndim == 1:
+        _refuse_the_concept(shown, other)
     return other
+
+
+def _refuse_the_concept(shown: TestSet, other: OtherTask) -> None:
+    """Refuse an other task whose labels tell the concept, on the test samples that it has."""
+    sides = dict(zip(shown.content.hashes(), shown.labels.tolist(), strict=True))
+    shared = [
+        (sides[key], label) for key, label in zip(other.hashes, other.labels.tolist(), strict=True) if key in sides
+    ]
+    most = {side: Counter(label for own, label in shared if own == side).most_common(1) for side in (True, False)}
+    if not most[True] or not most[False] or most[True][0][0] == most[False][0][0]:
+        return
+    alike = (most[True][0][1] + most[False][0][1]) / len(shared)
+    if alike >= THE_CONCEPT:
+        raise DataError(
+            f"The labels of the other task part {alike:.0%} of the test samples among its samples as the concept does.",
+            "Expected another task: what the student was for before it learned the concept.",
+            "Give the classes that the student was trained for, or leave other_task out.",
+        )
 
 
 def _refuse(count: int, what: str) -> None:

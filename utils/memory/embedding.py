@@ -20,6 +20,7 @@ from utils.adapters.roles import may_be_labels, role_of
 from utils.adapters.spec import ModelSource
 from utils.memory.key_reader import SIDES, tokenizer_fingerprint
 from utils.memory.vector_checks import as_vectors
+from utils.memory.weight_watch import WeightWatch
 from utils.runtime.arguments import LARGEST, described, instance_of, one_of, whole
 from utils.runtime.errors import AdapterError, ConfigError, DataError
 from utils.tokenization import TextTokenizer
@@ -46,7 +47,7 @@ class Embedder:
     """Whose weights the fingerprint covers."""
     weights: str = field(default="", repr=False)
     """Their hash, where it is known."""
-    _stamp: list[tuple[tuple[int, int], ...]] = field(default_factory=list, repr=False)
+    _watch: list[WeightWatch] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         """Remember the weights.
@@ -69,8 +70,8 @@ class Embedder:
         action = "Say in a few words what it is."
         instance_of(self.description, str, "The description of the embedder", "Expected a text.", action)
         if self.module is not None:
-            self._stamp[:] = [_stamp(self.module)]
-            object.__setattr__(self, "weights", self.weights or weights_sha256(self.module))
+            self._watch[:] = [WeightWatch(self.module, self.weights)]
+            object.__setattr__(self, "weights", self._watch[0].sha256)
 
     def __call__(self, items: Any) -> np.ndarray:
         """Return the vectors of items, float32 ``[n, width]``.
@@ -78,15 +79,12 @@ class Embedder:
         Raises:
             DataError: The model has learned since, or no vectors came out.
         """
-        if self.module is not None and _stamp(self.module) != self._stamp[0]:
-            # Written to, which need not mean changed: moved to another device, or put back.
-            if weights_sha256(self.module) != self.weights:
-                raise DataError(
-                    f"The weights of the embedder have changed since it was made ({self.description}).",
-                    "Expected the same model for all vectors: those from before and after cannot be compared.",
-                    "Put the weights back, or make a new embedder and a new memory.",
-                )
-            self._stamp[:] = [_stamp(self.module)]
+        if not all(watch.unchanged() for watch in self._watch):
+            raise DataError(
+                f"The weights of the embedder have changed since it was made ({self.description}).",
+                "Expected the same model for all vectors: those from before and after cannot be compared.",
+                "Put the weights back, or make a new embedder and a new memory.",
+            )
         return as_vectors(self.encode(items), None, "vectors that the embedder made")
 
     def to_dict(self) -> dict[str, str]:
@@ -373,12 +371,3 @@ class _Reading:
 def _is_numeric(value: Any) -> bool:
     """Tell whether a value is a tensor, or an array that can be one."""
     return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
-
-
-def _stamp(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return what changes whenever a parameter or buffer is written to or replaced."""
-    return tuple(
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        for tensors in (module.parameters(), module.buffers())
-        for tensor in tensors
-    )

@@ -143,7 +143,10 @@ def check_tokenizer(tokenizer: Any, *methods: str) -> None:
     Raises:
         ConfigError: It cannot.
     """
-    missing = [name for name in methods if tokenizer is not None and not callable(getattr(tokenizer, name, None))]
+    given = tokenizer is not None
+    # Texts have a method `encode` too.
+    text = isinstance(tokenizer, (str, bytes))
+    missing = [name for name in methods if given and (text or not callable(getattr(tokenizer, name, None)))]
     if missing:
         raise ConfigError(
             f"The tokenizer is {described(tokenizer)}, without {', '.join(f'`{name}`' for name in missing)}.",

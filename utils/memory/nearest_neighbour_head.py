@@ -18,11 +18,11 @@ from utils.memory.exact_search import BLOCK, nearest
 from utils.memory.key_reader import KeyReader, checked_windows, tokenizer_fingerprint, tokenizer_of
 from utils.memory.neighbour_mixture import Lookup, NeighbourConfig, mixed, window_hashes
 from utils.memory.vector_index import FaissIndex, IndexConfig, make_index
+from utils.memory.weight_watch import WeightWatch
 from utils.runtime.arguments import described, instance_of, whole
 from utils.runtime.errors import ConfigError, DataError
 from utils.runtime.resources import format_bytes
 from utils.runtime.settings import settings_of
-from utils.training.weights import weights_sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +80,11 @@ class NearestNeighbourHead:
         self.index_config = settings_of(IndexConfig, index)
         self.reader = KeyReader(model, datastore.layer, datastore.side)
         self.tokenizer = tokenizer_of(model, tokenizer)
-        made_by = weights_sha256(self.reader.adapter.module)
-        if made_by != datastore.model:
+        self._watch = WeightWatch(self.reader.adapter.module)
+        if self._watch.sha256 != datastore.model:
             raise ConfigError(
                 f"The datastore was made by a model whose weights have the SHA-256 {datastore.model[:12]}, and those "
-                f"of this one have {made_by[:12]}.",
+                f"of this one have {self._watch.sha256[:12]}.",
                 "Expected the model whose vectors are the keys, with the same weights.",
                 "Build the datastore anew with this model.",
             )
@@ -163,8 +163,15 @@ class NearestNeighbourHead:
 
         Raises:
             ConfigError: `count` is no whole number from 1 on.
-            DataError: The vectors are of another shape or type, or one holds a number that is not finite.
+            DataError: The model has learned since, the vectors are of another shape or type, or one holds a number
+                that is not finite.
         """
+        if not self._watch.unchanged():
+            raise DataError(
+                f"The weights of the {self.adapter.name} have changed since its memory was joined to it.",
+                "Expected the model whose vectors are the keys: those from before and after cannot be compared.",
+                "Put the weights back, or build the datastore anew with the model as it is.",
+            )
         count = min(checked_count(count), len(self.datastore))
         self._check_rows(vectors, "vectors", self.datastore.keys.shape[1])
         queries = self.datastore.scaling(vectors.float().cpu()).contiguous()
