@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import utils
 from utils.adapters import ModelAdapter, ModelSpec
 from utils.adapters.activations import default_layer, layer_named, layer_names, representations
-from utils.runtime.errors import AdapterError, ConfigError
+from utils.runtime.errors import AdapterError, ConfigError, DataError
 
 TINY = {"vocab_size": 300, "max_seq_len": 32, "d_model": 32, "nhead": 2, "num_layers": 1}
 
@@ -200,10 +200,12 @@ def test_a_mask_that_does_not_fit_the_layer_is_named():
 
     adapter = ModelAdapter(Halved())
     batch = {"input_ids": torch.randint(11, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
-    reason = representations(adapter, [batch], "pool", channels=1).reason
-    assert "`attention_mask` of shape (2, 8) does not fit 2 x 4 positions, so that all of them counted" in reason
-    assert "does not fit" not in representations(adapter, [batch], "pool", "flat", channels=1).reason
-    assert "does not fit" not in representations(adapter, [batch], "table").reason
+    assert len(representations(adapter, [batch], "pool", channels=1).values) == 2  # it hides nothing
+    batch["attention_mask"][0, 5:] = 0
+    with pytest.raises(DataError, match=r"In `pool` `attention_mask` of shape \(2, 8\) does not fit 2 x 4 positions"):
+        representations(adapter, [batch], "pool", channels=1)
+    assert len(representations(adapter, [batch], "pool", "flat", channels=1).values) == 2
+    assert len(representations(adapter, [batch], "table").values) == 2
 
 
 def test_layers_inside_a_fused_encoder_are_read():

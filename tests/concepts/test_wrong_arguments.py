@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.concepts.transfer_toys import samples, student, teacher
 from utils.adapters import ModelAdapter, ModelSpec
+from utils.adapters.activations import counted_positions
 from utils.concepts.autoencoder import AutoencoderConfig, fit_autoencoder
 from utils.concepts.autoencoder_files import load_autoencoder, save_autoencoder
 from utils.concepts.class_concepts import concept_readings, concept_samples
@@ -25,7 +26,6 @@ from utils.concepts.features import fit_layer_autoencoder, layer_features, stron
 from utils.concepts.hierarchy import ConceptHierarchy
 from utils.concepts.hierarchy_order import HierarchyError
 from utils.concepts.hierarchy_parts import Relation
-from utils.concepts.layer_reading import counted_positions
 from utils.concepts.package import PackageError
 from utils.concepts.package_files import MANIFEST, load_package, package_sha256, save_package
 from utils.concepts.patching import pooled_answers

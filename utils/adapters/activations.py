@@ -18,7 +18,7 @@ from utils.adapters.model_adapter import ModelAdapter
 from utils.adapters.roles import role_of
 from utils.adapters.structure import structure
 from utils.adapters.troubles import first_line
-from utils.runtime.errors import AdapterError, ConfigError
+from utils.runtime.errors import AdapterError, ConfigError, DataError
 from utils.runtime.isolation import preserved
 
 Place = tuple[str, str]
@@ -113,6 +113,7 @@ def representations(
     Raises:
         ConfigError: No such layer, pool or side, or samples that are not of equal size where that is needed.
         AdapterError: Inputs that do not fit, a layer that was not called, or one that does not keep samples apart.
+        DataError: A mask hides positions, and does not fit those of the layer.
     """
     if pool not in POOLS or side not in ("output", "input"):
         raise ConfigError(
@@ -127,7 +128,7 @@ def representations(
     numbers: list[Tensor] = []
     places: list[Tensor] = []
     count = 0
-    how, unfitting = "", ""
+    how = ""
     place = layer, side
     with preserved(adapter.module, 0, "representations"), torch.no_grad(), captured(adapter.module, [place]) as held:
         adapter.module.eval()
@@ -137,9 +138,7 @@ def representations(
             held.clear()
             run_given(adapter, inputs)
             table, how = as_table(taken(held, place, adapter), inputs[adapter.main_input], layer, channels)
-            values, samples, positions = pooled_rows(table, real_positions(inputs, table), pool)
-            if pool != "flat":
-                unfitting = unfitting or unfitting_masks(inputs, table)
+            values, samples, positions = pooled_rows(table, counted_positions(inputs, table, layer, pool), pool)
             rows.append(values.float().cpu())
             numbers.append(samples.cpu() + count)
             places.append(positions.cpu())
@@ -162,7 +161,7 @@ def representations(
         pooled,
         torch.cat(numbers),
         torch.cat(places),
-        "; ".join(filter(None, (reason, how, unfitting))),
+        "; ".join(filter(None, (reason, how))),
     )
 
 
@@ -291,27 +290,49 @@ def _feature_axis(shape: tuple[int, ...], content: tuple[int, ...]) -> tuple[int
     return 1, "channels follow samples"
 
 
-def real_positions(inputs: Mapping[str, Any], table: Tensor) -> Tensor:
-    """Return which positions are real, bool ``(batch, positions)``; all, where no mask fits the layer."""
-    for name, value in inputs.items():
-        role = role_of(name)
-        if role in ("mask", "padding") and isinstance(value, Tensor) and value.shape == table.shape[:2]:
-            return value.bool() if role == "mask" else ~value.bool()
-    return torch.ones(table.shape[:2], dtype=torch.bool, device=table.device)
+def counted_positions(inputs: Mapping[str, Any], table: Tensor, layer: str, pool: str = "mean") -> Tensor:
+    """Return which positions of a layer are real, bool ``(batch, positions)``.
 
+    Args:
+        inputs: What the model was given.
+        table: What the layer made of it, ``(batch, positions, width)``.
+        layer: Its name.
+        pool: What becomes of the positions; ``"flat"`` reads no mask.
 
-def unfitting_masks(inputs: Mapping[str, Any], table: Tensor) -> str:
-    """Return what is to be said of masks that do not fit the layer's positions; empty where one fits or none is."""
-    shapes = {
-        name: tuple(value.shape)
+    Raises:
+        DataError: A mask hides some positions of the input, and does not fit those of the layer: nobody can say which
+            of them are hidden.
+    """
+    masks = {
+        name: value
         for name, value in inputs.items()
         if role_of(name) in ("mask", "padding") and isinstance(value, Tensor)
     }
+    for name, value in masks.items():
+        if value.shape == table.shape[:2]:
+            return value.bool() if role_of(name) == "mask" else ~value.bool()
+    hiding = [
+        f"`{name}` of shape {tuple(value.shape)}" for name, value in masks.items() if _hides(name, value, len(table))
+    ]
     # Where a layer has put the positions of a sample together, no mask is wanted.
-    if table.shape[1] == 1 or not shapes or tuple(table.shape[:2]) in shapes.values():
-        return ""
-    said = ", ".join(f"`{name}` of shape {shape}" for name, shape in shapes.items())
-    return f"{said} does not fit {table.shape[0]} x {table.shape[1]} positions, so that all of them counted"
+    if hiding and pool != "flat" and table.shape[1] > 1:
+        raise DataError(
+            f"In `{layer}` {', '.join(hiding)} does not fit {len(table)} x {table.shape[1]} positions.",
+            "Expected a mask with one entry for each position, or one that hides nothing.",
+            'Name a layer with a position for each input, or give samples of one length without a mask; pool="flat" '
+            "reads no mask.",
+        )
+    return torch.ones(table.shape[:2], dtype=torch.bool, device=table.device)
+
+
+def _hides(name: str, value: Tensor, batch: int) -> bool:
+    """Return whether an input is a mask ``(batch, positions)`` that hides something.
+
+    One with more axes says which positions see which, and hides none of them for all.
+    """
+    if value.ndim != 2 or len(value) != batch:
+        return False
+    return bool((~value.bool() if role_of(name) == "mask" else value.bool()).any())
 
 
 def pooled_rows(table: Tensor, real: Tensor, pool: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import Place, as_table, captured, pooled_rows, real_positions, taken, unfitting_masks
+from utils.adapters.activations import Place, as_table, captured, counted_positions, pooled_rows, taken
 from utils.adapters.capture import first_tensor, observe
-from utils.adapters.roles import role_of
 from utils.adapters.structure import structure
-from utils.runtime.errors import DataError, SeedbedError
+from utils.runtime.errors import SeedbedError
 from utils.runtime.isolation import preserved
 
 Read = Callable[[Mapping[str, Tensor]], list[Tensor]]
@@ -45,41 +44,12 @@ def reading(
             for place in places:
                 tensor = taken(held, place, adapter)
                 table, _ = as_table(tensor, inputs[adapter.main_input], place[0], channels)
-                real = real_positions(inputs, table) if pool == "flat" else counted_positions(inputs, table, place[0])
+                real = counted_positions(inputs, table, place[0], pool)
                 rows, _, _ = pooled_rows(table, real, "mean" if pool == "auto" else pool)
                 vectors.append(rows.float())
             return vectors
 
         yield read
-
-
-def counted_positions(inputs: Mapping[str, Any], table: Tensor, layer: str) -> Tensor:
-    """Return which positions of a layer are real, bool ``(batch, positions)``.
-
-    Raises:
-        DataError: A mask hides some positions of the input, and does not fit those of the layer: nobody can say which
-            of them are hidden.
-    """
-    hiding = any(_hides(name, value, len(table)) for name, value in inputs.items())
-    if hiding and (said := unfitting_masks(inputs, table)):
-        raise DataError(
-            f"In `{layer}` {said.removesuffix(', so that all of them counted')}.",
-            "Expected a mask with one entry for each position, or one that hides nothing.",
-            'Name a layer with a position for each input, or give samples of one length without a mask; pool="flat" '
-            "reads no mask.",
-        )
-    return real_positions(inputs, table)
-
-
-def _hides(name: str, value: Any, batch: int) -> bool:
-    """Return whether an input is a mask ``(batch, positions)`` that hides something.
-
-    One with more axes says which positions see which, and hides none of them for all.
-    """
-    role = role_of(name)
-    if role not in ("mask", "padding") or not isinstance(value, Tensor) or value.ndim != 2 or len(value) != batch:
-        return False
-    return bool((~value.bool() if role == "mask" else value.bool()).any())
 
 
 def on_device(adapter: ModelAdapter, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import as_table, layer_named, pooled_rows
+from utils.adapters.activations import as_table, counted_positions, layer_named, pooled_rows
 from utils.adapters.capture import first_tensor, unfused_attention
-from utils.concepts.layer_reading import counted_positions
 from utils.runtime.errors import AdapterError
 
 Change = Callable[[Tensor], Tensor]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from utils.adapters import ModelAdapter
-from utils.adapters.activations import as_table, run_given
+from utils.adapters.activations import as_table, counted_positions, run_given
 from utils.adapters.objectives import IGNORED, REAL_VALUED
 from utils.concepts.autoencoder import AutoencoderFit
 from utils.concepts.checks import as_tensor
 from utils.concepts.examples import BATCH_SIZE, example_batches
 from utils.concepts.features import check_layer
-from utils.concepts.layer_reading import counted_positions, on_device
+from utils.concepts.layer_reading import on_device
 from utils.concepts.patching import changed
 from utils.memory.key_reader import adapter_of
 from utils.runtime.errors import DataError
