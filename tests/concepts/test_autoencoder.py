@@ -162,7 +162,9 @@ def test_saved_and_loaded(fitted, tmp_path):
 def test_a_save_that_fails_leaves_the_one_before(fitted, tmp_path, monkeypatch):
     fit, values, _ = fitted
     save_autoencoder(fit, tmp_path)
-    (tmp_path / "autoencoder-notes.safetensors").write_text("mine")
+    own = {"autoencoder-notes.safetensors", "autoencoder-0123456789abcdef.safetensors"}
+    for name in own:
+        (tmp_path / name).write_text("mine")
     other = fit_autoencoder(values[:300], AutoencoderConfig(features=8, active=2, steps=1))
     with monkeypatch.context() as patch:
         patch.setattr(autoencoder_files, "write_json", lambda *_: (_ for _ in ()).throw(OSError("killed")))
@@ -172,7 +174,22 @@ def test_a_save_that_fails_leaves_the_one_before(fitted, tmp_path, monkeypatch):
     save_autoencoder(other, tmp_path)
     assert load_autoencoder(tmp_path).to_dict() == other.to_dict()
     held = {path.name for path in tmp_path.iterdir()}
-    assert len(held) == 3 and held > {RECORD, "autoencoder-notes.safetensors"} and any(map(NAMES.fullmatch, held))
+    assert len(held) == 4 and held > {RECORD} | own and len(set(filter(NAMES.fullmatch, held))) == 2
+
+
+def test_json_of_something_else_is_never_replaced(fitted, tmp_path):
+    for content in (
+        '{"name": "my web app"}',
+        "[]",
+        '{"format": 2}',
+        '{"format": "2", "tensors": {"file": 1, "sha256": 2}}',
+    ):
+        (tmp_path / RECORD).write_text(content)
+        with pytest.raises(
+            CheckpointError, match="autoencoder.json in .* is of no autoencoder. .*save_autoencoder wrote"
+        ):
+            save_autoencoder(fitted[0], tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [RECORD] and (tmp_path / RECORD).read_text() == content
 
 
 def test_files_that_cannot_be_trusted(fitted, tmp_path):
@@ -211,9 +228,9 @@ def test_files_that_cannot_be_trusted(fitted, tmp_path):
     refused(lambda: tensors().unlink(), "FileNotFoundError")
     refused(lambda: (tmp_path / RECORD).unlink(), "FileNotFoundError")
     refused(lambda: (tmp_path / RECORD).write_text("{"), "JSONDecodeError")
-    refused(lambda: (tmp_path / RECORD).write_text("[]"), "TypeError")
     refused(lambda: rewrite(format=7), "it has the format 7")
     refused(lambda: rewrite(width=17), "the shapes of 36 features of width 17")
     refused(lambda: rewrite(config={"activ": 2}), "has no setting 'activ'")
     refused(lambda: rewrite(config={"active": 50}), "more features are active than there are")
     refused(lambda: rewrite(losses=3), "TypeError")
+    refused(lambda: (tmp_path / RECORD).write_text("[]"), "TypeError")

@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,40 @@ def test_a_change_is_noticed(package, folder):
     manifest.write_text("[]")
     with pytest.raises(PackageError, match="does not say its format"):
         load_package(folder)
+    limit = sys.getrecursionlimit()
+    for depth in (*range(limit - 200, limit + 10), 100_000):  # what is read may be too deep to be hashed
+        manifest.write_text('{"format": 2, "name": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(PackageError, match="damaged or was changed"):
+            load_package(folder)
+
+
+def test_json_of_something_else_is_never_replaced(package, tmp_path):
+    manifest = tmp_path / MANIFEST
+    for content in ('{"name": "my web app"}', "[]", '{"format": 2}', '{"format": 2, "tensors": ["file", "sha256"]}'):
+        manifest.write_text(content)
+        for replaced in (False, True):
+            with pytest.raises(
+                PackageError, match=r"concept.json in .* is of no concept package. .*save_package wrote"
+            ):
+                save_package(package, tmp_path, replaced)
+        assert [path.name for path in tmp_path.iterdir()] == [MANIFEST] and manifest.read_text() == content
+
+
+def test_damaged_packages_are_replaced_when_asked_and_no_other_file_is_deleted(package, folder):
+    manifest = folder / MANIFEST
+    own = folder / "concept-0123456789abcdef.safetensors"
+    own.write_text("mine")
+    for content in ("", manifest.read_text()[:90], manifest.read_text().replace("CC0", "GPL")):
+        manifest.write_text(content)
+        with pytest.raises(PackageError, match="replace=True"):
+            save_package(package, folder)
+        save_package(package, folder, replace=True)
+        assert own.read_text() == "mine" and load_package(folder).name == package.name
+
+
+def test_a_name_with_half_a_surrogate_pair(package, tmp_path):
+    made = replace(package, name="one \ud800 sign")
+    assert load_package(save_package(made, tmp_path)).name == made.name
 
 
 def test_another_package_version_or_folder_is_refused(folder, tmp_path):

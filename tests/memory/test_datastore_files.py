@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.memory.test_nearest_neighbour_head import TORCH, make_gpt, make_text
+from utils.memory import datastore_files
 from utils.memory.datastore import build_datastore
 from utils.memory.datastore_files import load_datastore, save_datastore
 from utils.memory.nearest_neighbour_head import NearestNeighbourHead
@@ -41,7 +42,7 @@ def test_saved_and_loaded(adapter, store, head, tmp_path):
         (tmp_path / "memory" / name).write_text(name)
     save_datastore(store.shuffled(), tmp_path / "memory")
     held = {path.name for path in (tmp_path / "memory").iterdir()}
-    assert held > own and len(held) == 4
+    assert held > own | {"manifest.json", ".lock"} and len(held) == 5
     assert torch.equal(load_datastore(tmp_path / "memory").values, store.shuffled().values)
 
 
@@ -103,3 +104,53 @@ def test_a_save_that_was_killed_is_in_nobodys_way(store, tmp_path):
         (tmp_path / name).write_text("half")
     save_datastore(store, tmp_path)
     assert load_datastore(tmp_path).to_dict() == store.to_dict()
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert not saved & {".datastore-77.tmp", ".manifest.json.tmp-77"}, "nobody else writes them"
+    assert "datastore-0123456789abcdef.safetensors" in saved, "it may be a user's"
+
+
+def test_what_a_killed_save_noted_is_deleted_by_the_next(store, tmp_path, monkeypatch):
+    save_datastore(store, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="killed"):
+        patch.setattr(datastore_files, "sync_file", lambda _: (_ for _ in ()).throw(OSError("killed")))
+        save_datastore(store.shuffled(), tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert load_datastore(tmp_path).to_dict() == store.to_dict()
+    save_datastore(store, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3 and load_datastore(tmp_path).to_dict() == store.to_dict()
+
+
+def test_a_second_writer_is_told(store, tmp_path, monkeypatch):
+    sync, told = datastore_files.sync_file, []
+
+    def late(place):
+        sync(place)
+        with pytest.raises(CheckpointError, match="Another process is saving a nearest-neighbour datastore") as error:
+            save_datastore(store.shuffled(), tmp_path)
+        told.append(error)
+
+    monkeypatch.setattr(datastore_files, "sync_file", late)
+    save_datastore(store, tmp_path)
+    assert told and torch.equal(load_datastore(tmp_path).values, store.values)
+
+
+def test_a_datastore_that_lost_its_manifest_stays(store, tmp_path):
+    save_datastore(store, tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (kept,) = tmp_path.glob("*.safetensors")
+    for _ in range(2):
+        save_datastore(store.shuffled(), tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 2 and kept.exists()
+
+
+def test_a_manifest_that_names_others_files_deletes_none(store, tmp_path):
+    save_datastore(store, tmp_path / "in")
+    manifest, kept = tmp_path / "in" / "manifest.json", tmp_path / "precious"
+    (tmp_path / "in" / "notes").write_text("mine")
+    kept.write_text("mine")
+    about = json.loads(manifest.read_text())
+    for entry in ({"name": "../precious"}, {"name": "notes"}, {"name": str(kept)}, {"name": 3}, "notes", None):
+        changed = {**about, "file": entry}
+        manifest.write_text(json.dumps({**changed, "sha256": own_hash(changed)}))
+        save_datastore(store.shuffled(), tmp_path / "in")
+        assert kept.exists() and (tmp_path / "in" / "notes").exists()

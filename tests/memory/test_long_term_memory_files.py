@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.memory.references import WAYS, points
-from utils.memory import memory_files
+from utils.memory import memory_files, saved_folder
 from utils.memory.long_term_memory import LongTermMemory
 from utils.memory.memory_files import KIND
 from utils.memory.saved_folder import MANIFEST
@@ -256,7 +256,40 @@ def test_files_that_look_like_ours_are_not_deleted_unasked(tmp_path):
             filled().save(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [other.name] and other.read_text() == "mine"
     filled().save(tmp_path, overwrite=True)
-    assert not other.exists() and (tmp_path / "vectors-8.safetensors").exists()
+    assert other.read_text() == "mine" and (tmp_path / "vectors-8.safetensors").exists()
+    later = tmp_path / "metadata-2023.jsonl"
+    later.write_text("mine")
+    again = LongTermMemory.load(tmp_path)
+    for generation in (2024, 2025):
+        again.save(tmp_path)
+        saved = {f"vectors-{generation}.safetensors", f"metadata-{generation}.jsonl"}
+        assert {path.name for path in tmp_path.iterdir()} == HELD | saved | {other.name, later.name}
+    assert other.read_text() == later.read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ['{"name": "my web app"}', "[]", '{"format": 1}', "3"])
+def test_json_of_something_else_is_never_replaced(tmp_path, content):
+    (tmp_path / MANIFEST).write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="is no manifest of a long-term memory"):
+            filled().save(tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST] and (tmp_path / MANIFEST).read_text() == content
+
+
+@pytest.mark.parametrize("content", ["", "{", f'{{"format": "{KIND.format}"}}', "[" * 100_000])
+def test_a_damaged_manifest_is_replaced_when_asked(tmp_path, content):
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match="Load "):
+        filled().save(tmp_path)
+    filled().save(tmp_path, overwrite=True)
+    assert len(LongTermMemory.load(tmp_path)) == 88
+
+
+def test_names_with_half_a_surrogate_pair(tmp_path):
+    memory = LongTermMemory(config=IndexConfig("torch"))
+    memory.add(points(3), domain="a\ud800 é")
+    memory.save(tmp_path)
+    assert LongTermMemory.load(tmp_path).domains == memory.domains == {"a\ud800 é": 3}
 
 
 def run_folder(place):
@@ -340,7 +373,7 @@ def test_two_writers(tmp_path):
 
 def test_a_save_under_way_keeps_others_out(tmp_path):
     memory = filled()
-    with memory_files._locked(tmp_path), pytest.raises(CheckpointError, match="Another process is saving a memory"):
+    with KIND.locked(tmp_path), pytest.raises(CheckpointError, match="Another process is saving a long-term memory"):
         memory.save(tmp_path)
     memory.save(tmp_path)
 
@@ -405,10 +438,12 @@ def test_mounts_without_locks_are_written_to(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(memory_files.fcntl, "flock", fails)
+    (tmp_path / ".lock").write_text("vectors-9.safetensors")
+    (tmp_path / "vectors-9.safetensors").write_text("of another that is writing now")
+    monkeypatch.setattr(saved_folder.fcntl, "flock", fails)
     with pytest.warns(RuntimeWarning, match="knows no locks .*: nothing keeps two processes") as told:
         filled().save(tmp_path)
-    assert len(told) == 1
+    assert len(told) == 1 and (tmp_path / "vectors-9.safetensors").exists()
     assert len(LongTermMemory.load(tmp_path)) == 88
 
 

@@ -13,7 +13,9 @@ import pytest
 from utils.runtime import files
 from utils.runtime.errors import CheckpointError, DataError
 from utils.runtime.files import (
+    check_replaceable,
     checked_path,
+    is_other_json,
     null_nonfinite,
     own_hash,
     saving,
@@ -86,6 +88,8 @@ def test_json_is_readable_and_keeps_unicode(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "ü", "list": [1, 2.5, None]}
     assert "ü" in path.read_text(encoding="utf-8")
     assert path.read_text().endswith("}\n")
+    write_json(path, {"half \ud800": ["\udc00 é \\ud800", "🙂"]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"half \ud800": ["\udc00 é \\ud800", "🙂"]}
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
@@ -166,3 +170,22 @@ def test_what_the_system_refuses_is_told_and_nothing_else_is_caught(tmp_path):
     assert (tmp_path / "x").read_text() == "new" and (tmp_path / "file").read_text() == "mine"
     with pytest.raises(ValueError, match="another"), saving(tmp_path / "y", "the thing"):
         raise ValueError("another")
+
+
+def test_json_of_something_else_is_told_from_ours_and_from_what_is_none(tmp_path):
+    path = tmp_path / "thing.json"
+    assert not is_other_json(path, lambda _: False)
+    for content in ("", "{", "\xff", "[" * 100_000, '{"kind": "ours", "damaged": true}'):
+        path.write_text(content, encoding="latin-1")
+        assert not is_other_json(path, lambda said: said.get("kind") == "ours")
+        if "kind" not in content:
+            check_replaceable(path, "thing", "save_thing")
+    for content in ("[]", "3", "null", "{}", '{"kind": "theirs"}'):
+        path.write_text(content)
+        assert is_other_json(path, lambda said: said.get("kind") == "ours")
+        with pytest.raises(DataError, match="thing.json in .* is of no thing. .*save_thing wrote.*Save into another"):
+            check_replaceable(path, "thing", "save_thing", DataError)
+    path.write_text(json.dumps({"format": 99, "tensors": {"file": "x", "sha256": "y"}}))
+    check_replaceable(path, "thing", "save_thing")
+    with pytest.raises(OSError, match="Is a directory"):
+        is_other_json(tmp_path, lambda _: True)

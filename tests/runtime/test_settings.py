@@ -1,7 +1,10 @@
 """The checks that all settings share, and their messages."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from utils.runtime.errors import ConfigError
@@ -33,6 +36,38 @@ def test_what_is_in_range_passes():
     assert Settings(1, 2**31 - 1, None).limit is None
     assert Settings(0.5, 1, 0).limit == 0
     assert field_help(Settings) == {"share": "A share.", "steps": "Steps.", "limit": "A limit, or None."}
+
+
+def test_numbers_of_numpy_become_pythons():
+    for share, steps, limit in (
+        (np.float32(0.5), np.int64(3), np.float64(2)),
+        (np.float16(0.5), np.uint8(3), np.int8(2)),
+        (Fraction(1, 2), np.int32(3), np.float32(2)),
+    ):
+        made = Settings(share, steps, limit)
+        assert made == Settings(0.5, 3, 2) and json.loads(json.dumps(asdict(made))) == asdict(made)
+        assert type(made.share) is float and type(made.steps) is int and type(made.limit) in (int, float)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "given",
+    [
+        (0.5, np.float64(3)),
+        (0.5, np.bool_(True)),
+        (0.5, np.int64(2**31)),
+        (0.5, np.int8(0)),
+        (0.5, np.array([3])),
+        (np.float32("nan"),),
+        (np.float16("inf"),),
+        (np.complex64(0.5),),
+        (0.5, 1, np.float32("inf")),
+        (0.5, 1, Fraction(10**400)),
+    ],
+)
+def test_numbers_of_numpy_have_the_same_ranges(given):
+    with pytest.raises(ConfigError, match="Expected a .*number"):
+        Settings(*given)
 
 
 @pytest.mark.parametrize(

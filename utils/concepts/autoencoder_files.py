@@ -16,12 +16,21 @@ import torch
 from utils.concepts.autoencoder import AutoencoderConfig, AutoencoderFit, SparseAutoencoder
 from utils.concepts.features import check_fit
 from utils.runtime.errors import CheckpointError, SeedbedError
-from utils.runtime.files import checked_path, own_hash, saving, sha256_bytes, sha256_file, write_atomic, write_json
+from utils.runtime.files import (
+    check_replaceable,
+    checked_path,
+    own_hash,
+    saving,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from utils.training.weights import distinct_tensors, read_weights, write_tensors
 
 RECORD = "autoencoder.json"
 NAMES = re.compile(r"autoencoder-[0-9a-f]{16}\.safetensors")
-"""Whole names of the files of tensors; no other file is ever deleted."""
+"""Whole names of the files of tensors; of these too only the one that the record before named is deleted."""
 FORMAT = 2
 
 
@@ -33,10 +42,11 @@ def save_autoencoder(fit: AutoencoderFit, directory: str | Path) -> Path:
 
     Raises:
         ConfigError: It is no fitted autoencoder.
-        CheckpointError: The files cannot be written; what was there is still there.
+        CheckpointError: JSON of something else is there, or the files cannot be written; what was there is still there.
     """
     check_fit(fit)
     with saving(directory, "the autoencoder", folder=True) as folder:
+        check_replaceable(folder / RECORD, "autoencoder", "save_autoencoder")
         _write(fit, folder)
     return folder
 
@@ -47,14 +57,17 @@ def _write(fit: AutoencoderFit, directory: Path) -> None:
     content = stream.getvalue()
     digest = sha256_bytes(content)
     path = directory / _file_name(digest)
+    try:
+        earlier = directory / _record(directory)["tensors"]["file"]
+    except CheckpointError:
+        earlier = path
     write_atomic(path, content)
     # The record comes last: until then a reader sees the old autoencoder, from then on the new one.
     record = {"format": FORMAT, **fit.to_dict(), "tensors": {"file": path.name, "sha256": digest}}
     write_json(directory / RECORD, record | {"sha256": own_hash(record)})
-    for other in directory.iterdir():
-        if NAMES.fullmatch(other.name) and other != path:
-            with suppress(OSError):
-                other.unlink()
+    if earlier != path:
+        with suppress(OSError):
+            earlier.unlink()
 
 
 def load_autoencoder(directory: str | Path) -> AutoencoderFit:
@@ -64,15 +77,9 @@ def load_autoencoder(directory: str | Path) -> AutoencoderFit:
         CheckpointError: The files are missing, damaged, changed or of another version.
     """
     directory = checked_path(directory, "the autoencoder")
+    record = _record(directory)
+    name, digest = record["tensors"]["file"], record["tensors"]["sha256"]
     try:
-        record: dict[str, Any] = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
-            raise _unreadable(directory, f"it has the format {record['format']!r} and not {FORMAT}")
-        if record["sha256"] != own_hash(record):
-            raise _unreadable(directory, f"{RECORD} was changed after it was written: its hash is another")
-        name, digest = record["tensors"]["file"], record["tensors"]["sha256"]
-        if name != _file_name(digest) or not NAMES.fullmatch(name):
-            raise _unreadable(directory, f"it names the file {str(name)[:80]!r}, not {_file_name(digest)}")
         if (found := sha256_file(directory / name)) != digest:
             raise _unreadable(directory, f"{name} has the SHA-256 {found[:12]}... and not {digest[:12]}...")
         config = AutoencoderConfig.from_dict(record["config"])
@@ -98,6 +105,22 @@ def load_autoencoder(directory: str | Path) -> AutoencoderFit:
         raise
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError, SeedbedError) as error:
         raise _unreadable(directory, f"{type(error).__name__}: {error}") from error
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    """Return the record of a folder, unchanged and of this version, which names a file as a save does."""
+    try:
+        record: dict[str, Any] = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise _unreadable(directory, f"it has the format {record['format']!r} and not {FORMAT}")
+        if record["sha256"] != own_hash(record):
+            raise _unreadable(directory, f"{RECORD} was changed after it was written: its hash is another")
+        name, digest = record["tensors"]["file"], record["tensors"]["sha256"]
+        if name != _file_name(digest) or not NAMES.fullmatch(name):
+            raise _unreadable(directory, f"it names the file {str(name)[:80]!r}, not {_file_name(digest)}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(directory, f"{type(error).__name__}: {error}") from error
+    return record
 
 
 def _file_name(digest: str) -> str:

@@ -29,18 +29,25 @@ def as_tensor(value: Any) -> Any:
 def with_tensors(given: Any) -> Any:
     """Return examples that a user gave with tensors in the place of NumPy arrays.
 
-    Arrays of float64, NumPy's own default, become float32, which is torch's; an array of texts becomes a list.
+    Arrays of float64, NumPy's own default, become float32, which is torch's; an array of texts becomes a list, also one
+    of objects, as pandas makes them.
 
     Raises:
         DataError: An array holds something else.
     """
     if isinstance(given, np.ndarray):
-        made = given.tolist() if given.dtype.kind == "U" else as_tensor(given)
+        objects = given.ravel().tolist() if given.dtype.kind in "OTU" else [None]
+        made = given.tolist() if all(isinstance(entry, str) for entry in objects) else as_tensor(given)
         if isinstance(made, np.ndarray):
+            others = [type(entry).__name__ for entry in objects if not isinstance(entry, str)]
+            mixed = f", {len(others)} of them no texts but {others[0]}" if len(others) < len(objects) else ""
             raise DataError(
-                f"Among the examples is a NumPy array of {made.dtype}.",
+                f"Among the examples is a NumPy array of {made.dtype}{mixed}.",
                 "Expected real numbers, samples first, or texts.",
-                "Convert it first: np.stack(...) makes one array of several of one shape.",
+                "Leave those out that are no texts."
+                if mixed
+                else "Convert it first: np.stack(...) makes one array of several of one shape, and np.char.decode(...) "
+                "texts of bytes.",
             )
         return made.float() if isinstance(made, Tensor) and made.dtype == torch.float64 else made
     if isinstance(given, Tensor) and (given.layout != torch.strided or given.is_complex() or given.is_quantized):

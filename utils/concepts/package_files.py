@@ -7,6 +7,7 @@ signature: who changes a package on purpose can hash it anew. Compare its SHA-25
 import io
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from utils.concepts.checks import check_kind
 from utils.concepts.content import Content
 from utils.concepts.direction import ConceptDirection
 from utils.concepts.package import MOST_BYTES, ConceptPackage, PackageError, Provenance
-from utils.runtime.errors import DataError
+from utils.runtime.errors import CheckpointError, DataError
 from utils.runtime.files import (
+    check_replaceable,
     checked_path,
     own_hash,
     saving,
@@ -45,17 +47,19 @@ def save_package(package: ConceptPackage, directory: str | Path, replace: bool =
     Args:
         package: The package.
         directory: The folder, made where there is none.
-        replace: Replace a package of another concept or teacher as well, or one that cannot be read.
+        replace: Replace a package of another concept or teacher as well, or one that cannot be read. Other JSON of the
+            name of a package's is never replaced.
 
     Returns:
         The folder.
 
     Raises:
-        PackageError: It is no package, another one is there, or the files cannot be written; what was there is still
-            there.
+        PackageError: It is no package, another one or something else is there, or the files cannot be written; what
+            was there is still there.
     """
     check_kind(package, ConceptPackage, "package", "Make one with extract_concept.", PackageError)
     with saving(directory, "the concept package", PackageError, folder=True) as folder:
+        check_replaceable(folder / MANIFEST, "concept package", "save_package", PackageError)
         if not replace:
             _check_present(package, folder)
         _write(package, folder)
@@ -110,7 +114,8 @@ def _write(package: ConceptPackage, directory: Path) -> None:
     # The manifest comes last: until then a reader sees the old package, from then on the new one.
     write_json(directory / MANIFEST, body | {"sha256": own_hash(body)})
     if old is not None and old != _file_name(digest):
-        (directory / old).unlink(missing_ok=True)
+        with suppress(OSError):
+            (directory / old).unlink()
 
 
 def package_sha256(directory: str | Path) -> str:
@@ -209,7 +214,11 @@ def _manifest(directory: Path) -> dict[str, Any]:
             "Make the package anew with this version, or read it with the version that made it.",
         )
     told = body.get("sha256")
-    if told != (found := own_hash(body)):
+    try:
+        found = own_hash(body)
+    except CheckpointError as error:
+        raise _damaged(directory, error.found) from error
+    if told != found:
         raise _damaged(directory, f"{MANIFEST} has the SHA-256 {found[:16]}... and says {str(told)[:16]}...")
     return body
 

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from utils.memory.datastore import SCALINGS, Datastore, Scaling
 from utils.memory.key_reader import SIDES
-from utils.memory.saved_folder import SavedKind, delete_earlier
+from utils.memory.saved_folder import SavedKind, Writer
 from utils.runtime.arguments import instance_of
 from utils.runtime.files import checked_path, saving, sha256_file, sync_file
 from utils.training.weights import read_weights, write_tensors
 
 STEM = "datastore-"
 NAMES = re.compile(rf"{STEM}[0-9a-f]{{16}}\.safetensors")
-"""Whole names of the files that a save makes; no other file is ever deleted."""
+"""Whole names of the files that a save makes; those are deleted that a manifest or a killed save has named."""
 KIND = SavedKind(
     "seedbed nearest-neighbour datastore", 2, "nearest-neighbour datastore", "`save_datastore`",
-    re.compile(rf"{NAMES.pattern}|\.{STEM}\d+\.tmp"),
+    re.compile(rf"{NAMES.pattern}|\.{STEM}\d+\.tmp", re.ASCII),
 )  # fmt: skip
 COLUMNS = ("values", "windows", "positions")
 
@@ -33,36 +33,45 @@ def save_datastore(datastore: Datastore, directory: str | Path) -> Path:
 
     Raises:
         ConfigError: It is no datastore.
-        CheckpointError: The directory holds something else, or cannot be written; what was there is untouched.
+        CheckpointError: Another process is saving there, the directory holds something else, or it cannot be written;
+            what was there is untouched.
     """
     instance_of(
         datastore, Datastore, "The datastore to save", "Expected what build_datastore returns.", "Build it first."
     )
     tensors = {name: getattr(datastore, name) for name in ("keys", *COLUMNS, "source")}
     tensors |= {"mean": datastore.scaling.mean, "matrix": datastore.scaling.matrix}
+    about = {
+        "layer": datastore.layer, "side": datastore.side, "scaling": datastore.scaling.kind,
+        "seen": datastore.seen, "model": datastore.model, "tokenizer": datastore.tokenizer,
+        "keys": len(datastore), "width": datastore.keys.shape[1],
+    }  # fmt: skip
     with saving(directory, "the nearest-neighbour datastore", folder=True) as place:
         place.mkdir(parents=True, exist_ok=True)
         KIND.check_place(place)
-        temporary = place / f".{STEM}{os.getpid()}.tmp"
-        try:
-            with temporary.open("wb") as stream:
-                write_tensors(tensors, {}, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            digest = sha256_file(temporary)
-            path = place / f"{STEM}{digest[:16]}.safetensors"
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_file(place)
-        about = {
-            "layer": datastore.layer, "side": datastore.side, "scaling": datastore.scaling.kind,
-            "seen": datastore.seen, "model": datastore.model, "tokenizer": datastore.tokenizer,
-            "keys": len(datastore), "width": datastore.keys.shape[1],
-        }  # fmt: skip
-        KIND.write(place, {**about, "file": {"name": path.name, "sha256": digest}})
-        delete_earlier(place, NAMES, [path.name])
+        with KIND.locked(place) as writer:
+            _write(writer, tensors, about)
     return place
+
+
+def _write(writer: Writer, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    place = writer.directory
+    before = KIND.read(place)
+    temporary = place / f".{STEM}{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as stream:
+            write_tensors(tensors, {}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        digest = sha256_file(temporary)
+        path = place / f"{STEM}{digest[:16]}.safetensors"
+        writer.note([path.name])
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_file(place)
+    KIND.write(place, {**about, "file": {"name": path.name, "sha256": digest}})
+    writer.clear([before.get("file")] if before else [], [path.name])
 
 
 def load_datastore(directory: str | Path) -> Datastore:

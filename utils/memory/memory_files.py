@@ -5,32 +5,25 @@ A save that is killed, or finds the disk full, leaves the one before it as it wa
 that was written with it is read without it.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.memory.saved_folder import MANIFEST, SavedKind, delete_earlier
+from utils.memory.saved_folder import LOCK, MANIFEST, SavedKind, Writer
 from utils.runtime.errors import CheckpointError
 from utils.runtime.files import saving, sync_file
 
-LOCK = ".lock"
 NAMES = re.compile(r"(vectors-(\d+)\.safetensors|metadata-(\d+)\.jsonl)", re.ASCII)
-"""Whole names of the files that a save makes; no other file is ever deleted."""
-KIND = SavedKind(
-    "seedbed long-term memory", 1, "long-term memory", "`LongTermMemory.save`",
-    re.compile(rf"{NAMES.pattern}|{re.escape(LOCK)}", re.ASCII),
-)  # fmt: skip
+"""Whole names of the files that a save makes; those are deleted that a manifest or a killed save has named."""
+KIND = SavedKind("seedbed long-term memory", 1, "long-term memory", "`LongTermMemory.save`", NAMES)
 KINDS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 """Types of safetensors that are used."""
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -104,7 +97,7 @@ def write_memory(
         vectors: Yields those of all memories piece by piece, so that there is no second copy of them.
         metadata: By id.
         known: Hash of the manifest that the memory was loaded from or saved to here; None for neither.
-        overwrite: Replace another memory, or a damaged one.
+        overwrite: Replace another memory, or a damaged one; the files of a manifest that cannot be used stay.
 
     Raises:
         CheckpointError: Another process is saving here, another memory is here, or files of something else, or the
@@ -114,9 +107,9 @@ def write_memory(
         directory.mkdir(parents=True, exist_ok=True)
         # Every save leaves the file of the lock, those that were killed too.
         KIND.check_place(directory, overwrite, leftovers=(directory / LOCK).exists())
-        with _locked(directory):
-            generation = _next_generation(directory, known, overwrite)
-            return _written(directory, generation, about, arrays, vectors, metadata)
+        with KIND.locked(directory) as writer:
+            before = _replaced(directory, known, overwrite)
+            return _written(writer, before, about, arrays, vectors, metadata)
 
 
 def read_memory(directory: Path) -> SavedMemory:
@@ -151,19 +144,21 @@ def _opened(directory: Path, manifest: dict[str, Any]) -> SavedMemory:
 
 
 def _written(
-    directory: Path,
-    generation: int,
+    writer: Writer,
+    before: Mapping[str, Any] | None,
     about: Mapping[str, Any],
     arrays: Mapping[str, np.ndarray],
     vectors: Callable[[], Iterable[np.ndarray]],
     metadata: Mapping[int, Mapping[str, Any]],
 ) -> str:
+    directory, generation = writer.directory, _next_generation(writer.directory)
     shape = (about["count"], about["dimension"])
     names = {"vectors": f"vectors-{generation}.safetensors", "metadata": f"metadata-{generation}.jsonl"}
     lines = (
         (json.dumps({"id": key, "metadata": entry}, allow_nan=False) + "\n").encode()
         for key, entry in sorted(metadata.items())
     )
+    writer.note(names.values())
     try:
         files = {
             "vectors": _hashed(directory / names["vectors"], _safetensors(arrays, shape, vectors)),
@@ -172,10 +167,11 @@ def _written(
     except BaseException:
         for name in names.values():
             (directory / name).unlink(missing_ok=True)
+        writer.note(())
         raise
     # From here on the files stay, whatever happens: the manifest may name them already.
     digest = KIND.write(directory, {"generation": generation, **about, "files": files})
-    delete_earlier(directory, NAMES, names.values())
+    writer.clear(before["files"].values() if before else [], names.values())
     return digest
 
 
@@ -186,8 +182,8 @@ def _check_fields(directory: Path, manifest: Mapping[str, Any]) -> None:
             raise KIND.damaged(directory / MANIFEST, f"says nothing usable about {name!r}")
 
 
-def _next_generation(directory: Path, known: str | None, overwrite: bool) -> int:
-    """Return the number of a save, after checking that it replaces what its writer knows."""
+def _replaced(directory: Path, known: str | None, overwrite: bool) -> dict[str, Any] | None:
+    """Return the manifest that a save replaces, after checking that its writer knows it."""
     try:
         present = read_manifest(directory)
     except CheckpointError:
@@ -201,32 +197,14 @@ def _next_generation(directory: Path, known: str | None, overwrite: bool) -> int
             "Expected an empty directory, or the save that this memory has come from.",
             "Load what is there and add to it, save elsewhere, or replace it with overwrite=True.",
         )
+    return present
+
+
+def _next_generation(directory: Path) -> int:
+    """Return the number of a save."""
     # Also above the numbers of saves that were killed, and of a manifest that cannot be read.
     found = [match for path in directory.iterdir() if (match := NAMES.fullmatch(path.name))]
     return 1 + max([int(match[2] or match[3]) for match in found], default=0)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep a second writer out; folders that know no locks, as some mounts, are not locked, which a warning says."""
-    with (directory / LOCK).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"Another process is saving a memory in {directory}.",
-                "Expected to be the only writer.",
-                "Wait until it has ended, load what it wrote, and save again.",
-            ) from None
-        except OSError as error:
-            # The same text each time, so that Python's usual filter shows it once.
-            warnings.warn(
-                f"The file system knows no locks ({error}): nothing keeps two processes from saving a memory here at "
-                "the same time.",
-                RuntimeWarning,
-                2,
-            )
-        yield
 
 
 def _hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:

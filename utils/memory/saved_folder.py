@@ -1,17 +1,24 @@
-"""A folder that a memory is saved in: its manifest, read and checked, and whether anything else lies there."""
+"""A folder that a memory is saved in: its manifest, its one writer, and whether anything else lies there.
 
+A save deletes what the manifest before it named, and what saves that were killed have left. The latter is told from the
+files of a user by the lock's file, in which a save notes the names that it is about to write.
+"""
+
+import fcntl
 import json
 import re
-from collections.abc import Container, Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from utils.runtime.errors import CheckpointError
-from utils.runtime.files import own_hash, sha256_file, write_json
+from utils.runtime.files import is_other_json, own_hash, sha256_file, write_json
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 TEMPORARY = re.compile(rf"\.{re.escape(MANIFEST)}\.tmp-\d+", re.ASCII)
 """What a killed save may leave of a manifest."""
 SHOWN = 3
@@ -31,7 +38,7 @@ class SavedKind:
     writer: str
     """The function that writes it."""
     names: re.Pattern[str]
-    """Whole names of the files that a save makes."""
+    """Whole names of the files that a save makes; those that it renames when they are whole begin with a dot."""
 
     def read(self, directory: Path) -> dict[str, Any] | None:
         """Return the manifest of a folder; None where there is none.
@@ -80,7 +87,7 @@ class SavedKind:
 
         Args:
             directory: Where it will be saved; it is there.
-            replace: Whether a manifest that cannot be used may be replaced.
+            replace: Whether a manifest of this kind that cannot be used may be replaced, or one that is no JSON.
             leftovers: Whether files of such names are taken for those of a save that was killed.
 
         Raises:
@@ -91,14 +98,17 @@ class SavedKind:
             if self.read(directory) is not None:
                 return
         except CheckpointError:
-            if not replace:
+            if not replace or is_other_json(directory / MANIFEST, lambda said: said.get("format") == self.format):
                 raise
         inside = sorted(path.name for path in directory.iterdir())
         left = self.names if leftovers or replace else TEMPORARY
         foreign = [
             name
             for name in inside
-            if not left.fullmatch(name) and not TEMPORARY.fullmatch(name) and not (replace and name == MANIFEST)
+            if not left.fullmatch(name)
+            and not TEMPORARY.fullmatch(name)
+            and name != LOCK
+            and not (replace and name == MANIFEST)
         ]
         if foreign:
             more = ", ..." if len(foreign) > SHOWN else ""
@@ -146,6 +156,45 @@ class SavedKind:
         write_json(directory / MANIFEST, manifest | {"sha256": digest})
         return digest
 
+    @contextmanager
+    def locked(self, directory: Path) -> Iterator["Writer"]:
+        """Keep a second writer out; folders that know no locks, as some mounts, are not locked, which a warning says.
+
+        Raises:
+            CheckpointError: Another one is saving there.
+        """
+        with (directory / LOCK).open("a+", encoding="utf-8", errors="replace") as stream:
+            alone = True
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"Another process is saving a {self.noun} in {directory}.",
+                    "Expected to be the only writer.",
+                    "Wait until it has ended, load what it wrote, and save again.",
+                ) from None
+            except OSError as error:
+                alone = False
+                # The same text each time, so that Python's usual filter shows it once.
+                warnings.warn(
+                    f"The file system knows no locks ({error}): nothing keeps two processes from saving a {self.noun} "
+                    "here at the same time.",
+                    RuntimeWarning,
+                    2,
+                )
+            yield Writer(self, directory, stream, self._left(directory, stream) if alone else frozenset())
+
+    def _left(self, directory: Path, stream: TextIO) -> frozenset[str]:
+        """Return the files that killed saves left; nobody but the one writer knows that nobody writes them."""
+        stream.seek(0)
+        noted = {name for name in stream.read().splitlines() if self.names.fullmatch(name)}
+        temporary = {
+            path.name
+            for path in directory.iterdir()
+            if TEMPORARY.fullmatch(path.name) or (path.name.startswith(".") and self.names.fullmatch(path.name))
+        }
+        return frozenset(noted | temporary)
+
     def absent(self, directory: Path, how: str) -> CheckpointError:
         """Return the error of a folder that holds none."""
         return CheckpointError(
@@ -163,15 +212,40 @@ class SavedKind:
         )
 
 
-def delete_earlier(directory: Path, names: re.Pattern[str], present: Container[str]) -> None:
-    """Delete the files of saves before the present one.
+@dataclass(frozen=True)
+class Writer:
+    """The one that saves in a folder, while it does."""
 
-    Args:
-        directory: Of the save.
-        names: Whole names of files that a save makes.
-        present: Names of those that stay.
-    """
-    for path in directory.iterdir():
-        if names.fullmatch(path.name) and path.name not in present:
+    kind: SavedKind
+    """What it saves."""
+    directory: Path
+    """Where."""
+    stream: TextIO
+    """The lock's file."""
+    left: frozenset[str]
+    """Files that saves have left which were killed."""
+
+    def note(self, names: Collection[str]) -> None:
+        """Note the names of files before they are written, so that the next save knows whose they are.
+
+        A file of such a name that is there already is none of this save.
+        """
+        noted = self.left | {name for name in names if not (self.directory / name).exists()}
+        self.stream.seek(0)
+        self.stream.truncate()
+        self.stream.writelines(f"{name}\n" for name in sorted(noted))
+        self.stream.flush()
+
+    def clear(self, before: Iterable[Any], after: Collection[str]) -> None:
+        """Delete the files of earlier saves, once the manifest names others.
+
+        Args:
+            before: What the manifest that was replaced said of its files; whoever wrote it may have named any.
+            after: Names of those that stay.
+        """
+        named = {str(entry.get("name")) for entry in before if isinstance(entry, dict)}
+        for name in (self.left | set(filter(self.kind.names.fullmatch, named))).difference(after):
             with suppress(OSError):
-                path.unlink()
+                (self.directory / name).unlink()
+        self.stream.seek(0)
+        self.stream.truncate()

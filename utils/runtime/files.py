@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,62 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically.
 
+    Half of a surrogate pair, which UTF-8 does not know, is written as JSON's escape of it.
+
     Raises:
         ValueError: A number in it is not finite, for which JSON has no name: see `null_nonfinite`, `tag_nonfinite`.
         TypeError: JSON cannot hold a value of its type.
     """
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Python escapes such a half just as JSON does; outside of texts JSON has none.
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
+
+
+def is_other_json(path: Path, own: Callable[[dict[str, Any]], bool]) -> bool:
+    """Tell whether a file is JSON of something else, which no save may replace.
+
+    Args:
+        path: The file.
+        own: Tells of an object in JSON whether it is of the kind that is saved here, damaged or not.
+
+    Returns:
+        False also where there is no file, or one that is no JSON at all, as a torn one of ours may be.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return False
+    return not isinstance(content, dict) or not own(content)
+
+
+def check_replaceable(path: Path, what: str, writer: str, error: type[SeedbedError] = CheckpointError) -> None:
+    """Refuse to replace JSON that is not of a save: a number of its format, and a file of tensors with its hash.
+
+    Args:
+        path: Of the JSON file that a save writes.
+        what: What is saved, such as "concept package".
+        writer: The function that saves it.
+        error: Raised if something else is there.
+
+    Raises:
+        SeedbedError: Something else is there.
+        OSError: It cannot be read.
+    """
+
+    def own(content: dict[str, Any]) -> bool:
+        tensors = content.get("tensors")
+        named = isinstance(tensors, dict) and {"file", "sha256"} <= tensors.keys()
+        return named and type(content.get("format")) is int
+
+    if is_other_json(path, own):
+        raise error(
+            f"The {path.name} in {path.parent} is of no {what}.",
+            f"Expected a folder without one, or with one that {writer} wrote.",
+            "Save into another folder; nothing is replaced that is something else.",
+        )
 
 
 def checked_path(path: Any, what: str, error: type[SeedbedError] = CheckpointError) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from utils.runtime.errors import ConfigError
@@ -55,6 +56,8 @@ def check_names(settings: type, given: Mapping[str, Any]) -> None:
 def check_ranges(settings: Any, ranges: Mapping[str, Range]) -> None:
     """Check the numbers of a settings dataclass; None passes where the field's annotation allows it.
 
+    NumPy's numbers are taken, and replaced in the object by Python's, which JSON can hold.
+
     Args:
         settings: The object, from its ``__post_init__``.
         ranges: By field.
@@ -69,11 +72,13 @@ def check_ranges(settings: Any, ranges: Mapping[str, Range]) -> None:
         optional = type(None) in get_args(hints[name])
         if value is None and optional:
             continue
-        number = isinstance(value, (int,) if whole else (int, float)) and not isinstance(value, bool)
-        if number and (least < value if above else least <= value) and value <= most:
+        number = _python_number(value, whole)
+        if number is not None and (least < number if above else least <= number) and number <= most:
+            if number is not value:
+                object.__setattr__(settings, name, number)  # settings are frozen
             continue
         bound = f"{'above' if above else 'from'} {least:g}"
-        if most < UNBOUNDED or (number and value > most):
+        if most < UNBOUNDED or (number is not None and number > most):
             bound += f" to {most:g}" if most < UNBOUNDED else f" and at most {most}"
         default = defaults[name]
         raise ConfigError(
@@ -81,6 +86,27 @@ def check_ranges(settings: Any, ranges: Mapping[str, Range]) -> None:
             f"Expected a {'whole ' * whole}number {bound}{' or None' if optional else ''}.",
             f"Choose one{'' if default is MISSING else f'; left out it is {default!r}'}.",
         )
+
+
+def _python_number(value: Any, whole: bool) -> int | float | None:
+    """Return a number as one of Python's, before it is compared: NumPy narrows a limit to the number's own type.
+
+    Args:
+        value: What was given.
+        whole: Whether it has to be of a type of whole numbers.
+
+    Returns:
+        None where it is no number, true or false, or larger than a float can be.
+    """
+    plain = type(value) in (int, float)
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        return None
+    if plain:
+        return cast(int | float, value)
+    try:
+        return int(value) if isinstance(value, Integral) else float(value)
+    except OverflowError:  # a fraction of large whole numbers
+        return None
 
 
 def settings_of(kind: type[Settings], given: Any) -> Settings:
