@@ -284,3 +284,17 @@ def test_errors_of_a_layer():
     torch.nn.init.constant_(broken[0].bias, float("nan"))
     with pytest.raises(DataError, match="not finite"):
         find_direction(adapter(broken), positive, negative)
+
+
+def test_a_feature_that_hardly_varies_is_not_the_direction():
+    """A unit that is all but dead is active, by a little, in one example: standardised it would outweigh the others."""
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = (torch.randn(60, 6, generator=generator) + shift for shift in (1.0, -1.0))
+    plain = concept_direction(positive, negative, "logistic")
+    dead = torch.zeros(60, 1)
+    dead[0] = 1e-4
+    found = concept_direction(torch.cat([positive, dead], 1), torch.cat([negative, 0 * dead], 1), "logistic")
+    assert float(found.vector[:6] @ plain.vector) > 0.99
+    assert abs(float(found.vector[6])) < 0.1
+    rows = torch.cat([positive, dead], 1)
+    assert float((found.score(rows) - plain.score(positive)).abs().max()) < 0.5

@@ -32,6 +32,8 @@ LEVEL = 0.01
 """The p value below which erasing a concept has an effect of its own."""
 PENALTY = 1.0
 """Half of it times the squared norm is added to the sum of the logistic losses, as in scikit-learn with ``C=1``."""
+LEAST_SPREAD = 0.05
+"""Share of the median standard deviation of the features that each is taken to have at least."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,8 +394,12 @@ def _logistic(positive: Tensor, negative: Tensor) -> tuple[Tensor, float]:
     labels = torch.zeros(len(rows), dtype=rows.dtype)
     labels[: len(positive)] = 1
     mean, spread = rows.mean(0), rows.std(0, correction=0)
-    # A feature that does not vary, up to rounding, stays out.
-    spread = torch.where(spread > 1e-12 * rows.abs().amax(0), spread, torch.inf)
+    varies = spread > 1e-12 * rows.abs().amax(0)
+    # One that hardly varies, such as a unit that is all but dead, would be blown up to the size of the others, and then
+    # be all of the unit vector; one that does not vary, up to rounding, stays out.
+    if bool(varies.any()):
+        spread = spread.clamp_min(LEAST_SPREAD * float(spread[varies].median()))
+    spread = torch.where(varies, spread, torch.inf)
     weights = _fitted((rows - mean) / spread, labels)
     vector = weights[:-1] / spread
     size = float(vector.norm())
