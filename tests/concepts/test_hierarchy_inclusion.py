@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from utils.concepts.hierarchy_discovery import discover_hierarchy
-from utils.concepts.hierarchy_inclusion import DECIDED, REJECTED, Spread, Witnesses
+from utils.concepts.hierarchy_inclusion import Spread, Witnesses
 from utils.concepts.hierarchy_noise import RIDGE, moments, spread_of_product
 
 RATE = 0.05
@@ -99,19 +99,20 @@ def test_the_probability_of_an_inclusion_learns_how_many_there_are():
     noise = 0.08 * torch.randn(200, generator=dice(0)).double()
     inclusions, overlaps = Spread(1 + noise, errors), Spread(torch.linspace(0, 1, 200).double() + noise, errors)
     doubtful = torch.tensor([0.9]).double(), torch.tensor([0.08]).double()
-    assert float(inclusions.chance(*doubtful)) > 0.9 > 0.3 > float(overlaps.chance(*doubtful))
+    assert float(inclusions.chance(*doubtful)) > 0.8 > 0.3 > float(overlaps.chance(*doubtful))
     assert float(inclusions.shares[0]) > 0.9 and float(overlaps.shares[0]) < 0.1
     assert float(inclusions.shares.sum()) == pytest.approx(1)
 
 
-def test_the_probability_without_any_pair_is_that_of_jeffreys():
-    """Half for an inclusion, half for anything between: Bayes' factor of a point against a flat alternative."""
+@pytest.mark.parametrize(("coarse", "trust"), [(True, 1), (False, 10)])
+def test_the_probability_without_any_pair_is_that_of_bayes(coarse, trust):
+    """Bayes' factor of a point against a flat alternative, times the prior odds."""
     empty = torch.zeros(0).double()
     value, error = 0.95, 0.1
     point = math.exp(-0.5 * ((value - 1) / error) ** 2) / (error * math.sqrt(2 * math.pi))
     flat = 0.5 * (math.erf(value / error / 2**0.5) + math.erf((1 - value) / error / 2**0.5))
-    told = Spread(empty, empty).chance(torch.tensor([value]).double(), torch.tensor([error]).double())
-    assert float(told) == pytest.approx(point / (point + flat), rel=1e-6)
+    told = Spread(empty, empty, coarse).chance(torch.tensor([value]).double(), torch.tensor([error]).double())
+    assert float(told) == pytest.approx(trust * point / (trust * point + flat), rel=1e-6)
 
 
 def test_estimates_beyond_the_ends_and_without_error_are_judged():
@@ -127,19 +128,20 @@ def test_siblings_that_all_but_include_one_another_are_told_apart_in_spite_of_no
     assert discovered.controls == (0,)
 
 
-def test_a_pair_that_the_samples_cannot_tell_is_undecided_and_says_how_many_would():
-    few = discover_hierarchy(siblings(700, 3), NAMES, noise=RATE, controls=0)
-    assert few.undecided
-    for one in few.undecided:
-        assert one.samples_needed is not None and one.samples_needed > 700
-        assert one.low < one.coefficient < one.high
-    assert "Undecided for want of samples" in str(few) and "with about" in str(few)
-    assert all(one.samples_needed is None and one.chance >= DECIDED for one in few.evidence)
-    assert few.to_dict()["undecided"][0]["samples_needed"] == few.undecided[0].samples_needed
-    most = max(one.samples_needed for one in few.undecided)
-    many = discover_hierarchy(siblings(min(60_000, 20 * most), 3), NAMES, noise=RATE, controls=0)
-    assert not many.undecided
-    assert {(one.concept, one.parent) for one in many.evidence} == {("a", "p"), ("b", "p"), ("c", "p")}
+def test_the_samples_that_an_undecided_pair_needs_decide_most_such_pairs():
+    decided, total = 0, 0
+    for seed in range(10):
+        few = discover_hierarchy(siblings(700, seed), NAMES, noise=RATE, controls=0)
+        for one in few.undecided:
+            if one.samples_needed is not None and one.samples_needed < 30_000:
+                more = siblings(one.samples_needed, 1000 + seed)
+                after = discover_hierarchy(more, NAMES, noise=RATE, controls=0).undecided
+                decided += (one.concept, one.parent) not in {(two.concept, two.parent) for two in after}
+                total += 1
+        if few.undecided:
+            assert "Undecided for want of samples" in str(few)
+            assert few.to_dict()["undecided"][0]["samples_needed"] == few.undecided[0].samples_needed
+    assert total >= 10 and decided >= 0.7 * total
 
 
 @pytest.mark.parametrize(("most", "seed"), [(0.99, 0), (0.97, 1)])
@@ -153,12 +155,14 @@ def test_a_direction_that_frequencies_cannot_tell_is_undecided(most, seed):
     assert {"a", "p"} in told | set(undecided)
     if {"a", "p"} not in told:
         one = undecided[frozenset("ap")]
-        assert one.chance > DECIDED, "one includes the other, but which"
         assert one.samples_needed is not None and 2500 < one.samples_needed < 25_000
 
 
 def test_what_follows_from_other_relations_is_not_undecided():
-    discovered = discover_hierarchy(siblings(700, 3), NAMES, noise=RATE, controls=0)
-    for one in discovered.undecided:
-        assert one.parent not in discovered.hierarchy.ancestors(one.concept, "is-a")
-        assert one.chance > REJECTED
+    unsure = 0
+    for seed in range(6):
+        discovered = discover_hierarchy(siblings(700, seed), NAMES, noise=RATE, controls=0)
+        above = {name: set(discovered.hierarchy.ancestors(name, "is-a")) for name in NAMES}
+        assert not [one for one in discovered.undecided if one.parent in above[one.concept]]
+        unsure += len(discovered.undecided)
+    assert unsure, "there is something to leave out"
