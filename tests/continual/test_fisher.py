@@ -259,7 +259,7 @@ def learner_of(digits, **options):
     config = settings("naive", continual=options)
     continual = ContinualConfig.from_dict(config.continual)
     tasks = make_tasks(digits, continual, 0)
-    return Learner(ModelAdapter(net(), SPEC), continual, digits, tasks, None, 0, None)
+    return Learner(ModelAdapter(net(), spec=SPEC), continual, digits, tasks, None, 0, None)
 
 
 def test_a_tasks_samples_are_drawn_and_only_its_outputs_answer(digits):
