@@ -226,7 +226,8 @@ def discover_hierarchy(
         elif rates is not None:
             low[kept], high[kept] = rates[0], 1 - rates[1]
             read += "; the noise was given"
-    bounds = (inclusion, significance, found is not None)
+    # Whether the levels are estimated: the flip rate, or those of activations.
+    bounds = (inclusion, significance, found is not None or labels is None)
     search = Search(used[:, kept], held, low[kept], high[kept], unsure[:, kept], *bounds)
     if found is not None:
         lower, factor = rates_as_likely(held, found, significance)

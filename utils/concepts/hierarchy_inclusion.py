@@ -20,7 +20,8 @@ DECIDED, REJECTED = 2 / 3, 0.05
 EDGES, TURNS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0), 50
 """Steps of the density of the coefficients of overlaps, finer towards 1, and rounds in which it is fitted."""
 COARSE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""The same with an estimated noise: all coefficients then share an error, so a pile a little below 1 says nothing."""
+"""The same where noise or levels are estimated: all coefficients then share an error, and a pile a little below 1 says
+nothing."""
 TRUST, TRUST_COARSE = 10.0, 1.0
 """Inclusions that count as seen before the data, so that fine and coarse steps do not take the place of the point."""
 NO_EXCEPTION = 3 / 6**0.5
