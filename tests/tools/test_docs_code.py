@@ -9,7 +9,7 @@ import torch
 BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SMALLER = {
     "memory.md": {"max_steps=300": "max_steps=2", "[:60]": "[:40]"},
-    "concepts.md": {"max_steps=600": "max_steps=30", "steps=80": "steps=4"},
+    "concepts.md": {"max_steps=600": "max_steps=30", "steps=120": "steps=4"},
 }
 """What a page says, and what runs instead: enough for every line, and quick."""
 
