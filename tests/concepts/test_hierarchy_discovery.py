@@ -396,3 +396,15 @@ def test_the_errors_of_levels_are_those_of_means():
     values = there * 8.0 + torch.randn(4000, 1, generator=dice(1))
     low, high, _ = two_levels(values)
     assert level_errors(moments(values), low, high)[:, 0].tolist() == pytest.approx([3000**-0.5, 1000**-0.5], rel=0.1)
+
+
+def test_labels_of_any_two_values_are_labels():
+    generator = torch.Generator().manual_seed(0)
+    parent = torch.rand(3000, generator=generator) < 0.6
+    labels = torch.stack([parent, parent & (torch.rand(3000, generator=generator) < 0.4)], 1).double()
+    expected = [str(one) for one in discover_hierarchy(labels, ["a", "b"], controls=0).hierarchy.relations()]
+    assert len(expected) == 1
+    for coded in (labels + 1, 2 * labels - 1):
+        found = discover_hierarchy(coded, ["a", "b"], controls=0)
+        assert [str(one) for one in found.hierarchy.relations()] == expected
+        assert "where a concept is there" in str(found)

@@ -379,6 +379,9 @@ def _labels(table: Tensor) -> tuple[Tensor | None, str]:
     """Return the values as labels if that is what they are, and how they were read."""
     if table.dtype == torch.bool or bool(((table == 0) | (table == 1)).all()):
         return table.bool(), "the values are labels 0 and 1"
+    least, most = float(table.min()), float(table.max())
+    if bool(((table == least) | (table == most)).all()):
+        return table == most, f"the values are labels: {most:g} where a concept is there, {least:g} where it is not"
     if bool((table >= 0).all()) and bool(((table == 0).double().mean(0) >= SPARSE).all()):
         return (
             table > 0,
