@@ -238,7 +238,10 @@ class SessionCallback(pl.Callback):
         if trainer.world_size > 1:
             flag = torch.tensor(float(reason is not None), device=self.module.adapter.device)
             stop = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
-            reason = (reason or "stopped by another process") if stop else None
+            if stop and reason is None:
+                # What asked another process to stop may have come since this one looked.
+                self.stop.look()
+                reason = self.stop.reason or "stopped by another process"
         self.stop.reason = reason
         return reason is not None
 
