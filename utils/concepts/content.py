@@ -11,7 +11,7 @@ from torch import Tensor
 from utils.adapters.roles import role_of
 from utils.concepts.checks import as_tensor, with_tensors
 from utils.runtime.arguments import described
-from utils.runtime.errors import DataError
+from utils.runtime.errors import ConfigError, DataError
 
 ALONE = ""
 """Name of a tensor that was given by itself: it is the main input of whatever model reads it."""
@@ -223,3 +223,34 @@ def checked_groups(groups: Any, count: int, what: str) -> tuple[str, ...]:
             "Give a list as long as the samples, or none.",
         )
     return tuple(str(value.item() if isinstance(value, Tensor) else value) for value in groups)
+
+
+def paired_content(given: Any, counts: tuple[int, int], name: str, what: str, expected: str, action: str) -> Content:
+    """Return the samples of a pair, those with a concept first, in another form than the ones known.
+
+    Args:
+        given: What a user gave.
+        counts: How many there are of those known, with the concept and without.
+        name: Of the argument.
+        what: How the samples are called, such as "test samples".
+        expected: Whose order they are in, for the message.
+        action: What to do if they are not as many.
+
+    Raises:
+        ConfigError: They are no pair.
+        DataError: They are not as many, or of different kinds.
+    """
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise ConfigError(
+            f"{name} is a {type(given).__name__}.",
+            f"Expected a pair: the {what} with the concept and those without.",
+            f"Write {name}=(examples, counter_examples).",
+        )
+    sides = [read_content(part, f"student's {what}") for part in given]
+    if (len(sides[0]), len(sides[1])) != counts:
+        raise DataError(
+            f"There are {len(sides[0])} and {len(sides[1])} {what} for the student.",
+            f"Expected {counts[0]} and {counts[1]}, {expected}.",
+            action,
+        )
+    return sides[0].joined(sides[1])

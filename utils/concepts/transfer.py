@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from utils.adapters import ModelAdapter
 from utils.adapters.activations import Place, default_layer, layer_named
-from utils.concepts.content import Content, read_content
+from utils.concepts.content import Content, paired_content
 from utils.concepts.examples import Examples
 from utils.concepts.layer_reading import Read, reading, spaced_layers
 from utils.concepts.package import ConceptPackage
@@ -155,21 +155,10 @@ def exemplars_for(package: ConceptPackage, student_examples: tuple[Any, Any] | N
     """
     if student_examples is None:
         return package.content
-    if not isinstance(student_examples, (tuple, list)) or len(student_examples) != 2:
-        raise ConfigError(
-            f"student_examples is a {type(student_examples).__name__}.",
-            "Expected a pair: the examples and the counter-examples.",
-            "Write student_examples=(examples, counter_examples).",
-        )
-    sides = [read_content(part, "student's examples") for part in student_examples]
-    wanted = package.provenance.positive, package.provenance.negative
-    if (len(sides[0]), len(sides[1])) != wanted:
-        raise DataError(
-            f"There are {len(sides[0])} and {len(sides[1])} examples for the student.",
-            f"Expected {wanted[0]} and {wanted[1]}, those of the package in its order.",
-            "Give the same samples that the package was made from.",
-        )
-    return sides[0].joined(sides[1])
+    return paired_content(
+        student_examples, (package.provenance.positive, package.provenance.negative), "student_examples", "examples",
+        "those of the package in its order", "Give the same samples that the package was made from.",
+    )  # fmt: skip
 
 
 class _Lesson:

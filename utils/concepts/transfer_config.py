@@ -6,10 +6,10 @@ from typing import Any
 
 from utils.concepts.checks import SIDES, check_choice
 from utils.runtime.errors import ConfigError
-from utils.runtime.settings import check_names, check_ranges, shown
+from utils.runtime.settings import Range, check_names, check_ranges, shown
 from utils.training.config import LARGEST, MOST
 
-RANGES: dict[str, tuple[float, float, bool, bool]] = {
+RANGES: dict[str, Range] = {
     "steps": (0, LARGEST, True, False),
     "batch_size": (1, LARGEST, True, False),
     "learning_rate": (0, 10, False, True),
@@ -20,7 +20,7 @@ RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "budget": (0, 1, False, False),
     "channels": (-LARGEST, LARGEST, True, False),
 }
-"""For each number the least and the most, whether it is whole, and whether the least itself is excluded."""
+"""Of each number, see `utils.runtime.settings.check_ranges`."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from utils.adapters import ModelAdapter
 from utils.adapters.objectives import IGNORED, REAL_VALUED
 from utils.concepts.checks import as_tensor
-from utils.concepts.content import Content, checked_groups, paired_groups, read_content
+from utils.concepts.content import Content, checked_groups, paired_content, paired_groups, read_content
 from utils.concepts.layer_reading import on_device
 from utils.concepts.package import ConceptPackage
 from utils.concepts.retention import answers, fitted_batches
@@ -44,21 +44,12 @@ class TestSet:
             ConfigError: They are no pair.
             DataError: They are not as many.
         """
-        if not isinstance(student_test, (tuple, list)) or len(student_test) != 2:
-            raise ConfigError(
-                f"student_test is a {type(student_test).__name__}.",
-                "Expected a pair: the test samples with the concept and those without.",
-                "Write student_test=(examples, counter_examples).",
-            )
-        sides = [read_content(part, "student's test samples") for part in student_test]
-        wanted = int(self.labels.sum()), int((~self.labels).sum())
-        if (len(sides[0]), len(sides[1])) != wanted:
-            raise DataError(
-                f"There are {len(sides[0])} and {len(sides[1])} test samples for the student.",
-                f"Expected {wanted[0]} and {wanted[1]}, those of the teacher in the same order.",
-                "Give the same samples on both sides.",
-            )
-        return TestSet(sides[0].joined(sides[1]), self.labels, self.clusters)
+        counts = int(self.labels.sum()), int((~self.labels).sum())
+        content = paired_content(
+            student_test, counts, "student_test", "test samples", "those of the teacher in the same order",
+            "Give the same samples on both sides.",
+        )  # fmt: skip
+        return TestSet(content, self.labels, self.clusters)
 
 
 @dataclass(frozen=True)

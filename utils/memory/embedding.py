@@ -71,7 +71,6 @@ class Embedder:
         instance_of(self.description, str, "The description of the embedder", "Expected a text.", action)
         if self.module is not None:
             self._watch[:] = [WeightWatch(self.module, self.weights)]
-            object.__setattr__(self, "weights", self._watch[0].sha256)
 
     def __call__(self, items: Any) -> np.ndarray:
         """Return the vectors of items, float32 ``[n, width]``.
